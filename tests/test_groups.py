@@ -13,11 +13,10 @@ from types import ModuleType
 
 import pytest
 import torch
-from torch import Tensor, nn
-
 from dimap import groups
 from dimap.families import FAMILIES, Family, Row
 from dimap.groups import Layer, find_modules, group_names
+from torch import Tensor, nn
 
 FOLDER = Path(__file__).parent / "data" / "families"
 

@@ -13,10 +13,9 @@ from functools import cache
 from itertools import product
 from typing import NamedTuple, TypeAlias
 
-from torch import Tensor, nn
-
 from dimap._assemble import Found, Layer, Rule, Shape, assemble, locate, show
 from dimap.families import BUFFERS, FAMILIES, PREFIXES, WRAPPERS, Family
+from torch import Tensor, nn
 
 __all__ = ["AUX", "Layer", "find_modules", "group_names"]
 
@@ -52,11 +51,12 @@ def find_modules(
     """
     if isinstance(model, nn.Module):
         return group_names({name: tuple(p.shape) for name, p in model.named_parameters()}, patterns)
-    if not isinstance(model, Mapping):
-        kind = type(model).__name__
+    state: object = model  # callers are not bound by the annotation
+    if not isinstance(state, Mapping):
+        kind = type(state).__name__
         raise TypeError(f"model must be an nn.Module or a mapping of names to tensors, got {kind}")
     shapes: dict[str, Shape] = {}
-    for name, tensor in model.items():
+    for name, tensor in state.items():
         if not isinstance(tensor, Tensor):
             kind = type(tensor).__name__
             raise TypeError(f"a state dict must hold tensors only, got {kind} under {name!r}")
@@ -177,7 +177,7 @@ def _group_by(patterns: Patterns, shapes: Mapping[str, Shape]) -> Modules:
     return _modules(found, patterns, aux)
 
 
-def _own_rules(patterns: Patterns) -> list[Rule]:
+def _own_rules(patterns: object) -> list[Rule]:
     if not isinstance(patterns, Mapping):
         kind = type(patterns).__name__
         raise TypeError(f"patterns must be a mapping of module names to regexes, got {kind}")
