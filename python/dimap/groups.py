@@ -13,9 +13,10 @@ from functools import cache
 from itertools import product
 from typing import NamedTuple, TypeAlias
 
-from dimap._assemble import Found, Layer, Rule, Shape, assemble, locate, show
-from dimap.families import BUFFERS, FAMILIES, PREFIXES, WRAPPERS, Family
 from torch import Tensor, nn
+
+from ._assemble import Found, Layer, Rule, Shape, assemble, locate, show
+from .families import BUFFERS, FAMILIES, PREFIXES, WRAPPERS, Family
 
 __all__ = ["AUX", "Layer", "find_modules", "group_names"]
 
