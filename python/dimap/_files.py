@@ -1,0 +1,168 @@
+"""Files: safetensors opened with clear errors, and outputs that appear complete or not at all."""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import safetensors
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+# An output that was interrupted by kill -9 or a power cut is found under a name of this form:
+# ".NAME.RANDOM.dimap-tmp". Everything else that ends a program removes it.
+SUFFIX = ".dimap-tmp"
+
+
+@contextmanager
+def replacing(path: Path, *, folder: bool = False, force: bool = False) -> Iterator[Path]:
+    """Yield an empty temporary file (or folder) beside `path`, and rename it when the block ends.
+
+    Where the block fails or is interrupted the temporary is removed and `path` is as it was. A
+    symbolic link at `path` is replaced, not written through. A file is replaced in one step; of a
+    folder that is there already, the old one is moved aside first and removed last.
+
+    Raises:
+        FileExistsError: `path` is there and not `force`.
+        OSError: `path` cannot be created, or is a folder where a file is wanted, or the reverse.
+    """
+    check_free(path, folder=folder, force=force)
+    temporary = _beside(path)
+    try:
+        try:
+            temporary.mkdir() if folder else temporary.touch(exist_ok=False)
+        except OSError as error:
+            raise OSError(
+                error.errno, f"must be in a folder that can be written to, got: {error.strerror}",
+                str(path),
+            ) from error  # fmt: skip
+        with naming(path):
+            yield temporary
+            _sync(temporary)
+            check_free(path, folder=folder, force=force)
+            if folder and os.path.lexists(path):
+                _exchange(temporary, path)
+            else:
+                os.replace(temporary, path)
+            _sync_folder(path.parent)
+    except BaseException:
+        _remove(temporary)
+        raise
+
+
+def check_free(path: Path, *, folder: bool = False, force: bool = False) -> None:
+    """Refuse an output path that is taken, or that is of the wrong kind."""
+    if not path.name:
+        raise IsADirectoryError(errno.EISDIR, "must name a file or folder to create", str(path))
+    if not os.path.lexists(path):
+        return
+    if path.is_dir() and not folder:
+        raise IsADirectoryError(errno.EISDIR, "must be a file, got a folder", str(path))
+    if folder and not path.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, "must be a folder, got a file", str(path))
+    if not force:
+        raise FileExistsError(errno.EEXIST, "exists already, and force is off", str(path))
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Give errors of reading or writing that name no file the name of `path`."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
+
+
+def open_safetensors(path: Path) -> Any:
+    """`safetensors.safe_open` (the library validates the header), with errors that name the file.
+
+    Raises:
+        OSError: there is no such file, or it cannot be read.
+        ValueError: it is no safetensors file, or it is truncated or damaged.
+    """
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "must be a safetensors file, got a folder", str(path))
+    with open(path, "rb"):
+        pass  # for Python's own errors, which name the file
+    try:
+        return safetensors.safe_open(str(path), framework="pt")
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path} must be a complete safetensors file, got one that is truncated, damaged or of "
+            f"another format ({_reason(error)})"
+        ) from error
+
+
+def save_safetensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
+) -> None:
+    """Write a new safetensors file; tensors that share memory (tied weights) are each written."""
+    seen: set[int] = set()
+    ready: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        storage = tensor.untyped_storage().data_ptr()
+        dense = tensor.detach().cpu().contiguous()
+        ready[name] = dense.clone() if storage in seen else dense
+        seen.add(storage)
+    try:
+        save_file(ready, path, metadata=dict(metadata))
+    except SafetensorError as error:
+        raise OSError(errno.EIO, f"could not be written ({_reason(error)})", str(path)) from error
+
+
+def _reason(error: SafetensorError) -> str:
+    return str(error).removeprefix("Error while deserializing header: ")
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}{SUFFIX}")
+
+
+def _exchange(new: Path, path: Path) -> None:
+    """Put folder `new` in the place of folder `path`, and back again if that fails."""
+    old = _beside(path)
+    try:
+        os.rename(path, old)
+        os.rename(new, path)
+    except BaseException:
+        if os.path.lexists(old) and not os.path.lexists(path):
+            os.rename(old, path)
+        raise
+    _remove(old)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
+
+
+def _sync(path: Path) -> None:
+    """Bring a file, or all files of a folder, to the disk, so that a rename never runs ahead."""
+    if path.is_dir():
+        for child in path.iterdir():
+            _sync(child)
+        _sync_folder(path)
+    else:
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+
+
+def _sync_folder(path: Path) -> None:
+    with suppress(OSError):  # some file systems, and Windows, do not sync folders
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,159 @@
+"""Masks in files and back on models: one bit for each weight.
+
+File format, version 1: a safetensors file. For each mask there is a uint8 tensor under the
+parameter's own name, [ceil(n / 8)] bytes for n weights: weight i (in flat, row-major order) is bit
+i % 8 of byte i // 8, counted from the least significant; 1 is kept, 0 is pruned; the unused bits of
+the last byte are 0. The file's metadata hold
+
+    "dimap_masks"   "1", the format's version
+    "shapes"        JSON object, parameter name -> list of sizes, in the order of the masks
+
+and whatever else the writer added. A reader refuses a version that it does not know.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ._files import open_safetensors, replacing, save_safetensors
+
+VERSION = "1"
+_VERSION_KEY, _SHAPES_KEY = "dimap_masks", "shapes"
+
+
+def save_masks(
+    path: str | os.PathLike[str],
+    masks: Mapping[str, Tensor],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write masks to `path`, one bit a weight; a file that is there already is replaced.
+
+    masks: parameter name -> bool tensor of the parameter's shape, any device, True = kept.
+    metadata: strings to store beside them.
+
+    Raises TypeError or ValueError for masks that are not bool tensors and for metadata that are not
+    strings or that use this format's own keys; OSError where the file cannot be written. The file
+    appears complete or not at all.
+    """
+    _check_masks(masks)
+    extra = dict(metadata or {})
+    for key, value in extra.items():
+        if not isinstance(key, str) or not isinstance(value, str):
+            raise TypeError(f"metadata must map strings to strings, got {key!r}: {value!r}")
+        if key in (_VERSION_KEY, _SHAPES_KEY):
+            raise ValueError(f"metadata must not use the format's own key {key!r}")
+    shapes = {name: list(mask.shape) for name, mask in masks.items()}
+    packed = {name: _pack(mask) for name, mask in masks.items()}
+    extra |= {_VERSION_KEY: VERSION, _SHAPES_KEY: json.dumps(shapes)}
+    with replacing(Path(path), force=True) as temporary:
+        save_safetensors(temporary, packed, extra)
+
+
+def load_masks(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """Read what `save_masks` wrote: parameter name -> bool tensor on the CPU, in the same order.
+
+    Raises OSError where the file cannot be read; ValueError where it is damaged, is no mask file,
+    or is of a version that this dimap does not know.
+    """
+    path = Path(path)
+    with open_safetensors(path) as file:
+        metadata = file.metadata() or {}
+        if _VERSION_KEY not in metadata:
+            raise ValueError(f"{path} must be a mask file of dimap, got another safetensors file")
+        if (found := metadata[_VERSION_KEY]) != VERSION:
+            raise ValueError(f"{path} must have mask format version {VERSION}, got {found!r}")
+        shapes = _shapes(path, metadata.get(_SHAPES_KEY, ""))
+        if odd := sorted(shapes.keys() ^ set(file.keys())):
+            raise ValueError(
+                f"{path} must have one shape for each mask, got a mismatch at {odd[0]}"
+            )
+        return {n: _unpack(path, n, file.get_tensor(n), shape) for n, shape in shapes.items()}
+
+
+def apply_masks(model: nn.Module | Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> None:
+    """Set the weights that `masks` drop to zero, in place; what has no mask stays as it is.
+
+    model: an nn.Module, or a state dict.
+    masks: parameter name -> bool tensor of the parameter's shape, True = kept.
+
+    Raises TypeError for wrong types; ValueError where a mask names no parameter of the model or has
+    another shape. All of them are checked before anything is changed.
+    """
+    if isinstance(model, nn.Module):
+        weights: Mapping[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    elif isinstance(model, Mapping):
+        weights = model
+    else:
+        kind = type(model).__name__
+        raise TypeError(f"model must be an nn.Module or a mapping of names to tensors, got {kind}")
+    _check_masks(masks)
+    if missing := [name for name in masks if name not in weights]:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise ValueError(
+            f"model must have every masked parameter, got none called {missing[0]}{more}"
+        )
+    for name, mask in masks.items():
+        weight = weights[name]
+        if not isinstance(weight, Tensor):
+            raise TypeError(f"{name} of the model must be a tensor, got {type(weight).__name__}")
+        if weight.shape != mask.shape:
+            want, got = tuple(weight.shape), tuple(mask.shape)
+            raise ValueError(f"the mask of {name} must have the weight's shape {want}, got {got}")
+        if weight.is_meta:
+            raise ValueError(f"{name} must hold weights to prune, got a tensor on the meta device")
+    with torch.no_grad():
+        for name, mask in masks.items():
+            weights[name].masked_fill_(~mask.to(weights[name].device), 0)
+
+
+def _check_masks(masks: Mapping[str, Tensor]) -> None:
+    if not isinstance(masks, Mapping):
+        kind = type(masks).__name__
+        raise TypeError(f"masks must be a mapping of names to bool tensors, got {kind}")
+    for name, mask in masks.items():
+        if not isinstance(name, str):
+            raise TypeError(f"masks must be under parameter names, got {name!r}")
+        if not isinstance(mask, Tensor):
+            raise TypeError(f"the mask of {name} must be a tensor, got {type(mask).__name__}")
+        if mask.dtype != torch.bool:
+            raise TypeError(f"the mask of {name} must be bool, got {mask.dtype}")
+
+
+def _pack(mask: Tensor) -> Tensor:
+    flat = mask.detach().cpu().reshape(-1).numpy()
+    return torch.from_numpy(np.packbits(flat, bitorder="little"))
+
+
+def _unpack(path: Path, name: str, packed: Tensor, shape: list[int]) -> Tensor:
+    count = math.prod(shape)
+    want = (count + 7) // 8
+    if packed.dtype != torch.uint8 or tuple(packed.shape) != (want,):
+        raise ValueError(
+            f"{path}: the mask of {name} must be uint8 [{want}] for shape {shape}, "
+            f"got {packed.dtype} {list(packed.shape)}"
+        )
+    bits = np.unpackbits(packed.numpy(), bitorder="little")
+    if bits[count:].any():
+        raise ValueError(f"{path}: the mask of {name} must have zeros in its unused bits, got ones")
+    return torch.from_numpy(bits[:count]).view(torch.bool).reshape(shape)
+
+
+def _shapes(path: Path, text: str) -> dict[str, list[int]]:
+    try:
+        shapes = json.loads(text)
+    except ValueError:
+        shapes = None
+    if not isinstance(shapes, dict) or not all(
+        isinstance(shape, list) and all(type(n) is int and n >= 0 for n in shape)
+        for shape in shapes.values()
+    ):
+        raise ValueError(f"{path} must hold the shapes of its masks as JSON, got {text[:80]!r}")
+    return shapes
