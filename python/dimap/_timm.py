@@ -1,0 +1,139 @@
+"""timm models by name: their weights, or only their build. Imports timm when it is needed."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import json
+import os
+import socket
+import urllib.parse
+import urllib.request
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+CLASSES = "timm.models."
+
+
+def create(name: str, *, pretrained: bool) -> nn.Module:
+    """A timm model with pretrained weights, or with fresh ones (seed 0).
+
+    Raises ModuleNotFoundError without timm, ValueError for a name that timm does not know, OSError
+    where the weights can be had neither from the hub nor from its cache.
+    """
+    if pretrained and not _hub_resolves():
+        # Without this the hub's client retries for most of a minute; its cache still works.
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    timm = _import()
+    _check_known(timm, name)
+    if not pretrained:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return cast(nn.Module, timm.create_model(name))
+    try:
+        return cast(nn.Module, timm.create_model(name, pretrained=True))
+    except Exception as error:  # the hub's client has its own kinds; timm raises RuntimeError
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise OSError(
+            f"the pretrained weights of timm:{name} could not be had: {reason} "
+            "For a dry run with random weights there is --random-init."
+        ) from error
+
+
+def skeleton(architecture: str, config: Mapping[str, Any]) -> nn.Module:
+    """The model on the meta device: names and shapes without weights.
+
+    architecture: a name that timm registers, or a class "timm.models.FILE.CLASS".
+    config: keyword arguments for it.
+
+    Raises ModuleNotFoundError without timm, ValueError where timm cannot build it.
+    """
+    timm = _import()
+    build = _class(architecture)
+    if build is None:
+        _check_known(timm, architecture)
+    try:
+        with torch.device("meta"):
+            if build is None:
+                return cast(nn.Module, timm.create_model(architecture, **config))
+            return build(**config)
+    except Exception as error:
+        raise ValueError(
+            f"timm must be able to build {architecture} with {dict(config)}, got: {error}"
+        ) from error
+
+
+def described(path: str, metadata: Mapping[str, str]) -> tuple[str, dict[str, Any]] | None:
+    """Architecture and arguments that a checkpoint names for itself, or None.
+
+    They stand in the safetensors metadata ("architecture", and "config" as JSON), or in the
+    config.json of a timm folder ("architecture", "num_classes", "model_args").
+    """
+    if name := metadata.get("architecture"):
+        return name, _object(metadata.get("config", "{}"))
+    file = Path(path) / "config.json"
+    if not file.is_file():
+        return None
+    config = _object(file.read_text(encoding="utf-8", errors="replace"))
+    if not isinstance(name := config.get("architecture"), str):
+        return None
+    arguments = config.get("model_args")
+    arguments = dict(arguments) if isinstance(arguments, dict) else {}
+    if isinstance(config.get("num_classes"), int):
+        arguments.setdefault("num_classes", config["num_classes"])
+    return name, arguments
+
+
+def _class(path: str) -> type[nn.Module] | None:
+    """A model class by its full name. The name comes from a file, so only timm's own count."""
+    module, _, name = path.rpartition(".")
+    if not module.startswith(CLASSES):
+        return None
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"timm must have the model {path}: {error}") from error
+    if not (isinstance(found, type) and issubclass(found, nn.Module)):
+        raise ValueError(f"{path} must be a model class of timm")
+    return found
+
+
+def _import() -> Any:
+    try:
+        return importlib.import_module("timm")
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "timm models need the package timm: pip install timm", name="timm"
+        ) from error
+
+
+def _check_known(timm: Any, name: str) -> None:
+    if timm.is_model(name.split(".")[0]):
+        return
+    near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=3, cutoff=0.5)
+    hint = f"; near it are {', '.join(near)}" if near else ""
+    raise ValueError(f"timm must know the model, got {name!r}{hint}")
+
+
+def _object(text: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _hub_resolves() -> bool:
+    """Whether the hub's name can be looked up; behind a proxy it need not be."""
+    if urllib.request.getproxies():
+        return True
+    hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    try:
+        socket.getaddrinfo(urllib.parse.urlsplit(hub).hostname, 443)
+    except OSError:
+        return False
+    return True
