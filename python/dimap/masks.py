@@ -92,8 +92,9 @@ def apply_masks(model: nn.Module | Mapping[str, Tensor], masks: Mapping[str, Ten
     elif isinstance(model, Mapping):
         weights = model
     else:
-        kind = type(model).__name__
-        raise TypeError(f"model must be an nn.Module or a mapping of names to tensors, got {kind}")
+        raise TypeError(
+            f"model must be an nn.Module or a mapping of names to tensors, got {_kind(model)}"
+        )
     _check_masks(masks)
     if missing := [name for name in masks if name not in weights]:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
@@ -103,7 +104,7 @@ def apply_masks(model: nn.Module | Mapping[str, Tensor], masks: Mapping[str, Ten
     for name, mask in masks.items():
         weight = weights[name]
         if not isinstance(weight, Tensor):
-            raise TypeError(f"{name} of the model must be a tensor, got {type(weight).__name__}")
+            raise TypeError(f"{name} of the model must be a tensor, got {_kind(weight)}")
         if weight.shape != mask.shape:
             want, got = tuple(weight.shape), tuple(mask.shape)
             raise ValueError(f"the mask of {name} must have the weight's shape {want}, got {got}")
@@ -116,15 +117,18 @@ def apply_masks(model: nn.Module | Mapping[str, Tensor], masks: Mapping[str, Ten
 
 def _check_masks(masks: Mapping[str, Tensor]) -> None:
     if not isinstance(masks, Mapping):
-        kind = type(masks).__name__
-        raise TypeError(f"masks must be a mapping of names to bool tensors, got {kind}")
+        raise TypeError(f"masks must be a mapping of names to bool tensors, got {_kind(masks)}")
     for name, mask in masks.items():
         if not isinstance(name, str):
             raise TypeError(f"masks must be under parameter names, got {name!r}")
         if not isinstance(mask, Tensor):
-            raise TypeError(f"the mask of {name} must be a tensor, got {type(mask).__name__}")
+            raise TypeError(f"the mask of {name} must be a tensor, got {_kind(mask)}")
         if mask.dtype != torch.bool:
             raise TypeError(f"the mask of {name} must be bool, got {mask.dtype}")
+
+
+def _kind(value: object) -> str:
+    return type(value).__name__
 
 
 def _pack(mask: Tensor) -> Tensor:
