@@ -1,0 +1,19 @@
+# The kernels know no torch: raw pointers in and out. Each instruction set is one translation unit with its own flags.
+set(_cpu ${CMAKE_CURRENT_SOURCE_DIR}/csrc/kernels/cpu)
+add_library(
+  dimap_kernels STATIC
+  ${CMAKE_CURRENT_SOURCE_DIR}/csrc/kernels/solve.cpp
+  ${_cpu}/apply.cpp ${_cpu}/decide_portable.cpp ${_cpu}/dispatch.cpp ${_cpu}/engine.cpp ${_cpu}/reading.cpp
+  ${_cpu}/sample.cpp ${_cpu}/score.cpp)
+target_compile_options(dimap_kernels PRIVATE -O3)
+if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
+  target_sources(dimap_kernels PRIVATE ${_cpu}/decide_avx2.cpp ${_cpu}/decide_avx512.cpp)
+  target_compile_definitions(dimap_kernels PUBLIC DIMAP_X86)
+  set(_avx2 -mavx2 -mf16c -mbmi -mbmi2 -mlzcnt -mpopcnt)
+  set_source_files_properties(${_cpu}/decide_avx2.cpp PROPERTIES COMPILE_OPTIONS "${_avx2}")
+  # GCC 12 takes its own intrinsics' undefined operands for uninitialised variables.
+  set_source_files_properties(
+    ${_cpu}/decide_avx512.cpp
+    PROPERTIES COMPILE_OPTIONS
+               "${_avx2};-mavx512f;-mavx512bw;-mavx512dq;-mavx512vl;-Wno-uninitialized;-Wno-maybe-uninitialized")
+endif()

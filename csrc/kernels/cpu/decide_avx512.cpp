@@ -1,0 +1,143 @@
+// AVX-512 (F, BW, DQ, VL): 64 weights a step, one cache line of mask.
+//
+// Nothing here may run before the processor was asked: this file has no static initialisers, and all it holds has internal
+// linkage but the table at its end.
+#include <immintrin.h>
+
+#include "decide_portable.h"
+
+namespace dimap::cpu {
+namespace {
+
+template <DType kType>
+inline __m512i load_keys(const storage_t<kType>* p) {
+  if constexpr (kType == DType::kFloat32) {
+    return _mm512_and_si512(_mm512_loadu_si512(p), _mm512_set1_epi32(0x7FFFFFFF));
+  } else {
+    const __m256i half = _mm256_and_si256(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)),
+                                          _mm256_set1_epi16(0x7FFF));
+    if constexpr (kType == DType::kBFloat16)
+      return _mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16);
+    else
+      return _mm512_castps_si512(_mm512_cvtph_ps(half));
+  }
+}
+
+struct Squares {
+  __m512i sum = _mm512_setzero_si512(), high = _mm512_setzero_si512();
+  void add(__m512i q) {
+    const __m512i even = _mm512_mul_epu32(q, q);
+    const __m512i shifted = _mm512_srli_epi64(q, 32);
+    const __m512i odd = _mm512_mul_epu32(shifted, shifted);
+    sum = _mm512_add_epi64(sum, _mm512_add_epi64(even, odd));
+    high = _mm512_add_epi64(
+        high, _mm512_add_epi64(_mm512_srli_epi64(even, 32), _mm512_srli_epi64(odd, 32)));
+  }
+};
+
+template <DType kType, bool kMask>
+void decide(const storage_t<kType>* weights, int64_t n, const Bracket& bracket, uint8_t* mask,
+            Decided& out) {
+  const Grid grid(bracket.high);
+  const __m512i low = _mm512_set1_epi32(static_cast<int>(bracket.low));
+  const __m512i high = _mm512_set1_epi32(static_cast<int>(bracket.high));
+  const __m512i limit = _mm512_set1_epi32(static_cast<int>(grid.limit));
+  const __m512i atom = _mm512_set1_epi32(static_cast<int>(bracket.atom));
+  const __m512i exponent = _mm512_set1_epi32(static_cast<int>(grid.exponent));
+  const __m512i implicit = _mm512_set1_epi32(static_cast<int>(grid.implicit));
+  const __m512i fraction = _mm512_set1_epi32(0x7FFFFF);
+  const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const bool stream = kMask && out.stream && reinterpret_cast<uintptr_t>(mask) % 64 == 0;
+  const bool has_atom = bracket.atom != Bracket::kNoAtom;
+  __m512i largest = _mm512_set1_epi32(static_cast<int>(out.largest));
+  Squares squares;
+  int64_t aside = out.aside, kept = 0, atoms = 0;
+  int64_t i = 0;
+  for (; i + 64 <= n; i += 64) {
+    __m512i key[4];
+    __mmask16 above[4], between[4];
+    for (int j = 0; j < 4; ++j) {
+      key[j] = load_keys<kType>(weights + i + 16 * j);
+      above[j] = _mm512_cmpge_epu32_mask(key[j], high);
+      between[j] = _mm512_mask_cmpge_epu32_mask(_knot_mask16(above[j]), key[j], low);
+    }
+    if (has_atom) {
+      for (int j = 0; j < 4; ++j) {
+        const __mmask16 equal = _mm512_cmpeq_epi32_mask(key[j], atom);
+        atoms += __builtin_popcount(equal);
+        between[j] = static_cast<__mmask16>(between[j] & ~equal);
+      }
+    }
+    const __m512i top = _mm512_max_epu32(_mm512_max_epu32(key[0], key[1]),
+                                         _mm512_max_epu32(key[2], key[3]));
+    largest = _mm512_max_epu32(largest, top);
+    __mmask16 on_grid[4] = {above[0], above[1], above[2], above[3]};
+    if (_mm512_cmpge_epu32_mask(top, limit)) [[unlikely]] {
+      for (int j = 0; j < 4; ++j) {
+        const __mmask16 beyond = _mm512_cmpge_epu32_mask(key[j], limit);
+        on_grid[j] = static_cast<__mmask16>(on_grid[j] & ~beyond);
+        alignas(64) uint32_t keys[16];
+        _mm512_store_si512(keys, key[j]);
+        for (unsigned bits = beyond; bits; bits &= bits - 1) {
+          const uint32_t k = keys[__builtin_ctz(bits)];
+          if (k < kNonFinite) out.outliers->add_key(k);
+        }
+      }
+    }
+    for (int j = 0; j < 4; ++j) {
+      const __m512i shift = _mm512_subs_epu16(_mm512_srli_epi32(key[j], 23), exponent);
+      const __m512i m = _mm512_ternarylogic_epi32(key[j], fraction, implicit, 0xEA);  // (a & b) | c
+      squares.add(_mm512_maskz_sllv_epi32(on_grid[j], m, shift));
+    }
+    const uint64_t line = static_cast<uint64_t>(above[0]) | static_cast<uint64_t>(above[1]) << 16 |
+                          static_cast<uint64_t>(above[2]) << 32 | static_cast<uint64_t>(above[3]) << 48;
+    kept += __builtin_popcountll(line);
+    if constexpr (kMask) {
+      const __m512i bytes = _mm512_maskz_set1_epi8(line, 1);
+      if (stream)
+        _mm512_stream_si512(reinterpret_cast<__m512i*>(mask + i), bytes);
+      else
+        _mm512_storeu_si512(mask + i, bytes);
+    }
+    if (between[0] | between[1] | between[2] | between[3]) {
+      for (int j = 0; j < 4; ++j) {
+        const __m512i index = _mm512_add_epi32(lanes, _mm512_set1_epi32(static_cast<int>(i + 16 * j)));
+        _mm512_storeu_si512(out.keys + aside, _mm512_maskz_compress_epi32(between[j], key[j]));
+        _mm512_storeu_si512(out.positions + aside, _mm512_maskz_compress_epi32(between[j], index));
+        aside += __builtin_popcount(between[j]);
+      }
+    }
+  }
+  if (stream) _mm_sfence();
+  out.aside = aside;
+  out.kept += kept;
+  out.atoms += atoms;
+  out.largest = _mm512_reduce_max_epu32(largest);
+  out.squares += static_cast<uint64_t>(_mm512_reduce_add_epi64(squares.sum));
+  out.squares_high += static_cast<uint64_t>(_mm512_reduce_add_epi64(squares.high));
+  decide_range<kType>(weights, i, n, bracket, grid, mask, out);
+}
+
+template <DType kType>
+void decide_any(const void* weights, int64_t n, const Bracket& bracket, uint8_t* mask, Decided& out) {
+  const auto* typed = static_cast<const storage_t<kType>*>(weights);
+  if (mask)
+    decide<kType, true>(typed, n, bracket, mask, out);
+  else
+    decide<kType, false>(typed, n, bracket, mask, out);
+}
+
+template <DType kType>
+void zero(void* weights, int64_t n, uint32_t keep_from, uint32_t tie) {
+  zero_range<kType>(static_cast<storage_t<kType>*>(weights), n, keep_from, tie);
+}
+
+}  // namespace
+
+const Kernels kAvx512 = {
+    "avx512",
+    {decide_any<DType::kFloat32>, decide_any<DType::kBFloat16>, decide_any<DType::kFloat16>},
+    {zero<DType::kFloat32>, zero<DType::kBFloat16>, zero<DType::kFloat16>},
+};
+
+}  // namespace dimap::cpu

@@ -1,0 +1,144 @@
+#include "reading.h"
+
+#include <algorithm>
+#include <atomic>
+#include <new>
+
+namespace dimap::cpu {
+namespace {
+
+// Masks of this many weights and more do not stay in the caches: they are written past them.
+constexpr int64_t kStreamFrom = int64_t{1} << 23;
+
+template <DType kType>
+void check_finite(const TensorView& tensor, int64_t index) {
+  const auto* weights = static_cast<const storage_t<kType>*>(tensor.data);
+  for (int64_t i = 0; i < tensor.numel; ++i) {
+    const uint32_t key = key_of<kType>(weights[i]);
+    if (key >= kNonFinite) throw NonFinite(index, i, key > kNonFinite);
+  }
+}
+
+}  // namespace
+
+void check_finite(const Problem& problem) {
+  for (size_t t = 0; t < problem.tensors.size(); ++t) {
+    const TensorView& tensor = problem.tensors[t];
+    const auto index = static_cast<int64_t>(t);
+    if (tensor.dtype == DType::kFloat32) check_finite<DType::kFloat32>(tensor, index);
+    if (tensor.dtype == DType::kBFloat16) check_finite<DType::kBFloat16>(tensor, index);
+    if (tensor.dtype == DType::kFloat16) check_finite<DType::kFloat16>(tensor, index);
+  }
+}
+
+void Aside::reserve(int64_t n) {
+  if (n <= capacity_) return;
+  const int64_t capacity = std::max(n, capacity_ * 3 / 2);
+  const auto grow = [&](auto& array) {
+    auto* p = static_cast<uint32_t*>(std::realloc(array.get(), static_cast<size_t>(capacity) * 4));
+    if (p == nullptr) throw std::bad_alloc();
+    array.release();
+    array.reset(p);
+  };
+  grow(keys_);
+  grow(positions_);
+  capacity_ = capacity;
+}
+
+Reading::Reading(const Problem& problem, std::vector<Bracket> brackets, const Pool& pool)
+    : chunks(chunks_of(problem)),
+      brackets(std::move(brackets)),
+      layers(problem.layers()),
+      problem_(problem),
+      pool_(pool),
+      chunks_of_layer_(problem.layers()) {
+  for (int w = 0; w < pool.workers(); ++w) aside_.push_back(std::make_unique<Aside>());
+  for (size_t c = 0; c < chunks.size(); ++c)
+    chunks_of_layer_[chunks[c].layer].push_back(static_cast<int32_t>(c));
+}
+
+bool Reading::read(std::span<const uint8_t> wanted, std::span<uint8_t* const> masks, int64_t budget) {
+  const Kernels& kernel = kernels();
+  std::vector<std::mutex> locks(64);
+  std::vector<ExponentSums> outliers(aside_.size());
+  std::atomic<int64_t> aside{0};
+  std::atomic<bool> finite{true};
+  int64_t total = 0;
+  for (const TensorView& t : problem_.tensors) total += t.numel;
+  pool_.for_each(static_cast<int64_t>(chunks.size()), [&](int64_t c, int worker) {
+    Chunk& chunk = chunks[c];
+    if (!wanted[chunk.module] || !finite.load(std::memory_order_relaxed) ||
+        aside.load(std::memory_order_relaxed) > budget)
+      return;
+    Aside& buffer = *aside_[worker];
+    buffer.reserve(buffer.used + chunk.n + Decided::kSlack);
+    Decided out;
+    out.keys = buffer.keys() + buffer.used;
+    out.positions = buffer.positions() + buffer.used;
+    out.outliers = &outliers[worker];
+    out.stream = total >= kStreamFrom;
+    const Bracket& bracket = brackets[chunk.layer];
+    uint8_t* mask = masks.empty() ? nullptr : masks[chunk.tensor] + chunk.offset;
+    kernel.decide[static_cast<int>(problem_.tensors[chunk.tensor].dtype)](data(problem_, chunk), chunk.n,
+                                                                         bracket, mask, out);
+    if (out.largest >= kNonFinite) finite.store(false, std::memory_order_relaxed);
+    chunk.worker = worker;
+    chunk.begin = buffer.used;
+    chunk.aside = out.aside;
+    chunk.atoms = out.atoms;
+    buffer.used += out.aside;
+    aside.fetch_add(out.aside, std::memory_order_relaxed);
+    LayerSums& sums = layers[chunk.layer];
+    const std::lock_guard lock(locks[static_cast<size_t>(chunk.layer) % locks.size()]);
+    sums.kept += out.kept;
+    sums.atoms += out.atoms;
+    if (const u128 sum = out.grid_sum()) sums.energy.add(sum, static_cast<int>(Grid(bracket.high).exponent) - 1);
+    outliers[worker].move_to(sums.energy);
+  });
+  if (!finite) check_finite(problem_);
+  return aside.load() <= budget;
+}
+
+LayerTable Reading::table(int32_t layer, Window window, std::span<Bin> bins) const {
+  const Bracket& bracket = brackets[layer];
+  std::fill(bins.begin(), bins.end(), Bin{});
+  const uint64_t end = window.end(static_cast<int64_t>(bins.size()));
+  LayerTable table;
+  table.granularity = problem_.layer_granularity[layer];
+  table.total = problem_.layer_total[layer];
+  table.above = layers[layer].kept;
+  table.above_energy = layers[layer].energy;
+  table.look_through(window, std::min<uint64_t>(end, bracket.high), std::max(window.base, bracket.low));
+  table.bins = bins;
+  ExponentSums above;
+  for (const int32_t c : chunks_of_layer_[layer]) {
+    const Chunk& chunk = chunks[c];
+    const uint32_t* key = keys(chunk);
+    for (int64_t i = 0; i < chunk.aside; ++i) {
+      if (key[i] < window.base) continue;
+      if (key[i] >= end) {
+        ++table.above;
+        above.add_key(key[i]);
+      } else {
+        bins[(key[i] - window.base) >> window.shift].add(key[i]);
+      }
+    }
+  }
+  if (bracket.atom != Bracket::kNoAtom && bracket.atom >= window.base && layers[layer].atoms) {
+    const int64_t n = layers[layer].atoms;
+    const uint64_t s = square(bracket.atom);
+    if (bracket.atom >= end) {
+      table.above += n;
+      above.add(scale(bracket.atom), static_cast<u128>(s) * static_cast<u128>(n));
+    } else {
+      Bin& bin = bins[(bracket.atom - window.base) >> window.shift];
+      bin.count += n;
+      bin.low += (s & 0xFFFFFFu) * static_cast<uint64_t>(n);
+      bin.high += (s >> 24) * static_cast<uint64_t>(n);
+    }
+  }
+  above.move_to(table.above_energy);
+  return table;
+}
+
+}  // namespace dimap::cpu

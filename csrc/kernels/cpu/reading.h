@@ -1,0 +1,64 @@
+// One deciding read of the weights, and what it knows afterwards.
+#pragma once
+
+#include <cstdlib>
+#include <memory>
+#include <mutex>
+#include <span>
+#include <vector>
+
+#include "../table.h"
+#include "chunks.h"
+#include "parallel.h"
+
+namespace dimap::cpu {
+
+// Uninitialised, growing storage for what is set aside.
+class Aside {
+ public:
+  void reserve(int64_t n);
+  uint32_t* keys() { return keys_.get(); }
+  uint32_t* positions() { return positions_.get(); }
+  int64_t used = 0;
+
+ private:
+  struct Free {
+    void operator()(uint32_t* p) const { std::free(p); }
+  };
+  std::unique_ptr<uint32_t[], Free> keys_, positions_;
+  int64_t capacity_ = 0;
+};
+
+struct LayerSums {
+  int64_t kept = 0, atoms = 0;
+  Energy energy;  // of the kept
+};
+
+class Reading {
+ public:
+  Reading(const Problem& problem, std::vector<Bracket> brackets, const Pool& pool);
+
+  // Reads every weight of the wanted modules ([modules], nonzero: yes). masks: [tensors] or empty. False when more than
+  // `budget` weights would be set aside. Throws NonFinite.
+  bool read(std::span<const uint8_t> wanted, std::span<uint8_t* const> masks, int64_t budget);
+
+  // The survey of one layer through a window, as far as the bracket lets it see.
+  LayerTable table(int32_t layer, Window window, std::span<Bin> bins) const;
+
+  std::vector<Chunk> chunks;
+  std::vector<Bracket> brackets;
+  std::vector<LayerSums> layers;
+  const uint32_t* keys(const Chunk& c) const { return aside_[c.worker]->keys() + c.begin; }
+  const uint32_t* positions(const Chunk& c) const { return aside_[c.worker]->positions() + c.begin; }
+
+ private:
+  const Problem& problem_;
+  const Pool& pool_;
+  std::vector<std::unique_ptr<Aside>> aside_;           // [workers]
+  std::vector<std::vector<int32_t>> chunks_of_layer_;  // [layers]
+};
+
+// Throws NonFinite for the first infinity or NaN of the tensors, if there is one.
+void check_finite(const Problem& problem);
+
+}  // namespace dimap::cpu

@@ -1,0 +1,22 @@
+// Every operator's schema: the public contract, and nothing else.
+//
+// weights: tensors of float32, bfloat16 or float16, on one device. layers[i], modules[i]: the layer and the module of
+// weights[i], counted from 0. keep[m]: how many weights module m keeps. Documentation: python/dimap/ops.py.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(dimap, m) {
+  m.def("score(Tensor[] weights, int[] layers) -> Tensor[]");
+  m.def("select(Tensor[] weights, int[] layers, int[] modules, int[] keep) -> Tensor[]");
+  m.def("prune_(Tensor(a!)[] weights, int[] layers, int[] modules, int[] keep) -> ()");
+  m.def("select_cuts(Tensor[] weights, int[] layers, int[] modules, int[] keep) -> (Tensor[], Tensor)");
+  m.def("apply_(Tensor(a!)[] weights, Tensor[] masks) -> ()");
+
+  // The three stages, for streams and shards. windows: int64 [layers, 5]; table: int64 [layers, 22 + 3 * bins], additive.
+  m.def("survey(Tensor[] weights, int[] layers, Tensor windows, int bins) -> Tensor");
+  m.def(
+      "solve(Tensor table, Tensor windows, int[] modules, int[] keep) "
+      "-> (Tensor cuts, Tensor quota, Tensor thresholds, Tensor windows)");
+  m.def(
+      "emit(Tensor[] weights, int[] layers, int[] modules, Tensor cuts, Tensor quota) "
+      "-> (Tensor[] masks, Tensor quota)");
+}

@@ -1,0 +1,48 @@
+"""dimap: exact, fast, data-independent pruning of transformers.
+
+>>> modules = dimap.find_modules(model)          # {"qkv": [...], "proj": [...], "mlp": [...], "aux": [...]}
+>>> scores = dimap.score(model)                  # {parameter name: float32 tensor}
+>>> masks = dimap.select(model, sparsity=0.55)   # {parameter name: bool tensor}
+>>> pruning = dimap.prune(model, sparsity=0.55)  # in place; pruning.masks, pruning.report()
+
+The operators are ``torch.ops.dimap.*``, documented in `dimap.ops`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from . import ops, reference
+from ._C import __version__, build_info
+from .groups import Layer, find_modules
+from .pruning import Pruning, prune, score, select
+
+if TYPE_CHECKING:
+    from .masks import apply_masks, load_masks, save_masks
+
+__all__ = [
+    "Layer",
+    "Pruning",
+    "__version__",
+    "apply_masks",
+    "build_info",
+    "find_modules",
+    "load_masks",
+    "ops",
+    "prune",
+    "reference",
+    "save_masks",
+    "score",
+    "select",
+]
+
+_LAZY = {"apply_masks": "masks", "load_masks": "masks", "save_masks": "masks"}
+
+
+def __getattr__(name: str) -> Any:
+    """Load what needs more than torch only when it is asked for."""
+    if name in _LAZY:
+        from importlib import import_module
+
+        return getattr(import_module(f".{_LAZY[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,151 @@
+"""The operators, documented: thin wrappers of ``torch.ops.dimap.*``.
+
+All of them take `weights`, a sequence of float32, bfloat16 or float16 tensors on one device, and
+number tensors into layers and modules: ``layers[i]`` is the layer of ``weights[i]``, ``modules[i]``
+its module, ``keep[m]`` how many weights module ``m`` keeps. The squares of all tensors of a layer
+are summed together; all layers of a module are ranked together.
+
+The *score* of a weight (Eq. 10 of the DIMAP paper; the per-weight score of LAMP) is its square over
+the sum of the squares of all weights of its layer that are at least as large:
+
+    score64(w) = w² / S(w),    S(w) = Σ v² over the layer's v with |v| >= |w|
+
+S is the exact sum rounded once to float64, so scores and masks do not depend on the order, the
+sharding or the device of the weights, nor on the number of threads or the instruction set. None of
+the operators is differentiable. All raise RuntimeError for a wrong dtype, a NaN or an infinity, a
+count out of range or mixed devices; the message names the tensor, and every input is as it was.
+
+>>> w = torch.tensor([3.0, -1.0, 2.0, 0.0, -2.0])
+>>> score([w], [0])            # [1, 1/18, 4/17, 0, 4/17]
+>>> select([w], [0], [0], [2])  # [True, False, True, False, False]: the tie goes to the lower index
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import _library  # noqa: F401  (loads the operators)
+
+__all__ = [
+    "apply_",
+    "emit",
+    "first_windows",
+    "prune_",
+    "score",
+    "select",
+    "select_cuts",
+    "solve",
+    "survey",
+]
+
+
+def score(weights: Sequence[Tensor], layers: Sequence[int]) -> list[Tensor]:
+    """Return every weight's score.
+
+    Returns float32 tensors with the shapes of `weights`: within 1 ulp of score64 rounded to
+    float32, and the same in every run on the same device. Zero weights score 0, the largest
+    magnitude of a layer 1.
+    """
+    if not weights:
+        return []
+    with torch.no_grad():
+        return torch.ops.dimap.score(weights, layers)  # type: ignore[no-any-return]
+
+
+def select(
+    weights: Sequence[Tensor], layers: Sequence[int], modules: Sequence[int], keep: Sequence[int]
+) -> list[Tensor]:
+    """Return bool masks, True where a weight is kept.
+
+    Exactly ``keep[m]`` weights of module ``m`` are kept: those of highest score64. Ties go to the
+    tensor earlier in the list, then to the lower flat index. Bit-identical on every backend.
+    """
+    return select_cuts(weights, layers, modules, keep)[0]
+
+
+def select_cuts(
+    weights: Sequence[Tensor], layers: Sequence[int], modules: Sequence[int], keep: Sequence[int]
+) -> tuple[list[Tensor], Tensor]:
+    """`select`, and each module's threshold: its smallest kept score64 (NaN where none is kept).
+
+    Returns the masks and a float64 tensor of shape ``[len(keep)]``.
+    """
+    if not weights:
+        return [], torch.full((len(keep),), float("nan"), dtype=torch.float64)
+    return torch.ops.dimap.select_cuts(weights, layers, modules, keep)  # type: ignore[no-any-return]
+
+
+def prune_(
+    weights: Sequence[Tensor], layers: Sequence[int], modules: Sequence[int], keep: Sequence[int]
+) -> None:
+    """Zero in place what `select` would drop. Kept weights keep their bits, dropped ones become +0."""
+    if weights:
+        with torch.no_grad():
+            torch.ops.dimap.prune_(weights, layers, modules, keep)
+
+
+def apply_(weights: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
+    """Zero in place the weights whose mask is False. masks: bool, shapes of `weights`."""
+    if weights:
+        with torch.no_grad():
+            torch.ops.dimap.apply_(weights, masks)
+
+
+def first_windows(dtypes: Sequence[torch.dtype], bins: int) -> Tensor:
+    """The windows of a first `survey`: over all magnitudes, ``dtypes[l]`` being the type of layer l.
+
+    For a layer of mixed types, name the one with the most digits: float32 before float16 before
+    bfloat16. bins: at least 256; 4096 decides float32 layers in about three surveys.
+    """
+    zero_bits = {torch.float32: 0, torch.bfloat16: 16, torch.float16: 13}
+    rows = []
+    for dtype in dtypes:
+        if dtype not in zero_bits:
+            raise TypeError(f"dtypes must be float32, bfloat16 or float16, got {dtype}")
+        shift = max(zero_bits[dtype], min(23, 31 - (bins.bit_length() - 1)))
+        rows.append([0, shift, zero_bits[dtype], 1 << 31, 0])
+    return torch.tensor(rows, dtype=torch.int64).reshape(-1, 5)
+
+
+def survey(weights: Sequence[Tensor], layers: Sequence[int], windows: Tensor, bins: int) -> Tensor:
+    """Stage 1: additive integer statistics of the weights, each layer seen through its window.
+
+    `windows` is int64 ``[layers, 5]`` (`first_windows` makes the first ones): the first magnitude key
+    of the window (a key is the bits of ``abs(w)`` as float32), log2 of the keys in one bin, how many
+    low bits are zero in every key of the layer (float32: 0, bfloat16: 16, float16: 13), and two
+    bounds that `solve` hands on. The result is int64 ``[layers, 22 + 3 * bins]``: the number of
+    weights, the number and exact energy (20 words of 32
+    bits, unit 2^-298) of those above the window, then each bin's count and energy. The sum of two
+    surveys through the same windows is the survey of the union: add streams, shards and devices.
+    """
+    return torch.ops.dimap.survey(weights, layers, windows, bins)  # type: ignore[no-any-return]
+
+
+def solve(
+    table: Tensor, windows: Tensor, modules: Sequence[int], keep: Sequence[int]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Stage 2: each layer's magnitude cut from a survey; ``modules[l]`` is the module of layer l.
+
+    Returns `cuts` int64 ``[layers, 2]`` (keys from the first on are kept; those equal to the second
+    tie with the threshold), `quota` int64 ``[modules]`` (how many of the tied are kept; -1: not
+    decided yet), `thresholds` float64 ``[modules]`` and the `windows` to survey next. Where a quota
+    is -1 the module's cuts are -1: survey again through the returned windows.
+    """
+    return torch.ops.dimap.solve(table, windows, modules, keep)  # type: ignore[no-any-return]
+
+
+def emit(
+    weights: Sequence[Tensor],
+    layers: Sequence[int],
+    modules: Sequence[int],
+    cuts: Tensor,
+    quota: Tensor,
+) -> tuple[list[Tensor], Tensor]:
+    """Stage 3: the masks for decided cuts, and what is left of each module's quota.
+
+    Give tensors in their order, in as many calls as you like, and hand the quota on.
+    """
+    return torch.ops.dimap.emit(weights, layers, modules, cuts, quota)  # type: ignore[no-any-return]

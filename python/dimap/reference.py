@@ -1,0 +1,75 @@
+"""The specification, in plain torch float64: slow, exact, and what every kernel is tested against.
+
+S(w) is summed with `math.fsum`, whose result is the exact sum rounded once: the square of a
+float32, bfloat16 or float16 value is exact in float64.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def score64(weights: Sequence[Tensor], layers: Sequence[int]) -> list[Tensor]:
+    """score64 of every weight: w² over the energy of its layer's weights at least as large."""
+    scores = [torch.zeros(w.shape, dtype=torch.float64) for w in weights]
+    for layer in set(layers):
+        members = [i for i, number in enumerate(layers) if number == layer]
+        flat = torch.cat([weights[i].detach().cpu().double().flatten() for i in members])
+        values, inverse, counts = torch.unique(flat.abs(), return_inverse=True, return_counts=True)
+        squares = (values * values).tolist()
+        energies = [0.0] * len(squares)
+        partials: list[float] = []  # the exact sum so far, as non-overlapping floats
+        for k in reversed(range(len(squares))):
+            _add(partials, squares[k], int(counts[k]))
+            energies[k] = math.fsum(partials)
+        table = torch.tensor(
+            [s / e if s else 0.0 for s, e in zip(squares, energies, strict=True)],
+            dtype=torch.float64,
+        )
+        parts = table[inverse].split([weights[i].numel() for i in members])
+        for i, part in zip(members, parts, strict=True):
+            scores[i] = part.view(weights[i].shape)
+    return scores
+
+
+def _add(partials: list[float], value: float, times: int) -> None:
+    """Add ``times * value`` to an exact sum kept as non-overlapping floats (Shewchuk 1997)."""
+    terms = [math.ldexp(value, b) for b in range(times.bit_length()) if times >> b & 1]
+    for term in terms:
+        i = 0
+        for partial in partials:
+            x, y = max(term, partial, key=abs), min(term, partial, key=abs)
+            term = x + y
+            rest = y - (term - x)
+            if rest:
+                partials[i] = rest
+                i += 1
+        partials[i:] = [term]
+
+
+def keep_counts(totals: Sequence[int], sparsity: Sequence[float]) -> list[int]:
+    """How many weights each module keeps: ``N - round(sparsity * N)``, with Python's round."""
+    return [n - round(s * n) for n, s in zip(totals, sparsity, strict=True)]
+
+
+def select(
+    weights: Sequence[Tensor], layers: Sequence[int], modules: Sequence[int], keep: Sequence[int]
+) -> list[Tensor]:
+    """The masks: in each module the `keep` weights of highest score64, ties to the first in order."""
+    scores = score64(weights, layers)
+    masks = [torch.zeros(w.shape, dtype=torch.bool) for w in weights]
+    for module, count in enumerate(keep):
+        members = [i for i, number in enumerate(modules) if number == module]
+        if not members:
+            continue
+        flat = torch.cat([scores[i].flatten() for i in members])
+        order = torch.sort(flat, descending=True, stable=True).indices
+        kept = torch.zeros(flat.shape, dtype=torch.bool)
+        kept[order[:count]] = True
+        for i, part in zip(members, kept.split([weights[i].numel() for i in members]), strict=True):
+            masks[i] = part.view(weights[i].shape)
+    return masks
