@@ -3,8 +3,9 @@ set(_cpu ${CMAKE_CURRENT_SOURCE_DIR}/csrc/kernels/cpu)
 add_library(
   dimap_kernels STATIC
   ${CMAKE_CURRENT_SOURCE_DIR}/csrc/kernels/solve.cpp
-  ${_cpu}/apply.cpp ${_cpu}/decide_portable.cpp ${_cpu}/dispatch.cpp ${_cpu}/engine.cpp ${_cpu}/reading.cpp
-  ${_cpu}/sample.cpp ${_cpu}/score.cpp)
+  ${_cpu}/apply.cpp ${_cpu}/decide_portable.cpp ${_cpu}/dispatch.cpp ${_cpu}/emit.cpp ${_cpu}/engine.cpp
+  ${_cpu}/reading.cpp
+  ${_cpu}/sample.cpp ${_cpu}/score.cpp ${_cpu}/survey.cpp)
 target_compile_options(dimap_kernels PRIVATE -O3)
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
   target_sources(dimap_kernels PRIVATE ${_cpu}/decide_avx2.cpp ${_cpu}/decide_avx512.cpp)

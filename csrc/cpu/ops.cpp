@@ -26,11 +26,12 @@ std::tuple<std::vector<Tensor>, Tensor> select_cuts_op(std::vector<Tensor> weigh
   const std::vector<Tensor> inputs = contiguous(weights);
   const Problem problem = modules_problem(inputs, layers, modules, keep);
   std::vector<Tensor> masks = empty_like(inputs, ScalarType::Bool);
-  const Cuts cuts = guarded([&] { return select(problem, pointers<uint8_t>(masks), TorchPool()); });
+  const std::vector<ModuleCut> cuts =
+      guarded([&] { return dimap::cpu::select(problem, pointers<uint8_t>(masks), TorchPool()); });
   Tensor thresholds = torch::stable::empty({static_cast<int64_t>(keep.size())}, ScalarType::Double, std::nullopt,
                                            torch::stable::Device(torch::headeronly::DeviceType::CPU));
   auto* out = static_cast<double*>(thresholds.mutable_data_ptr());
-  for (size_t m = 0; m < keep.size(); ++m) out[m] = cuts.modules[m].threshold;
+  for (size_t m = 0; m < keep.size(); ++m) out[m] = cuts[m].threshold;
   return {std::move(masks), std::move(thresholds)};
 }
 

@@ -5,7 +5,8 @@
 #include <span>
 #include <tuple>
 
-#include "../kernels/cpu/engine.h"
+#include "../kernels/cpu/emit.h"
+#include "../kernels/cpu/survey.h"
 #include "../kernels/wire.h"
 #include "common.h"
 
@@ -106,8 +107,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> solve_op(Tensor table, Tensor windows
     for (const size_t l : layers[m]) mine.push_back(tables[l]), total += tables[l].total;
     STD_TORCH_CHECK(keep[m] >= 0 && keep[m] <= total, "keep[", m, "] must be in [0, ", total, "], got ", keep[m]);
     std::vector<Cut> found(mine.size());
-    std::vector<Window> closer(mine.size());
-    const ModuleCut result = dimap::solve(mine, keep[m], bins, found, closer);
+    std::vector<Next> closer(mine.size());
+    const ModuleCut result = dimap::solve(mine, keep[m], found, closer);
     static_cast<int64_t*>(quota.mutable_data_ptr())[m] = result.decided ? result.quota : -1;
     static_cast<double*>(thresholds.mutable_data_ptr())[m] =
         result.decided ? result.threshold : std::numeric_limits<double>::quiet_NaN();
@@ -115,7 +116,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> solve_op(Tensor table, Tensor windows
       const size_t l = layers[m][i];
       cut_rows[2 * l] = result.decided ? int64_t{found[i].keep_from} : -1;
       cut_rows[2 * l + 1] = result.decided && found[i].tie != Cut::kNoTie ? int64_t{found[i].tie} : -1;
-      const Window window = result.decided ? wire[l].window : closer[i];
+      const Window window = result.decided ? wire[l].window : closer[i].window;
       write_window({window, wire[l].granularity}, next_rows + static_cast<int64_t>(l) * kWindowColumns);
     }
   }
@@ -153,7 +154,7 @@ std::tuple<std::vector<Tensor>, Tensor> emit_op(std::vector<Tensor> weights, Int
   std::vector<Tensor> masks = empty_like(inputs, ScalarType::Bool);
   guarded([&] {
     emit(problem, found, {static_cast<int64_t*>(left.mutable_data_ptr()), static_cast<size_t>(left.numel())},
-         pointers<uint8_t>(masks), TorchPool());
+         pointers<uint8_t>(masks), nullptr, {}, TorchPool());
   });
   return {std::move(masks), std::move(left)};
 }

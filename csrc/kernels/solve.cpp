@@ -108,8 +108,7 @@ struct Atom {
 
 }  // namespace
 
-ModuleCut solve(std::span<const LayerTable> tables, int64_t keep, int64_t bins, std::span<Cut> cuts,
-                std::span<Window> windows) {
+ModuleCut solve(std::span<const LayerTable> tables, int64_t keep, std::span<Cut> cuts, std::span<Next> next) {
   if (keep == 0) {
     std::fill(cuts.begin(), cuts.end(), Cut{});
     return {.decided = true, .threshold = std::numeric_limits<double>::quiet_NaN()};
@@ -120,16 +119,17 @@ ModuleCut solve(std::span<const LayerTable> tables, int64_t keep, int64_t bins, 
   const double low = select_bound(layers, keep, false, [](const Interval& i) { return i.low; });
   const double high = select_bound(layers, keep, true, [](const Interval& i) { return i.high; });
 
-  bool decided = true, escaped = false;
+  bool decided = true;
   std::vector<std::pair<size_t, size_t>> unsure(layers.size());  // intervals that may hold the threshold
   for (size_t l = 0; l < layers.size(); ++l) {
     const auto& list = layers[l].intervals;
     size_t begin = 0, end = 0;
     while (begin < list.size() && list[begin].low > high) ++begin;
+    next[l].escaped = false;
     for (end = begin; end < list.size() && list[end].high >= low; ++end) {
       const bool one_magnitude = list[end].first == list[end].last;
       decided &= one_magnitude;
-      escaped |= list[end].bin < 0 && !one_magnitude;
+      next[l].escaped |= list[end].bin < 0 && !one_magnitude;
     }
     unsure[l] = {begin, end};
   }
@@ -142,11 +142,11 @@ ModuleCut solve(std::span<const LayerTable> tables, int64_t keep, int64_t bins, 
       const uint32_t above_first = begin > 0 ? list[begin - 1].first : kNonFinite;
       const uint32_t first = begin < end ? list[end - 1].first : below_end;
       const uint32_t last = begin < end ? list[begin].last : below_end;
-      windows[l] = window_over(first, last, bins, tables[l].granularity);
-      windows[l].below_end = below_end;
-      windows[l].above_first = above_first;
+      next[l].window = window_over(first, last, static_cast<int64_t>(tables[l].bins.size()), tables[l].granularity);
+      next[l].window.below_end = below_end;
+      next[l].window.above_first = above_first;
     }
-    return {.escaped = escaped};
+    return {};
   }
 
   int64_t kept = 0;

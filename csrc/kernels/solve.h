@@ -19,23 +19,26 @@ struct Cut {
 
 struct ModuleCut {
   bool decided = false;
-  bool escaped = false;    // undecided, and some layer's cut may lie outside its window
   double threshold = 0.0;  // the smallest score64 kept; NaN where nothing is kept
   int64_t quota = 0;       // how many of the tied weights are kept
 };
 
+// Where to look next in a layer of an undecided module.
+struct Next {
+  Window window;
+  bool escaped = false;  // the cut may lie outside the window that the table was taken through
+};
+
 // Solves one module.
 //
-//   tables   the module's layers, each surveyed through its own window
-//   keep     how many weights the module keeps, in [0, sum of the totals]
-//   bins     bins in the windows that a refinement asks for, at least kMinBins
-//   cuts     one for each layer, valid where the module is decided
-//   windows  one for each layer: where to look next, where it is not
+//   tables  the module's layers, each surveyed through its own window
+//   keep    how many weights the module keeps, in [0, sum of the totals]
+//   cuts    one for each layer, valid where the module is decided
+//   next    one for each layer, valid where it is not; windows of as many bins as the layer's table has
 //
 // A bin bounds the scores inside it; the keep-th largest of the lower bounds and that of the upper bounds enclose the
 // threshold. Only bins between the two matter: once each of them holds a single magnitude the exact scores decide, else
 // the windows close in on them. Windows may be guesses: what lies outside one is a bin with bounds like any other.
-ModuleCut solve(std::span<const LayerTable> tables, int64_t keep, int64_t bins,
-                std::span<Cut> cuts, std::span<Window> windows);
+ModuleCut solve(std::span<const LayerTable> tables, int64_t keep, std::span<Cut> cuts, std::span<Next> next);
 
 }  // namespace dimap

@@ -1,11 +1,11 @@
 // The tensors cut into pieces of work, in order of position.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <vector>
 
 #include "../problem.h"
-#include "decide.h"
 
 namespace dimap::cpu {
 
@@ -17,17 +17,16 @@ struct Chunk {
   int64_t offset, n;
 
   // Filled by a reading:
-  int32_t worker = 0;   // whose buffers hold what was set aside,
-  int64_t begin = 0;    // from where,
-  int64_t aside = 0;    // how many
-  int64_t atoms = 0;    // weights equal to the bracket's atom
+  int32_t worker = 0;  // whose buffers hold what was set aside,
+  int64_t begin = 0;   // from where,
+  int64_t aside = 0;   // how many
   // Filled when ties are shared out:
   int64_t ties = 0, quota = 0;  // weights that tie with the threshold; how many of them, the first ones, are kept
 };
 
-inline const void* data(const Problem& problem, const Chunk& chunk) {
+inline void* data(const Problem& problem, const Chunk& chunk) {
   const TensorView& t = problem.tensors[chunk.tensor];
-  return static_cast<const char*>(t.data) + chunk.offset * size_of(t.dtype);
+  return static_cast<char*>(const_cast<void*>(t.data)) + chunk.offset * size_of(t.dtype);
 }
 
 inline std::vector<Chunk> chunks_of(const Problem& problem) {
@@ -39,6 +38,19 @@ inline std::vector<Chunk> chunks_of(const Problem& problem) {
                         std::min(Chunk::kWeights, tensor.numel - at)});
   }
   return chunks;
+}
+
+// Calls body.template operator()<kType>() for the type of a tensor.
+template <typename Body>
+auto for_type(DType dtype, Body&& body) {
+  switch (dtype) {
+    case DType::kBFloat16:
+      return body.template operator()<DType::kBFloat16>();
+    case DType::kFloat16:
+      return body.template operator()<DType::kFloat16>();
+    default:
+      return body.template operator()<DType::kFloat32>();
+  }
 }
 
 }  // namespace dimap::cpu

@@ -4,32 +4,15 @@
 #include <atomic>
 #include <new>
 
+#include "survey.h"
+
 namespace dimap::cpu {
 namespace {
 
 // Masks of this many weights and more do not stay in the caches: they are written past them.
 constexpr int64_t kStreamFrom = int64_t{1} << 23;
 
-template <DType kType>
-void check_finite(const TensorView& tensor, int64_t index) {
-  const auto* weights = static_cast<const storage_t<kType>*>(tensor.data);
-  for (int64_t i = 0; i < tensor.numel; ++i) {
-    const uint32_t key = key_of<kType>(weights[i]);
-    if (key >= kNonFinite) throw NonFinite(index, i, key > kNonFinite);
-  }
-}
-
 }  // namespace
-
-void check_finite(const Problem& problem) {
-  for (size_t t = 0; t < problem.tensors.size(); ++t) {
-    const TensorView& tensor = problem.tensors[t];
-    const auto index = static_cast<int64_t>(t);
-    if (tensor.dtype == DType::kFloat32) check_finite<DType::kFloat32>(tensor, index);
-    if (tensor.dtype == DType::kBFloat16) check_finite<DType::kBFloat16>(tensor, index);
-    if (tensor.dtype == DType::kFloat16) check_finite<DType::kFloat16>(tensor, index);
-  }
-}
 
 void Aside::reserve(int64_t n) {
   if (n <= capacity_) return;
@@ -59,7 +42,7 @@ Reading::Reading(const Problem& problem, std::vector<Bracket> brackets, const Po
 
 bool Reading::read(std::span<const uint8_t> wanted, std::span<uint8_t* const> masks, int64_t budget) {
   const Kernels& kernel = kernels();
-  std::vector<std::mutex> locks(64);
+  LayerLocks locks;
   std::vector<ExponentSums> outliers(aside_.size());
   std::atomic<int64_t> aside{0};
   std::atomic<bool> finite{true};
@@ -67,7 +50,7 @@ bool Reading::read(std::span<const uint8_t> wanted, std::span<uint8_t* const> ma
   for (const TensorView& t : problem_.tensors) total += t.numel;
   pool_.for_each(static_cast<int64_t>(chunks.size()), [&](int64_t c, int worker) {
     Chunk& chunk = chunks[c];
-    if (!wanted[chunk.module] || !finite.load(std::memory_order_relaxed) ||
+    if (!wanted[chunk.layer] || !finite.load(std::memory_order_relaxed) ||
         aside.load(std::memory_order_relaxed) > budget)
       return;
     Aside& buffer = *aside_[worker];
@@ -85,15 +68,10 @@ bool Reading::read(std::span<const uint8_t> wanted, std::span<uint8_t* const> ma
     chunk.worker = worker;
     chunk.begin = buffer.used;
     chunk.aside = out.aside;
-    chunk.atoms = out.atoms;
     buffer.used += out.aside;
     aside.fetch_add(out.aside, std::memory_order_relaxed);
-    LayerSums& sums = layers[chunk.layer];
-    const std::lock_guard lock(locks[static_cast<size_t>(chunk.layer) % locks.size()]);
-    sums.kept += out.kept;
-    sums.atoms += out.atoms;
-    if (const u128 sum = out.grid_sum()) sums.energy.add(sum, static_cast<int>(Grid(bracket.high).exponent) - 1);
-    outliers[worker].move_to(sums.energy);
+    const std::lock_guard lock(locks.of(chunk.layer));
+    layers[chunk.layer].add(out, bracket);
   });
   if (!finite) check_finite(problem_);
   return aside.load() <= budget;

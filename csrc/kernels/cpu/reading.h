@@ -1,6 +1,7 @@
 // One deciding read of the weights, and what it knows afterwards.
 #pragma once
 
+#include <array>
 #include <cstdlib>
 #include <memory>
 #include <mutex>
@@ -9,6 +10,7 @@
 
 #include "../table.h"
 #include "chunks.h"
+#include "decide.h"
 #include "parallel.h"
 
 namespace dimap::cpu {
@@ -32,13 +34,30 @@ class Aside {
 struct LayerSums {
   int64_t kept = 0, atoms = 0;
   Energy energy;  // of the kept
+
+  // Takes over what the kernel summed, its outliers too.
+  void add(const Decided& out, const Bracket& bracket) {
+    kept += out.kept;
+    atoms += out.atoms;
+    if (const u128 sum = out.grid_sum()) energy.add(sum, static_cast<int>(Grid(bracket.high).exponent) - 1);
+    out.outliers->move_to(energy);
+  }
+};
+
+// A few locks shared by all layers.
+class LayerLocks {
+ public:
+  std::mutex& of(int32_t layer) { return locks_[static_cast<size_t>(layer) % locks_.size()]; }
+
+ private:
+  std::array<std::mutex, 64> locks_;
 };
 
 class Reading {
  public:
   Reading(const Problem& problem, std::vector<Bracket> brackets, const Pool& pool);
 
-  // Reads every weight of the wanted modules ([modules], nonzero: yes). masks: [tensors] or empty. False when more than
+  // Reads every weight of the wanted layers ([layers], nonzero: yes). masks: [tensors] or empty. False when more than
   // `budget` weights would be set aside. Throws NonFinite.
   bool read(std::span<const uint8_t> wanted, std::span<uint8_t* const> masks, int64_t budget);
 
@@ -57,8 +76,5 @@ class Reading {
   std::vector<std::unique_ptr<Aside>> aside_;           // [workers]
   std::vector<std::vector<int32_t>> chunks_of_layer_;  // [layers]
 };
-
-// Throws NonFinite for the first infinity or NaN of the tensors, if there is one.
-void check_finite(const Problem& problem);
 
 }  // namespace dimap::cpu

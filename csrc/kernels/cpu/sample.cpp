@@ -3,19 +3,23 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <utility>
+
+#include "chunks.h"
 
 namespace dimap::cpu {
 namespace {
 
 // Tuning, as data: measured with benchmarks/bench_select.py.
 constexpr struct {
-  int64_t run = 16;             // neighbouring weights read at a time: a cache line of float32
-  int64_t ratio = 32;           // one run in this many, where the layer is neither small
-  int64_t least = 4096;         // nor
-  int64_t most = int64_t{1} << 18;  // large
-  double sigmas = 4.5;          // half width of a bracket
-  double clustering = 4.0;      // neighbours are alike: variance of a count over that of independent draws
-  double atom_share = 1.0 / 64;  // a single magnitude with more of its layer than this is counted, not set aside
+  int64_t run = 16;                // neighbouring weights read at a time: a cache line of float32
+  int64_t ratio = 48;              // one run in this many, where the layer is neither small
+  int64_t least = 8192;            // nor
+  int64_t most = int64_t{1} << 18;  // large: weights in the sample of a layer
+  double sigmas = 3.5;             // half width of a bracket
+  double clustering = 2.0;         // neighbours are alike: variance of a count over that of independent draws
+  double atom_share = 1.0 / 32;    // a single magnitude with more of its layer than this is counted, not set aside
+  int64_t ahead = 12;              // runs between asking memory for one and reading it
 } kTuning;
 
 constexpr int kShift = 17;  // histogram bins of the sample: 64 to an octave
@@ -32,8 +36,7 @@ uint64_t mix(uint64_t x) {  // the finaliser of splitmix64
 struct Step {  // a nonempty bin of the sample's histogram, scaled up to the layer
   int bin;
   uint32_t only;           // the one key in it, or kMixed
-  double count, energy;    // of this bin
-  double above, energy_above;  // of all larger ones
+  double count, above;     // of weights in it, and in all larger ones
   double low, high;        // scores at its two edges
 };
 
@@ -51,80 +54,101 @@ float value_of(uint32_t key) {
 }
 
 struct Scratch {
-  std::vector<uint32_t> count = std::vector<uint32_t>(kBins), only = std::vector<uint32_t>(kBins);
-  std::vector<double> energy = std::vector<double>(kBins);
+  std::vector<uint32_t> count = std::vector<uint32_t>(kBins);
+  std::vector<uint32_t> keys;
+};
+
+struct Moments {  // of the energy of a run
+  double sum = 0, sum_of_squares = 0;
+  int64_t runs = 0;
 };
 
 template <DType kType>
-void sample_tensor(const TensorView& tensor, uint64_t seed, int64_t ratio, Scratch& scratch,
-                   double& sum, double& sum_of_squares, int64_t& runs, int64_t& taken) {
+void sample_tensor(const TensorView& tensor, uint64_t seed, int64_t ratio, std::vector<uint32_t>& keys,
+                   Moments& moments) {
   const auto* weights = static_cast<const storage_t<kType>*>(tensor.data);
   const int64_t stratum = kTuning.run * ratio;
-  for (int64_t start = 0, i = 0; start < tensor.numel; start += stratum, ++i) {
-    const int64_t choices = std::min(ratio, (tensor.numel - start + kTuning.run - 1) / kTuning.run);
-    // A stratum cut short by the tensor's end is taken with the probability that keeps the sample unbiased.
+  const auto place = [&](int64_t i) {  // where the run of a stratum starts
     const uint64_t draw = ratio == 1 ? 0 : mix(seed ^ static_cast<uint64_t>(i)) % static_cast<uint64_t>(ratio);
-    if (static_cast<int64_t>(draw) >= choices) continue;
-    const int64_t begin = start + static_cast<int64_t>(draw) * kTuning.run;
-    const int64_t end = std::min(begin + kTuning.run, tensor.numel);
+    return i * stratum + static_cast<int64_t>(draw) * kTuning.run;
+  };
+  const int64_t strata = (tensor.numel + stratum - 1) / stratum;
+  for (int64_t i = 0; i < strata; ++i) {
+    if (i + kTuning.ahead < strata) __builtin_prefetch(weights + place(i + kTuning.ahead));
+    const int64_t begin = place(i);
+    // A stratum cut short by the tensor's end is taken with the probability that keeps the sample unbiased.
+    if (begin >= tensor.numel) continue;
+    const int64_t n = std::min(kTuning.run, tensor.numel - begin);
+    const size_t at = keys.size();
+    keys.resize(at + static_cast<size_t>(n));
     double energy = 0;
-    for (int64_t j = begin; j < end; ++j) {
-      const uint32_t key = key_of<kType>(weights[j]);
-      const double square = squared_value(key);
-      const uint32_t bin = key >> kShift;
-      scratch.only[bin] = scratch.count[bin]++ == 0 || scratch.only[bin] == key ? key : kMixed;
-      scratch.energy[bin] += square;
-      energy += square;
+    for (int64_t j = 0; j < n; ++j) {
+      const uint32_t key = key_of<kType>(weights[begin + j]);
+      keys[at + static_cast<size_t>(j)] = key;
+      const double value = value_of(key);
+      energy += value * value;
     }
-    sum += energy;
-    sum_of_squares += energy * energy;
-    taken += end - begin;
-    ++runs;
+    moments.sum += energy;
+    moments.sum_of_squares += energy * energy;
+    ++moments.runs;
   }
 }
 
-Sketch sketch_layer(const Problem& problem, int32_t layer, const std::vector<int32_t>& tensors,
-                    Scratch& scratch) {
+// The one key of a bin, or kMixed.
+uint32_t only_key(const std::vector<uint32_t>& keys, uint32_t bin) {
+  uint32_t only = kMixed;
+  for (const uint32_t key : keys) {
+    if (key >> kShift != bin) continue;
+    if (only != kMixed && only != key) return kMixed;
+    only = key;
+  }
+  return only;
+}
+
+Sketch sketch_layer(const Problem& problem, int32_t layer, const std::vector<int32_t>& tensors, Scratch& scratch) {
   const int64_t total = problem.layer_total[layer];
   const int64_t wanted = std::clamp(total / kTuning.ratio, kTuning.least, kTuning.most);
   const int64_t ratio = std::max<int64_t>(1, total / wanted);
-  double sum = 0, sum_of_squares = 0;
-  int64_t runs = 0, taken = 0;
+  std::vector<uint32_t>& keys = scratch.keys;
+  keys.clear();
+  Moments moments;
   for (const int32_t t : tensors) {
     const TensorView& tensor = problem.tensors[t];
     const uint64_t seed = mix(static_cast<uint64_t>(t) + 1);
-    switch (tensor.dtype) {
-      case DType::kFloat32:
-        sample_tensor<DType::kFloat32>(tensor, seed, ratio, scratch, sum, sum_of_squares, runs, taken);
-        break;
-      case DType::kBFloat16:
-        sample_tensor<DType::kBFloat16>(tensor, seed, ratio, scratch, sum, sum_of_squares, runs, taken);
-        break;
-      case DType::kFloat16:
-        sample_tensor<DType::kFloat16>(tensor, seed, ratio, scratch, sum, sum_of_squares, runs, taken);
-        break;
-    }
+    for_type(tensor.dtype, [&]<DType kType>() { sample_tensor<kType>(tensor, seed, ratio, keys, moments); });
+  }
+  uint32_t top = 0, bottom = kKeyEnd;
+  for (const uint32_t key : keys) {
+    ++scratch.count[key >> kShift];
+    top = std::max(top, key);
+    bottom = std::min(bottom, key);
   }
   Sketch sketch;
   sketch.total = static_cast<double>(total);
-  sketch.scale = taken ? sketch.total / static_cast<double>(taken) : 1;
-  sketch.deviation = ratio == 1 || sum == 0 ? 0 : std::sqrt(sum_of_squares) / sum;
+  sketch.scale = keys.empty() ? 1 : sketch.total / static_cast<double>(keys.size());
+  if (ratio > 1 && moments.sum > 0) {
+    const double mean = moments.sum / static_cast<double>(moments.runs);
+    const double spread = std::max(0.0, moments.sum_of_squares / moments.sum - mean);  // variance of a run over its mean
+    sketch.deviation = std::sqrt(spread / moments.sum);
+  }
   double above = 0, energy_above = 0;
-  for (int bin = kBins - 1; bin >= 0; --bin) {
-    if (scratch.count[bin] == 0) continue;
-    Step step{bin, scratch.only[bin], scratch.count[bin] * sketch.scale,
-              scratch.energy[bin] * sketch.scale, above, energy_above, 0, 0};
-    scratch.count[bin] = 0;
-    scratch.energy[bin] = 0;
-    const auto edge = [](int b) {
-      const double v = value_of(static_cast<uint32_t>(b) << kShift);
-      return v * v;
-    };
-    const double upper = edge(std::min(bin + 1, static_cast<int>(kNonFinite >> kShift) - 1));
-    step.high = energy_above > 0 ? std::min(1.0, upper / energy_above) : 1.0;
+  for (int64_t bin = top >> kShift; bin >= bottom >> kShift; --bin) {
+    const uint32_t count = std::exchange(scratch.count[static_cast<size_t>(bin)], 0);
+    if (count == 0) continue;
+    const auto first = static_cast<uint32_t>(bin) << kShift;
+    const bool heavy = count > kTuning.atom_share * static_cast<double>(keys.size());
+    Step step;
+    step.bin = static_cast<int>(bin);
+    step.only = heavy || first == 0 ? only_key(keys, static_cast<uint32_t>(bin)) : kMixed;
+    step.count = count * sketch.scale;
+    step.above = above;
+    const double lower = value_of(first);
+    const double upper = value_of(std::min(first + (1u << kShift), kNonFinite - 1));
+    const double inside = step.only != kMixed ? value_of(step.only) : (lower + upper) / 2;
+    step.high = energy_above > 0 ? std::min(1.0, upper * upper / energy_above) : 1.0;
     above += step.count;
-    energy_above += step.energy;
-    step.low = std::min(step.high, edge(bin) / energy_above);
+    energy_above += step.count * inside * inside;
+    step.low = energy_above > 0 ? std::min(step.high, lower * lower / energy_above) : 0;
     sketch.steps.push_back(step);
   }
   return sketch;
@@ -226,7 +250,7 @@ void bracket_module(const Problem& problem, int32_t module, const std::vector<in
         aside += inside;
       }
     }
-    guess.aside[module] += aside;
+    guess.aside[layers[i]] = aside;
   }
 }
 
@@ -243,7 +267,7 @@ Guess guess_brackets(const Problem& problem, const Pool& pool) {
   pool.for_each(static_cast<int64_t>(problem.layers()), [&](int64_t l, int worker) {
     sketches[l] = sketch_layer(problem, static_cast<int32_t>(l), tensors[l], scratch[worker]);
   });
-  Guess guess{std::vector<Bracket>(problem.layers()), std::vector<double>(problem.modules())};
+  Guess guess{std::vector<Bracket>(problem.layers()), std::vector<double>(problem.layers())};
   pool.for_each(static_cast<int64_t>(problem.modules()), [&](int64_t m, int) {
     if (problem.keep[m] > 0 && problem.keep[m] < problem.module_total[m])
       bracket_module(problem, static_cast<int32_t>(m), layers[m], sketches, guess);

@@ -11,7 +11,7 @@ namespace dimap::cpu {
 
 struct Guess {
   std::vector<Bracket> brackets;  // [layers]: expected to hold the cut
-  std::vector<double> aside;      // [modules]: expected number of weights inside the brackets
+  std::vector<double> aside;      // [layers]: expected number of weights inside the bracket
 };
 
 // Positions are pseudo-random but fixed: the same weights give the same sample on every machine and run.

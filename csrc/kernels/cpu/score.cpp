@@ -3,11 +3,13 @@
 #include <algorithm>
 #include <cmath>
 #include <memory>
+#include <mutex>
 #include <numeric>
 #include <utility>
+#include <stdexcept>
 #include <vector>
 
-#include "reading.h"
+#include "survey.h"
 
 namespace dimap::cpu {
 namespace {
