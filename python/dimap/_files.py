@@ -68,7 +68,9 @@ def check_free(path: Path, *, folder: bool = False, force: bool = False) -> None
     if folder and not path.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, "must be a folder, got a file", str(path))
     if not force:
-        raise FileExistsError(errno.EEXIST, "exists already, and force is off", str(path))
+        raise FileExistsError(
+            errno.EEXIST, "exists already and is replaced only by force (--force)", str(path)
+        )
 
 
 @contextmanager
@@ -105,7 +107,7 @@ def open_safetensors(path: Path) -> Any:
 def save_safetensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
 ) -> None:
-    """Write a new safetensors file; tensors that share memory (tied weights) are each written."""
+    """Fill the empty file `path`; tensors that share memory (tied weights) are each written."""
     seen: set[int] = set()
     ready: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
@@ -114,7 +116,9 @@ def save_safetensors(
         ready[name] = dense.clone() if storage in seen else dense
         seen.add(storage)
     try:
+        mode = path.stat().st_mode
         save_file(ready, path, metadata=dict(metadata))
+        path.chmod(mode)  # newer versions of the library replace the file by a private one
     except SafetensorError as error:
         raise OSError(errno.EIO, f"could not be written ({_reason(error)})", str(path)) from error
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 CLASSES = "timm.models."
 
@@ -65,6 +65,36 @@ def skeleton(architecture: str, config: Mapping[str, Any]) -> nn.Module:
         raise ValueError(
             f"timm must be able to build {architecture} with {dict(config)}, got: {error}"
         ) from error
+
+
+def with_weights(
+    architecture: str, config: Mapping[str, Any], state: Mapping[str, Tensor]
+) -> nn.Module:
+    """The model with the tensors of a state dict in it; what the state dict lacks stays on meta.
+
+    A classifier of another size (a fine-tuned model's) is built as the state dict has it.
+
+    Raises as `skeleton`, and ValueError where a name or shape is not the model's.
+    """
+    model = skeleton(architecture, config)
+    head = getattr(model, "pretrained_cfg", {}).get("classifier")
+    weight = state.get(f"{head}.weight")
+    if (
+        weight is not None
+        and weight.ndim
+        and weight.shape[0] != getattr(model, "num_classes", None)
+    ):
+        model = skeleton(architecture, {**config, "num_classes": weight.shape[0]})
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    for name, tensor in state.items():
+        if shapes.get(name) != tuple(tensor.shape):
+            want = shapes.get(name, "no such parameter")
+            raise ValueError(
+                f"the weights must be those of timm's {architecture}, which has {want} for "
+                f"{name}, got {tuple(tensor.shape)}"
+            )
+    model.requires_grad_(False).load_state_dict(state, strict=False, assign=True)
+    return model
 
 
 def described(path: str, metadata: Mapping[str, str]) -> tuple[str, dict[str, Any]] | None:

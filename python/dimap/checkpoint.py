@@ -37,7 +37,7 @@ def open_checkpoint(path: str | os.PathLike[str], *, random_init: bool = False) 
     if text.startswith("timm:"):
         return open_timm(text, random_init=random_init)
     if random_init:
-        raise ValueError(f"random weights are only for timm:NAME, got {text}")
+        raise ValueError(f"random weights (--random-init) are only for timm:NAME, got {text}")
     file = Path(text)
     if file.is_dir():
         return Folder(file)

@@ -1,0 +1,5 @@
+"""`python -m dimap` is the command `dimap`."""
+
+from .cli import main
+
+main()

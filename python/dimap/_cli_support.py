@@ -1,0 +1,80 @@
+"""Arguments of the command line checked, and errors told in one sentence."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+
+def clean_up_on_signals() -> None:
+    """Let SIGTERM and SIGHUP unwind the program as Ctrl-C does, so that outputs are cleaned up."""
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, lambda number, _: sys.exit(128 + number))
+
+
+@contextmanager
+def clear_errors(debug: bool) -> Iterator[None]:
+    """Turn an exception into one sentence on stderr and exit code 1; 130 for Ctrl-C."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        _complain("interrupted")
+        raise typer.Exit(130) from None
+    except (typer.Exit, typer.BadParameter, BrokenPipeError):
+        raise
+    except Exception as error:
+        if debug:
+            raise
+        _complain(_sentence(error))
+        raise typer.Exit(1) from None
+
+
+def _sentence(error: Exception) -> str:
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, OSError) and error.errno is not None:
+        return str(error.strerror)
+    if isinstance(error, (ValueError, TypeError, OSError, ImportError)) and str(error):
+        return str(error)
+    # Anything else is not expected, and what a library says may be long.
+    first = (str(error).splitlines() or [""])[0]
+    return f"{type(error).__name__}: {first} (--debug shows where)"
+
+
+def _complain(text: str) -> None:
+    message = Text("dimap: error: ", style="bold red").append(text, style="not bold default")
+    Console(stderr=True, highlight=False).print(message, soft_wrap=True)
+
+
+def shares(options: list[str]) -> dict[str, float]:
+    """--module NAME=SHARE, each name once."""
+    shares: dict[str, float] = {}
+    for option in options:
+        name, _, text = option.partition("=")
+        try:
+            share = float(text)
+        except ValueError:
+            raise typer.BadParameter(f"--module must be NAME=SHARE, got {option!r}") from None
+        if name in shares:
+            raise typer.BadParameter(f"--module must name a module once, got {name!r} twice")
+        shares[name] = share
+    return shares
+
+
+def sides(text: str | None) -> tuple[int, ...] | None:
+    """--input-size: a side, HxW or CxHxW."""
+    if text is None:
+        return None
+    parts = text.lower().split("x")
+    if len(parts) > 3 or not all(side.isdecimal() and int(side) > 0 for side in parts):
+        raise typer.BadParameter(f"--input-size must be like 224 or 3x224x224, got {text!r}")
+    numbers = tuple(map(int, parts))
+    return numbers * 2 if len(numbers) == 1 else numbers
