@@ -470,12 +470,30 @@ def test_interrupted_in_the_middle(single, folder, tmp_path, error, existing):
             assert same(read(out), before)
 
 
-def test_a_failed_write_names_the_output(single, tmp_path, monkeypatch):
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("dimap._checkpoint_safetensors._ShardsWriter._write", full)
-    not_written(single, tmp_path / "out.safetensors", OSError, r"No space.*out\.safetensors")
+@pytest.mark.parametrize(
+    ("source", "out"),
+    [
+        ("in.safetensors", "out.safetensors"),
+        ("in", "out"),
+        ("in.pth", "out.pth"),
+        ("in.pth", "out.safetensors"),
+    ],
+)
+def test_a_write_that_fails_names_the_output_and_leaves_nothing(tmp_path, source, out):
+    resource = pytest.importorskip("resource")
+    state = {"a": torch.ones(100_000), "b": torch.ones(100_000)}
+    if source == "in.pth":
+        torch.save(state, tmp_path / source)
+    else:
+        name = "in/model.safetensors" if source == "in" else source
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        save_file(state, tmp_path / name)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, hard))  # as on a disk that fills up
+    try:
+        not_written(tmp_path / source, tmp_path / out, OSError, rf"File too large.*{out}'")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_writer_wants_every_tensor_in_order_and_unchanged_in_kind(single, tmp_path):

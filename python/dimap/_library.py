@@ -43,7 +43,15 @@ def _masks(weights: Sequence[Tensor]) -> list[Tensor]:
     return [torch.empty(w.shape, dtype=torch.bool, device=w.device) for w in weights]
 
 
-def _check_lengths(weights: Sequence[Tensor], **numbers: Sequence[int]) -> None:
+def _check(weights: Sequence[Tensor], **numbers: Sequence[object]) -> None:
+    """What the kernels check and a fake tensor can know."""
+    for i, w in enumerate(weights):
+        torch._check(
+            w.device == weights[0].device,
+            lambda i=i, w=w: (  # type: ignore[misc]
+                f"weights[{i}] must be on {weights[0].device} like weights[0], got {w.device}"
+            ),
+        )
     for name, given in numbers.items():
         torch._check(
             len(given) == len(weights),
@@ -56,7 +64,7 @@ def _check_lengths(weights: Sequence[Tensor], **numbers: Sequence[int]) -> None:
 
 @torch.library.register_fake("dimap::score")
 def _(weights: Sequence[Tensor], layers: Sequence[int]) -> list[Tensor]:
-    _check_lengths(weights, layers=layers)
+    _check(weights, layers=layers)
     return [torch.empty(w.shape, dtype=torch.float32, device=w.device) for w in weights]
 
 
@@ -64,7 +72,7 @@ def _(weights: Sequence[Tensor], layers: Sequence[int]) -> list[Tensor]:
 def _(
     weights: Sequence[Tensor], layers: Sequence[int], modules: Sequence[int], keep: Sequence[int]
 ) -> list[Tensor]:
-    _check_lengths(weights, layers=layers, modules=modules)
+    _check(weights, layers=layers, modules=modules)
     return _masks(weights)
 
 
@@ -72,7 +80,7 @@ def _(
 def _(
     weights: Sequence[Tensor], layers: Sequence[int], modules: Sequence[int], keep: Sequence[int]
 ) -> tuple[list[Tensor], Tensor]:
-    _check_lengths(weights, layers=layers, modules=modules)
+    _check(weights, layers=layers, modules=modules)
     device = weights[0].device if weights else None
     return _masks(weights), torch.empty(len(keep), dtype=torch.float64, device=device)
 
@@ -81,17 +89,17 @@ def _(
 def _(
     weights: Sequence[Tensor], layers: Sequence[int], modules: Sequence[int], keep: Sequence[int]
 ) -> None:
-    _check_lengths(weights, layers=layers, modules=modules)
+    _check(weights, layers=layers, modules=modules)
 
 
 @torch.library.register_fake("dimap::apply_")
 def _(weights: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
-    _check_lengths(weights, masks=masks)  # type: ignore[arg-type]
+    _check(weights, masks=masks)
 
 
 @torch.library.register_fake("dimap::survey")
 def _(weights: Sequence[Tensor], layers: Sequence[int], windows: Tensor, bins: int) -> Tensor:
-    _check_lengths(weights, layers=layers)
+    _check(weights, layers=layers)
     return windows.new_empty((windows.shape[0], _HEAD + 3 * bins), dtype=torch.int64)
 
 
@@ -116,7 +124,7 @@ def _(
     cuts: Tensor,
     quota: Tensor,
 ) -> tuple[list[Tensor], Tensor]:
-    _check_lengths(weights, layers=layers, modules=modules)
+    _check(weights, layers=layers, modules=modules)
     return _masks(weights), torch.empty_like(quota)
 
 

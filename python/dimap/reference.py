@@ -60,8 +60,14 @@ def select(
     weights: Sequence[Tensor], layers: Sequence[int], modules: Sequence[int], keep: Sequence[int]
 ) -> list[Tensor]:
     """The masks: in each module the `keep` weights of highest score64, ties to the first in order."""
-    scores = score64(weights, layers)
-    masks = [torch.zeros(w.shape, dtype=torch.bool) for w in weights]
+    return select_by(score64(weights, layers), modules, keep)
+
+
+def select_by(
+    scores: Sequence[Tensor], modules: Sequence[int], keep: Sequence[int]
+) -> list[Tensor]:
+    """The masks for scores at hand."""
+    masks = [torch.zeros(s.shape, dtype=torch.bool) for s in scores]
     for module, count in enumerate(keep):
         members = [i for i, number in enumerate(modules) if number == module]
         if not members:
@@ -70,6 +76,6 @@ def select(
         order = torch.sort(flat, descending=True, stable=True).indices
         kept = torch.zeros(flat.shape, dtype=torch.bool)
         kept[order[:count]] = True
-        for i, part in zip(members, kept.split([weights[i].numel() for i in members]), strict=True):
-            masks[i] = part.view(weights[i].shape)
+        for i, part in zip(members, kept.split([scores[i].numel() for i in members]), strict=True):
+            masks[i] = part.view(scores[i].shape)
     return masks

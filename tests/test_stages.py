@@ -1,0 +1,88 @@
+"""survey, solve and emit: any split of the weights gives the masks of the whole."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dimap import ops, reference
+from problems import DTYPES, Problem, problems, values
+
+
+def run_in_pieces(problem: Problem, cuts_at: list[int], bins: int) -> list[torch.Tensor]:
+    """Survey every tensor in pieces, add the tables up, solve, and emit piece by piece."""
+    count = max(problem.layers) + 1
+    rank = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+    dtypes = [torch.bfloat16] * count
+    module_of = [0] * count
+    for w, layer, module in zip(problem.weights, problem.layers, problem.modules, strict=True):
+        dtypes[layer] = min(dtypes[layer], w.dtype, key=rank.__getitem__)
+        module_of[layer] = module
+    pieces = []  # tensor, piece
+    for i, w in enumerate(problem.weights):
+        flat = w.reshape(-1)
+        bounds = sorted({0, flat.numel(), *(c % (flat.numel() + 1) for c in cuts_at)})
+        pieces += [(i, flat[a:b]) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+    windows = ops.first_windows(dtypes, bins)
+    for _ in range(20):
+        tables = [ops.survey([p], [problem.layers[i]], windows, bins) for i, p in reversed(pieces)]
+        tables.append(ops.survey([], [], windows, bins))
+        table = torch.stack(tables).sum(0)
+        cuts, quota, thresholds, windows = ops.solve(table, windows, module_of, problem.keep)
+        if (quota >= 0).all():
+            break
+    else:
+        raise AssertionError("not decided in twenty surveys")
+    want = ops.select_cuts(*problem.args())[1]
+    torch.testing.assert_close(thresholds, want, rtol=0, atol=0, equal_nan=True)
+    parts: list[list[torch.Tensor]] = [[] for _ in problem.weights]
+    for i, piece in pieces:
+        (mask,), quota = ops.emit([piece], [problem.layers[i]], [problem.modules[i]], cuts, quota)
+        parts[i].append(mask)
+    assert not quota.any()
+    empty = torch.empty(0, dtype=torch.bool)
+    return [torch.cat([empty, *p]).reshape(w.shape) for p, w in zip(parts, problem.weights, strict=True)]
+
+
+@given(problem=problems(), cuts_at=st.lists(st.integers(0, 10**6), max_size=3), bins=st.sampled_from([256, 4096]))
+@settings(max_examples=80, deadline=None)
+def test_any_split(problem: Problem, cuts_at: list[int], bins: int) -> None:
+    got = run_in_pieces(problem, cuts_at, bins)
+    for mask, want in zip(got, reference.select(*problem.args()), strict=True):
+        assert torch.equal(mask, want)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_large_tensors_in_pieces(dtype: torch.dtype) -> None:
+    weights = [values("normal", 300_000, 0).to(dtype), values("cauchy", 100_000, 1).clamp(-6e4, 6e4).to(dtype)]
+    problem = Problem(weights, [0, 1], [0, 0], [170_000])
+    got = run_in_pieces(problem, [7, 131_072, 200_001], 4096)
+    assert all(torch.equal(a, b) for a, b in zip(got, ops.select(*problem.args()), strict=True))
+
+
+def test_survey_of_nothing_is_zero() -> None:
+    windows = ops.first_windows([torch.float32], 256)
+    assert not ops.survey([], [], windows, 256).any()
+
+
+@pytest.mark.parametrize(
+    ("windows", "bins", "message"),
+    [
+        (ops.first_windows([torch.float32], 256), 100, "bins must be at least 256, got 100"),
+        (torch.tensor([[1, 23, 0, 0, 0]]), 256, r"windows\[0\] must start at a key"),
+        (torch.tensor([[0, 24, 0, 0, 0]]), 256, r"windows\[0\] must start at a key"),
+        (torch.zeros(1, 3, dtype=torch.int64), 256, "windows must have 5 columns, got 3"),
+        (torch.zeros(1, 5), 256, "windows must be an int64 matrix on cpu, got float32"),
+        (torch.tensor([[0, 23, 16, 0, 0]]), 256, r"granularity of at most 0 for weights\[0\]"),
+    ],
+)
+def test_bad_windows(windows: torch.Tensor, bins: int, message: str) -> None:
+    with pytest.raises(RuntimeError, match=message):
+        ops.survey([torch.ones(3)], [0], windows, bins)
+
+
+def test_emit_refuses_undecided_cuts() -> None:
+    with pytest.raises(RuntimeError, match=r"cuts\[0\] must be decided"):
+        ops.emit([torch.ones(3)], [0], [0], torch.tensor([[-1, -1]]), torch.tensor([0]))
