@@ -73,7 +73,9 @@ class _StateDictWriter(Writer):
         try:
             with open(self._target, "wb") as file:
                 torch.save(self._source.root, file)
-        except RuntimeError as error:  # torch's word for a write that failed
+        except RuntimeError as error:  # torch's word for a write that failed, over the true one
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
             raise OSError(errno.EIO, f"could not be written ({error})") from error
 
 

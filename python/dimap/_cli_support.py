@@ -42,10 +42,11 @@ def _sentence(error: Exception) -> str:
         return f"{error.filename}: {error.strerror}"
     if isinstance(error, OSError) and error.errno is not None:
         return str(error.strerror)
-    if isinstance(error, (ValueError, TypeError, OSError, ImportError)) and str(error):
-        return str(error)
-    # Anything else is not expected, and what a library says may be long.
     first = (str(error).splitlines() or [""])[0]
+    if isinstance(error, (ValueError, TypeError, OSError, ImportError)) and first:
+        return str(error)
+    if isinstance(error, RuntimeError) and first:  # of the operators, and of a forward pass
+        return first
     return f"{type(error).__name__}: {first} (--debug shows where)"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping
@@ -120,7 +121,9 @@ def save_safetensors(
         save_file(ready, path, metadata=dict(metadata))
         path.chmod(mode)  # newer versions of the library replace the file by a private one
     except SafetensorError as error:
-        raise OSError(errno.EIO, f"could not be written ({_reason(error)})", str(path)) from error
+        found = re.search(r"os error (\d+)", str(error))
+        code = int(found[1]) if found else errno.EIO
+        raise OSError(code, os.strerror(code) if found else str(error)) from error
 
 
 def _reason(error: SafetensorError) -> str:

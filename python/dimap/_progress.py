@@ -35,13 +35,13 @@ class Bar:
         self._timer = threading.Timer(DELAY, self._show)
         self._timer.daemon = True
         self._lock = threading.Lock()
-        self._over = False
+        self._shown = self._over = False
 
     def step(self, description: str, total: int | None = None) -> None:
         """Begin the next piece of work; `total` in any unit, None where it is not known."""
-        self._progress.reset(self._task, total=total, description=description)
-        if total is None:
-            self._progress.update(self._task, total=None)
+        # A new task: rich cannot take the length back from one that has it.
+        self._progress.remove_task(self._task)
+        self._task = self._progress.add_task(description, total=total)
 
     def over(self, description: str, sizes: Mapping[str, int]) -> Iterator[str]:
         """Go through the names, and count each one's size when it is done."""
@@ -53,6 +53,7 @@ class Bar:
     def _show(self) -> None:
         with self._lock:
             if not self._over:
+                self._shown = True
                 self._progress.start()
 
     def __enter__(self) -> Bar:
@@ -64,4 +65,5 @@ class Bar:
         self._timer.cancel()
         with self._lock:
             self._over = True
-        self._progress.stop()
+        if self._shown:  # else it would print an empty line
+            self._progress.stop()
