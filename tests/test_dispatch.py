@@ -17,9 +17,10 @@ def decided():
     windows = WINDOWS
     while True:
         table = OPS.survey(*ARGS[:2], windows, 256)
-        cuts, quota, thresholds, windows = OPS.solve(table, windows, [0, 0], ARGS[3])
+        cuts, quota, _, closer = OPS.solve(table, windows, [0, 0], ARGS[3])
         if int(quota.min()) >= 0:
-            return table, cuts, quota, thresholds
+            return (table, windows), cuts, quota
+        windows = closer
 
 
 CALLS = {
@@ -29,7 +30,7 @@ CALLS = {
     "prune_": ([w.clone() for w in ARGS[0]], *ARGS[1:]),
     "apply_": ([w.clone() for w in ARGS[0]], [torch.rand(w.shape) < 0.5 for w in ARGS[0]]),
     "survey": (*ARGS[:2], WINDOWS, 256),
-    "solve": (OPS.survey(*ARGS[:2], WINDOWS, 256), WINDOWS, [0, 0], ARGS[3]),
+    "solve": (*decided()[0], [0, 0], ARGS[3]),
     "emit": (*ARGS[:3], decided()[1], decided()[2]),
 }
 

@@ -71,11 +71,11 @@ def test_survey_of_nothing_is_zero() -> None:
     ("windows", "bins", "message"),
     [
         (ops.first_windows([torch.float32], 256), 100, "bins must be at least 256, got 100"),
-        (torch.tensor([[1, 23, 0, 0, 0]]), 256, r"windows\[0\] must start at a key"),
-        (torch.tensor([[0, 24, 0, 0, 0]]), 256, r"windows\[0\] must start at a key"),
-        (torch.zeros(1, 3, dtype=torch.int64), 256, "windows must have 5 columns, got 3"),
-        (torch.zeros(1, 5), 256, "windows must be an int64 matrix on cpu, got float32"),
-        (torch.tensor([[0, 23, 16, 0, 0]]), 256, r"granularity of at most 0 for weights\[0\]"),
+        (torch.tensor([[1, 23, 0, *ops.NOTHING_KNOWN]]), 256, r"windows\[0\] must start at a key"),
+        (torch.tensor([[0, 24, 0, *ops.NOTHING_KNOWN]]), 256, r"windows\[0\] must start at a key"),
+        (torch.zeros(1, 3, dtype=torch.int64), 256, "windows must have 7 columns, got 3"),
+        (torch.zeros(1, 7), 256, "windows must be an int64 matrix on cpu, got float32"),
+        (torch.tensor([[0, 23, 16, *ops.NOTHING_KNOWN]]), 256, r"granularity of at most 0 for weights\[0\]"),
     ],
 )
 def test_bad_windows(windows: torch.Tensor, bins: int, message: str) -> None:

@@ -45,7 +45,12 @@ std::vector<WireWindow> read_windows(const Matrix& windows) {
     STD_TORCH_CHECK(w[2] >= 0 && w[2] <= 23, "windows[", l, "] must have a granularity in [0, 23], got ", w[2]);
     STD_TORCH_CHECK(w[3] >= 0 && w[3] <= int64_t{kKeyEnd} && w[4] >= 0 && w[4] <= int64_t{kKeyEnd}, "windows[", l,
                     "] must have bounds in [0, 2^31], got ", w[3], " and ", w[4]);
-    out.push_back(read_window(w));
+    const WireWindow view = read_window(w);
+    STD_TORCH_CHECK(view.window.below_high >= 0 && view.window.below_high <= 1 && view.window.above_low >= 0 &&
+                        view.window.above_low <= 1,
+                    "windows[", l, "] must have bounds of scores in [0, 1], got ", view.window.below_high, " and ",
+                    view.window.above_low);
+    out.push_back(view);
   }
   return out;
 }

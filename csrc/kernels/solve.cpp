@@ -42,7 +42,7 @@ LayerIntervals intervals_of(const LayerTable& table) {
   int64_t seen = table.above;
   if (table.above > 0) {
     const uint32_t first = table.above_first;
-    out.push_back({first, kNonFinite - 1, table.above, lower_bound(first, energy), 1.0, -1});
+    out.push_back({first, kNonFinite - 1, table.above, std::max(window.above_low, lower_bound(first, energy)), 1.0, -1});
   }
   for (int64_t b = bins - 1; b >= 0; --b) {
     const Bin& bin = table.bins[b];
@@ -61,7 +61,8 @@ LayerIntervals intervals_of(const LayerTable& table) {
   }
   if (seen < table.total) {
     const uint32_t last = table.below_end ? table.below_end - 1 : 0;
-    out.push_back({0, last, table.total - seen, 0.0, upper_bound(last, energy), -2});
+    const double high = std::min(window.below_high, upper_bound(last, energy));
+    out.push_back({0, last, table.total - seen, 0.0, high, -2});
   }
   int64_t sum = 0;
   layer.cumulative.reserve(out.size());
@@ -145,6 +146,8 @@ ModuleCut solve(std::span<const LayerTable> tables, int64_t keep, std::span<Cut>
       next[l].window = window_over(first, last, static_cast<int64_t>(tables[l].bins.size()), tables[l].granularity);
       next[l].window.below_end = below_end;
       next[l].window.above_first = above_first;
+      next[l].window.below_high = end < list.size() ? list[end].high : 1.0;
+      next[l].window.above_low = begin > 0 ? list[begin - 1].low : 0.0;
     }
     return {};
   }

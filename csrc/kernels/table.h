@@ -15,13 +15,16 @@ namespace dimap {
 // Bins [base + b·2^shift, base + (b+1)·2^shift). base is a multiple of 2^shift and shift <= 23, so the keys of a bin share
 // one exponent and their squares one unit.
 //
-// A window also carries what earlier surveys showed of the keys beside it: no weight of the layer lies in
-// [below_end, base) nor in [end, above_first).
+// A window also carries what earlier surveys showed of the weights beside it: those below have keys below below_end and
+// score at most below_high, those above have keys from above_first on and score at least above_low. So closing in on one
+// part never loses what is known of the others, and every round knows more than the one before.
 struct Window {
   uint32_t base = 0;
   int shift = 23;
   uint32_t below_end = kKeyEnd;
   uint32_t above_first = 0;
+  double below_high = 1.0;
+  double above_low = 0.0;
 
   uint64_t end(int64_t bins) const { return base + (static_cast<uint64_t>(bins) << shift); }
   bool operator==(const Window&) const = default;

@@ -4,6 +4,7 @@
 // bin its count and the two words of its energy. Words may exceed 32 bits after additions: up to 2^31 surveys add up.
 #pragma once
 
+#include <bit>
 #include <cstdint>
 #include <span>
 
@@ -17,8 +18,8 @@ constexpr int64_t wire_columns(int64_t bins) { return kWireHead + 3 * bins; }
 constexpr int64_t wire_bins(int64_t columns) { return (columns - kWireHead) % 3 ? -1 : (columns - kWireHead) / 3; }
 
 // A window's row: first key, log2 of the keys in a bin, low zero bits of every key in the layer, and what is known of the
-// keys beside it: Window::below_end, Window::above_first.
-constexpr int64_t kWindowColumns = 5;
+// weights beside it: Window::below_end, above_first, and the bits of below_high and above_low.
+constexpr int64_t kWindowColumns = 7;
 
 struct WireWindow {
   Window window;
@@ -31,11 +32,13 @@ inline void write_window(const WireWindow& view, int64_t* row) {
   row[2] = view.granularity;
   row[3] = view.window.below_end;
   row[4] = view.window.above_first;
+  row[5] = std::bit_cast<int64_t>(view.window.below_high);
+  row[6] = std::bit_cast<int64_t>(view.window.above_low);
 }
 
 inline WireWindow read_window(const int64_t* row) {
   return {{static_cast<uint32_t>(row[0]), static_cast<int>(row[1]), static_cast<uint32_t>(row[3]),
-           static_cast<uint32_t>(row[4])},
+           static_cast<uint32_t>(row[4]), std::bit_cast<double>(row[5]), std::bit_cast<double>(row[6])},
           static_cast<int>(row[2])};
 }
 

@@ -112,7 +112,7 @@ def _(
         table.new_empty((table.shape[0], 2)),
         table.new_empty((n,)),
         table.new_empty((n,), dtype=torch.float64),
-        table.new_empty((table.shape[0], 5)),
+        table.new_empty((table.shape[0], 7)),
     )
 
 

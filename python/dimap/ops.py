@@ -94,6 +94,11 @@ def apply_(weights: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
             torch.ops.dimap.apply_(weights, masks)
 
 
+# The bounds of a window of whose surroundings nothing is known: keys below 2^31 and from 0 on; scores
+# of at most 1 and at least 0, as the bits of float64.
+NOTHING_KNOWN = (1 << 31, 0, 0x3FF0000000000000, 0)
+
+
 def first_windows(dtypes: Sequence[torch.dtype], bins: int) -> Tensor:
     """The windows of a first `survey`: over all magnitudes, ``dtypes[l]`` being the type of layer l.
 
@@ -106,16 +111,16 @@ def first_windows(dtypes: Sequence[torch.dtype], bins: int) -> Tensor:
         if dtype not in zero_bits:
             raise TypeError(f"dtypes must be float32, bfloat16 or float16, got {dtype}")
         shift = max(zero_bits[dtype], min(23, 31 - (bins.bit_length() - 1)))
-        rows.append([0, shift, zero_bits[dtype], 1 << 31, 0])
-    return torch.tensor(rows, dtype=torch.int64).reshape(-1, 5)
+        rows.append([0, shift, zero_bits[dtype], *NOTHING_KNOWN])
+    return torch.tensor(rows, dtype=torch.int64).reshape(-1, 7)
 
 
 def survey(weights: Sequence[Tensor], layers: Sequence[int], windows: Tensor, bins: int) -> Tensor:
     """Stage 1: additive integer statistics of the weights, each layer seen through its window.
 
-    `windows` is int64 ``[layers, 5]`` (`first_windows` makes the first ones): the first magnitude key
+    `windows` is int64 ``[layers, 7]`` (`first_windows` makes the first ones): the first magnitude key
     of the window (a key is the bits of ``abs(w)`` as float32), log2 of the keys in one bin, how many
-    low bits are zero in every key of the layer (float32: 0, bfloat16: 16, float16: 13), and two
+    low bits are zero in every key of the layer (float32: 0, bfloat16: 16, float16: 13), and four
     bounds that `solve` hands on. The result is int64 ``[layers, 22 + 3 * bins]``: the number of
     weights, the number and exact energy (20 words of 32
     bits, unit 2^-298) of those above the window, then each bin's count and energy. The sum of two
