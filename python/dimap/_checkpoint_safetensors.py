@@ -14,28 +14,8 @@ from torch import Tensor
 
 from ._checkpoint_types import INDEX, SINGLE, Checkpoint, Writer, shorten
 from ._files import naming, open_safetensors
+from ._safetensors_header import read_header
 
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
-    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U64": torch.uint64,
-    "U32": torch.uint32,
-    "U16": torch.uint16,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-    "C64": torch.complex64,
-}
 # Weights in a folder that are not the ones that are pruned.
 OTHER_WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "*.pth", "*.pt", "*.h5", "*.msgpack")
 
@@ -46,20 +26,13 @@ class _Shard:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.handle = open_safetensors(path)
-        with naming(path), open(path, "rb") as file:
-            length = file.read(8)
-            self.header = length + file.read(int.from_bytes(length, "little"))
-        entries = json.loads(self.header[8:])
-        entries.pop("__metadata__", None)
-        self.tensors: dict[str, Tensor] = {}
+        with naming(path):
+            self.header = read_header(path)
         # In the order of their bytes: so they are written, one after the other.
-        for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
-            dtype = DTYPES.get(entry["dtype"])
-            if dtype is None:
-                raise ValueError(
-                    f"{path}: {name} must have a dtype that torch knows, got {entry['dtype']}"
-                )
-            self.tensors[name] = torch.empty(entry["shape"], dtype=dtype, device="meta")
+        self.tensors = {
+            entry.name: torch.empty(entry.shape, dtype=entry.dtype, device="meta")
+            for entry in self.header.entries
+        }
 
 
 class Shards(Checkpoint):
@@ -90,21 +63,26 @@ class Shards(Checkpoint):
         return tensor
 
     def _writer(self, temporary: Path, ending: str) -> Writer:
-        return _ShardsWriter({temporary: self.shards[0]})
+        return ShardsWriter({temporary: self.shards[0]})
 
     def close(self) -> None:
         for shard in self.shards:
             shard.handle.__exit__(None, None, None)
 
 
-class _ShardsWriter(Writer):
+class ShardsWriter(Writer):
     """Files with the headers of others: the same names, order, offsets and metadata."""
 
     def __init__(self, targets: Mapping[Path, _Shard]) -> None:
         super().__init__({n: t for shard in targets.values() for n, t in shard.tensors.items()})
+        self.targets = dict(targets)
         self._files = {n: target for target, shard in targets.items() for n in shard.tensors}
         for target, shard in targets.items():
-            target.write_bytes(shard.header)
+            target.write_bytes(shard.header.raw)
+
+    def filled(self) -> None:
+        """Say that all of `targets` were written by other means than `put`."""
+        self._done = len(self.names)
 
     def _write(self, name: str, tensor: Tensor) -> None:
         flat = tensor.cpu().contiguous().reshape(-1)
@@ -166,7 +144,7 @@ class Folder(Shards):
         for child in Path(self.path).iterdir():
             if child.name not in weights:
                 _copy(child, temporary / child.name)
-        return _ShardsWriter({temporary / shard.path.name: shard for shard in self.shards})
+        return ShardsWriter({temporary / shard.path.name: shard for shard in self.shards})
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -1,0 +1,352 @@
+"""From pieces of tensors to each layer's cut: sample, survey, solve, as often as it takes.
+
+Usually once: the guessed windows hold the cuts. 16-bit weights have one magnitude in a bin, so the
+table decides; of float32 weights those inside the windows are set aside, and decide in memory.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from . import ops
+from ._stream_guess import (
+    BINS,
+    RUN,
+    RUNS,
+    SHARE,
+    WHOLE,
+    Keys,
+    Sketch,
+    guess,
+    keys_of,
+    merge,
+    sketch,
+)
+from ._stream_io import Block, Buffer, Piece, Source, each, pieces_of
+from .pruning import _Plan
+
+GRAINS = {torch.float32: 0, torch.bfloat16: 16, torch.float16: 13}
+HEAD = 22  # columns of a table before its bins
+ASIDE = 20_000_000  # weights set aside at most: 80 MB
+TABLES = 8 << 20  # bytes of all tables of a survey, about
+SURVEY_BINS = 4096  # at most
+FEW = 64  # bins of one block that are worth noting
+
+
+class Ranks(Protocol):
+    """Other processes that hold the rest of the checkpoint."""
+
+    def sum(self, table: Tensor) -> Tensor: ...
+    def gather(self, value: Any) -> list[Any]: ...
+
+
+class Alone:
+    """One process has it all."""
+
+    def sum(self, table: Tensor) -> Tensor:
+        return table
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value]
+
+
+@dataclass
+class Note:
+    """Keys of one block inside its window: each by itself, or how many there are of each."""
+
+    keys: Keys
+    counts: NDArray[np.int64] | None = None
+
+    def count(self, key: int) -> int:
+        hit = self.keys == key
+        return int(hit.sum() if self.counts is None else self.counts[hit].sum())
+
+    def smallest(self, least: int) -> int | None:
+        above = self.keys[self.keys >= least]
+        return int(above.min()) if above.size else None
+
+
+@dataclass
+class ScopeState:
+    """One threshold: the layers that it cuts. Fields by layer follow the order of `layers`."""
+
+    layers: list[int]
+    totals: list[int]
+    grains: list[int]
+    keep: int
+    windows: Tensor
+    looked: Tensor | None = None  # the windows of the last survey
+    table: Tensor | None = None
+    decided: bool = False
+    quota: int = 0
+    threshold: float = float("nan")
+    cuts: list[list[int]] = field(default_factory=list)
+    noted: bool = True  # what lies in the windows is noted
+
+
+class Cutter:
+    """Finds the cuts of a plan whose tensors lie in files, or partly in those of other ranks."""
+
+    def __init__(
+        self,
+        plan: _Plan,
+        keep: Sequence[int],
+        sources: Sequence[Source],
+        descriptors: Sequence[int],
+        ranks: Ranks,
+        advance: Callable[[int], None],
+    ) -> None:
+        self.plan, self.sources, self.descriptors = plan, sources, descriptors
+        self.ranks, self.advance = ranks, advance
+        self.number = {name: i for i, name in enumerate(plan.names)}
+        self.layer_of = plan.layers
+        self._notes: dict[int, dict[tuple[int, int], Note]] = {}  # layer -> (tensor, start) -> note
+        self._aside = 0
+        self.readings = 0
+        self._lock = threading.Lock()
+        layers: dict[int, list[int]] = {}
+        for i, layer in enumerate(plan.layers):
+            layers.setdefault(layer, []).append(i)
+        self.members = layers
+        self.scopes: list[ScopeState] = []
+        self.place: dict[int, tuple[int, int]] = {}  # layer -> scope, row in it
+        for s, count in enumerate(keep):
+            mine = list(
+                dict.fromkeys(x for x, y in zip(plan.layers, plan.scopes, strict=True) if y == s)
+            )
+            for row, layer in enumerate(mine):
+                self.place[layer] = s, row
+            totals = [sum(plan.tensors[i].numel() for i in layers[x]) for x in mine]
+            grains = [min(GRAINS[plan.tensors[i].dtype] for i in layers[x]) for x in mine]
+            self.scopes.append(ScopeState(mine, totals, grains, count, torch.zeros(0)))
+
+    def run(self) -> None:
+        """Decide every scope."""
+        self._guess()
+        bins = BINS
+        while True:
+            self._survey(bins)
+            for scope in self.scopes:
+                if not scope.decided:
+                    self._solve(scope, bins)
+            left = [scope for scope in self.scopes if not scope.decided]
+            if not left:
+                return
+            stuck = any(torch.equal(s.windows, s.looked) for s in left if s.looked is not None)
+            fit = TABLES // (24 * sum(len(scope.layers) for scope in left))
+            bins = bins * 8 if stuck else max(BINS, min(fit, SURVEY_BINS))
+
+    # The sample
+
+    def _guess(self) -> None:
+        found: dict[int, list[Sketch]] = {}
+        mine = [
+            (entry, file)
+            for file, source in enumerate(self.sources)
+            for entry in source.header.entries
+            if entry.name in self.number
+        ]
+
+        def take(item: tuple[Any, int], buffer: Buffer) -> None:
+            entry, file = item
+            i = self.number[entry.name]
+            s, row = self.place[self.layer_of[i]]
+            scope = self.scopes[s]
+            count = (entry.end - entry.begin) // entry.dtype.itemsize
+            if count == 0 or scope.keep == 0:
+                return
+            total = scope.totals[row]
+            ratio = scope.keep / max(sum(scope.totals), 1)
+            whole = total <= WHOLE
+            if whole:
+                places, run = [0], count
+            else:
+                runs = min(max(total // (SHARE * RUN), RUNS.start), RUNS.stop) * count / total
+                run = min(RUN, count)
+                rng = np.random.default_rng(i)
+                n = max(round(runs), 1)
+                places = ((np.arange(n) + rng.random(n)) / n * (count - run)).astype(int).tolist()
+            size = entry.dtype.itemsize
+            path = self.sources[file].path
+            keys = np.empty((len(places), run), np.uint32)
+            for line, place in zip(keys, places, strict=True):
+                begin = entry.begin + place * size
+                block = Block(entry, place, run, begin, begin + run * size)
+                piece = Piece(file, begin, block.end, (block,))
+                buffer.read(self.descriptors[file], begin, block.end, path)
+                line[:] = keys_of(buffer.tensor(block, piece))
+            part = sketch(keys, ratio, whole=whole)
+            with self._lock:
+                found.setdefault(self.layer_of[i], []).append(part)
+
+        each(mine, take)
+        parts: dict[int, list[Sketch]] = {}
+        for other in self.ranks.gather(found):
+            for layer, sketches in other.items():
+                parts.setdefault(layer, []).extend(sketches)
+        nothing = sketch(np.zeros(0, np.uint32), 0.0, whole=True)
+        for scope in self.scopes:
+            sketches = [merge(parts.get(layer, [nothing])) for layer in scope.layers]
+            scope.windows = guess(sketches, scope.totals, scope.grains, scope.keep)
+
+    # The survey
+
+    def _survey(self, bins: int) -> None:
+        self.readings += 1
+        wanted = [s for s in self.scopes if not s.decided]
+        for scope in wanted:
+            scope.table = torch.zeros(len(scope.layers), HEAD + 3 * bins, dtype=torch.int64)
+            scope.looked, scope.noted = scope.windows.clone(), True
+        for scope in wanted:
+            self._forget(scope)
+        pieces = [
+            piece
+            for file, source in enumerate(self.sources)
+            for piece in pieces_of(file, [e for e in source.header.entries if self._open(e.name)])
+        ]
+        each(pieces, lambda piece, buffer: self._survey_piece(piece, buffer, bins))
+        for scope in wanted:
+            assert scope.table is not None
+            scope.table = self.ranks.sum(scope.table)
+        noted = self.ranks.gather([scope.noted for scope in self.scopes])
+        for s, scope in enumerate(self.scopes):
+            scope.noted = all(flags[s] for flags in noted)
+            if not scope.noted:
+                self._forget(scope)
+
+    def _forget(self, scope: ScopeState) -> None:
+        for layer in scope.layers:
+            for note in self._notes.pop(layer, {}).values():
+                self._aside -= note.keys.size
+
+    def _open(self, name: str) -> bool:
+        i = self.number.get(name)
+        return i is not None and not self.scopes[self.plan.scopes[i]].decided
+
+    def _survey_piece(self, piece: Piece, buffer: Buffer, bins: int) -> None:
+        buffer.read(
+            self.descriptors[piece.file], piece.begin, piece.end, self.sources[piece.file].path
+        )
+        tensors = [buffer.tensor(block, piece) for block in piece.blocks]
+        numbers = [self.number[block.entry.name] for block in piece.blocks]
+        places = [self.place[self.layer_of[i]] for i in numbers]
+        windows = torch.stack([self.scopes[s].windows[row] for s, row in places])
+        with _named(piece.blocks):
+            table = ops.survey(tensors, range(len(tensors)), windows, bins)
+        counts = table[:, HEAD::3].numpy()
+        for k, (block, (s, row)) in enumerate(zip(piece.blocks, places, strict=True)):
+            scope = self.scopes[s]
+            base, shift = windows[k, :2].tolist()
+            note = None
+            if shift > scope.grains[row]:
+                # A bin holds many magnitudes: what is in the window may decide.
+                inside = int(counts[k].sum())
+                if inside > FEW and self._aside + inside > ASIDE:
+                    scope.noted = False
+                elif scope.noted:
+                    note = Note(_inside(tensors[k], base, bins << shift, inside, buffer))
+            else:
+                full = np.flatnonzero(counts[k])
+                if len(full) <= FEW:
+                    keys = (base + (full << shift)).astype(np.uint32)
+                    note = Note(keys, counts[k][full].copy())
+            with self._lock:
+                assert scope.table is not None
+                scope.table[row] += table[k]
+                if note is not None:
+                    layer = self._notes.setdefault(scope.layers[row], {})
+                    layer[numbers[k], block.start] = note
+                    self._aside += note.keys.size
+        self.advance(piece.end - piece.begin)
+
+    # The solution
+
+    def _solve(self, scope: ScopeState, bins: int) -> None:
+        """Decide a scope from its table and what was set aside, or say where to look next."""
+        assert scope.table is not None
+        assert scope.looked is not None
+        outside = scope.table.clone()
+        ends = scope.looked[:, 0] + (bins << scope.looked[:, 1])
+        fine = scope.looked[:, 1] <= torch.tensor(scope.grains)  # one magnitude in a bin
+        while True:
+            cuts, quota, thresholds, closer = ops.solve(
+                scope.table, scope.windows, [0] * len(scope.layers), [scope.keep]
+            )
+            if int(quota[0]) >= 0:
+                scope.cuts, scope.quota, scope.decided = cuts.tolist(), int(quota[0]), True
+                scope.threshold = float(thresholds[0])
+                return
+            before, scope.windows = scope.windows, closer
+            if not scope.noted:
+                return
+            # What is set aside is all that the survey's windows held: stay inside them.
+            inner = closer.clone()
+            inner[:, 0] = torch.minimum(inner[:, 0], ends - (bins << inner[:, 1]))
+            inner[fine] = scope.looked[fine]
+            if (inner[:, 0] < scope.looked[:, 0]).any() or torch.equal(inner, before):
+                return
+            scope.windows = inner
+            table = outside.clone()
+            for row, layer in enumerate(scope.layers):
+                if fine[row]:
+                    continue
+                keys = [_as_floats(note.keys) for note in self.notes_of(layer).values()]
+                window = inner[row : row + 1].clone()
+                window[0, 2] = 0  # they are float32 now
+                seen = ops.survey(keys, [0] * len(keys), window, bins)[0]
+                table[row] = self.ranks.sum(seen)
+                table[row, 0] = outside[row, 0]
+                table[row, 1:HEAD] += outside[row, 1:HEAD]
+            scope.table = table
+
+    def notes_of(self, layer: int) -> dict[tuple[int, int], Note]:
+        """The notes of a layer's blocks, by tensor and start."""
+        return self._notes.get(layer, {})
+
+
+def _inside(weights: Tensor, base: int, width: int, count: int, buffer: Buffer) -> Keys:
+    """The keys of a flat tensor in [base, base + width)."""
+    if count == 0:
+        return np.zeros(0, np.uint32)
+    n = weights.numel()
+    offset = buffer.array("offset", n, np.uint32)
+    hit = buffer.array("hit", n, np.bool_)
+    if weights.dtype == torch.float32:
+        np.bitwise_and(weights.numpy().view(np.uint32), np.uint32(0x7FFFFFFF), out=offset)
+    else:
+        offset[:] = keys_of(weights)
+    np.subtract(offset, np.uint32(base), out=offset)
+    np.less(offset, np.uint32(min(width, 0xFFFFFFFF)), out=hit)
+    return offset[np.flatnonzero(hit)] + np.uint32(base)
+
+
+def _as_floats(keys: Keys) -> Tensor:
+    return torch.from_numpy(keys.view(np.float32))
+
+
+@contextmanager
+def _named(blocks: Sequence[Block]) -> Iterator[None]:
+    """Name tensor and place where an operator's error speaks of ``weights[3]``."""
+    try:
+        yield
+    except RuntimeError as error:
+        message = str(error).split("\n")[0]
+        found = re.search(r"weights\[(\d+)\] must be", message)
+        if found is None:
+            raise
+        block = blocks[int(found[1])]
+        message = message.replace(f"weights[{found[1]}]", block.entry.name)
+        at = re.search(r"flat index (\d+)", message)
+        if at is not None:
+            message = message.replace(at[0], f"flat index {int(at[1]) + block.start}")
+        raise ValueError(message) from error

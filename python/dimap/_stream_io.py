@@ -1,0 +1,252 @@
+"""Files in pieces that fit a processor's cache, read and written by several threads."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ._safetensors_header import Entry, Header
+
+PIECE = 4 << 20  # bytes that are read at a time
+MOST_BLOCKS = 64  # in a piece: small tensors
+FLUSH = 128 << 20  # bytes between two requests to bring a file to the disk
+_Item = TypeVar("_Item")
+
+
+class Source(NamedTuple):
+    path: Path
+    header: Header
+
+
+class Block(NamedTuple):
+    """Weights [start, start + count) of a tensor; bytes [begin, end) of its file."""
+
+    entry: Entry
+    start: int
+    count: int
+    begin: int
+    end: int
+
+
+class Piece(NamedTuple):
+    """Neighbouring bytes of a file, and the blocks that they are."""
+
+    file: int
+    begin: int
+    end: int
+    blocks: tuple[Block, ...]
+
+
+def blocks_of(entry: Entry) -> Iterator[Block]:
+    """The same blocks in every reading; all but the last hold a multiple of 8 weights."""
+    size = entry.dtype.itemsize
+    step = PIECE // size
+    count = (entry.end - entry.begin) // size
+    for start in range(0, count, step):
+        n = min(step, count - start)
+        begin = entry.begin + start * size
+        yield Block(entry, start, n, begin, begin + n * size)
+
+
+def pieces_of(file: int, entries: Sequence[Entry]) -> Iterator[Piece]:
+    """Pieces that cover the entries, which are in the order of their bytes."""
+    run: list[Block] = []
+    for block in (block for entry in entries for block in blocks_of(entry)):
+        full = run and (
+            block.begin != run[-1].end
+            or block.end - run[0].begin > PIECE
+            or len(run) == MOST_BLOCKS
+        )
+        if full:
+            yield Piece(file, run[0].begin, run[-1].end, tuple(run))
+            run = []
+        run.append(block)
+    if run:
+        yield Piece(file, run[0].begin, run[-1].end, tuple(run))
+
+
+class Buffer:
+    """A worker's memory for one piece after the other."""
+
+    def __init__(self) -> None:
+        self._memory = np.empty(PIECE + 128, dtype=np.uint8)
+        self._first = -self._memory.ctypes.data % 64
+        self.bytes: memoryview = memoryview(b"")
+        self.scratch: dict[str, np.ndarray] = {}
+
+    def read(self, descriptor: int, begin: int, end: int, path: Path) -> memoryview:
+        """Bytes [begin, end) of a file, as far from alignment as they are in the file."""
+        first = self._first + begin % 16
+        self.bytes = memoryview(self._memory)[first : first + end - begin]
+        at = 0
+        while at < end - begin:
+            got = _retry(lambda: os.preadv(descriptor, [self.bytes[at:]], begin + at), path)
+            if got == 0:
+                raise OSError(
+                    errno.EIO, f"must not change while it is read, ended at byte {begin + at}",
+                    str(path),
+                )  # fmt: skip
+            at += got
+        return self.bytes
+
+    def tensor(self, block: Block, piece: Piece) -> Tensor:
+        """The block's weights, flat: in the buffer, or a copy where they lie unaligned."""
+        at = block.begin - piece.begin
+        size = block.entry.dtype.itemsize
+        part = self.bytes[at : at + block.end - block.begin]
+        if block.begin % min(size, 8):
+            return torch.frombuffer(bytearray(part), dtype=block.entry.dtype)
+        return torch.frombuffer(part, dtype=block.entry.dtype)
+
+    def put_back(self, block: Block, piece: Piece, tensor: Tensor) -> None:
+        """Bring what was done to a copy into the buffer."""
+        if block.begin % min(block.entry.dtype.itemsize, 8):
+            at = block.begin - piece.begin
+            self.bytes[at : at + block.end - block.begin] = tensor.view(torch.uint8).numpy().data
+
+    def array(self, name: str, count: int, dtype: type) -> np.ndarray:
+        """Memory for intermediate results, kept from piece to piece."""
+        held = self.scratch.get(name)
+        if held is None or held.size < count or held.dtype != dtype:
+            held = self.scratch[name] = np.empty(count, dtype)
+        return held[:count]
+
+
+@contextmanager
+def opened(paths: Sequence[Path]) -> Iterator[list[int]]:
+    """Descriptors of files, for reading."""
+    found: list[int] = []
+    try:
+        for path in paths:
+            found.append(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+        yield found
+    finally:
+        for descriptor in found:
+            os.close(descriptor)
+
+
+class Outputs:
+    """New files that are written at any place, and brought to the disk meanwhile."""
+
+    def __init__(self, paths: Sequence[Path], sizes: Sequence[int]) -> None:
+        self.paths = paths
+        self._descriptors: list[int] = []
+        self._unflushed = [0] * len(paths)
+        self._lock, self._flushing = threading.Lock(), threading.Lock()
+        flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0)
+        try:
+            for path, size in zip(paths, sizes, strict=True):
+                self._descriptors.append(os.open(path, flags, 0o666))
+                _retry(lambda: os.ftruncate(self._descriptors[-1], size), path)
+        except BaseException:
+            self.__exit__()
+            raise
+
+    def write(self, file: int, data: memoryview | bytes, begin: int) -> None:
+        view = memoryview(data)
+        at = 0
+        while at < len(view):
+            at += _retry(
+                lambda: os.pwrite(self._descriptors[file], view[at:], begin + at), self.paths[file]
+            )
+        with self._lock:
+            self._unflushed[file] += at
+            due = self._unflushed[file] >= FLUSH
+            if due:
+                self._unflushed[file] = 0
+        if due:
+            start_flush(self._descriptors[file])
+
+    def __enter__(self) -> Outputs:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for descriptor in self._descriptors:
+            os.close(descriptor)
+        self._descriptors = []
+
+
+def start_flush(descriptor: int) -> None:
+    """Ask the system to begin writing to the disk what a file has so far; it may not know how."""
+    if _sync_file_range is not None:
+        _sync_file_range(descriptor, 0, 0, 2)  # SYNC_FILE_RANGE_WRITE: begin, do not wait
+
+
+def _find_sync_file_range() -> Callable[..., int] | None:
+    try:
+        function = ctypes.CDLL(None, use_errno=True).sync_file_range
+    except (OSError, AttributeError):
+        return None
+    function.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
+    function.restype = ctypes.c_int
+    return function  # type: ignore[no-any-return]
+
+
+_sync_file_range = _find_sync_file_range()
+_Got = TypeVar("_Got")
+
+
+def _retry(call: Callable[[], _Got], path: Path) -> _Got:
+    """A system call whose error names the file."""
+    try:
+        return call()
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+@dataclass
+class _Failure:
+    error: BaseException | None = None
+
+
+def each(items: Sequence[_Item], body: Callable[[_Item, Buffer], None], workers: int = 0) -> None:
+    """body(item, buffer) for every item, in several threads; the first error ends all of them.
+
+    Each thread does one item at a time by itself: reading, computing and writing of different
+    items overlap, and an item stays in its processor's cache.
+    """
+    threads_inside = torch.get_num_threads()
+    count = min(workers or min(threads_inside, os.cpu_count() or 1) + 1, max(len(items), 1))
+    stop, failure, lock = threading.Event(), _Failure(), threading.Lock()
+    queue = iter(items)
+
+    def work() -> None:
+        buffer = Buffer()
+        try:
+            while not stop.is_set():
+                with lock:
+                    item = next(queue, None)
+                if item is None:
+                    return
+                body(item, buffer)
+        except BaseException as error:
+            with lock:
+                failure.error = failure.error or error
+            stop.set()
+
+    torch.set_num_threads(1)  # of threads that start now: each of ours is one of several
+    threads = [threading.Thread(target=work, name="dimap-stream") for _ in range(count)]
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:  # Ctrl-C comes here, in the thread that waits
+        stop.set()
+        for thread in threads:
+            if thread.ident is not None:
+                thread.join()
+        torch.set_num_threads(threads_inside)
+    if failure.error is not None:
+        raise failure.error
