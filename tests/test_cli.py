@@ -404,7 +404,7 @@ def test_failing_at_the_end_leaves_nothing(run, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("dimap._checkpoint_safetensors._ShardsWriter.finish", full)
+    monkeypatch.setattr("dimap.checkpoint.Writer.finish", full)
     arguments = ["o.safetensors", "-s", 0.5, "--masks", "m", "--report", "r"]
     message = fails(run, "prune", "in.safetensors", *arguments)
     assert "o.safetensors: No space left on device" in message
@@ -439,13 +439,13 @@ def test_module_is_the_command_and_shows_no_bar_without_a_terminal(run):
 
 INTERRUPTED = """
 import os, signal, sys
-import dimap._checkpoint_safetensors as c
+from dimap.checkpoint import Writer
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
-number, write = int(sys.argv.pop(1)), c._ShardsWriter._write
-def write_and_end(self, name, tensor):
-    write(self, name, tensor)
+number, put = int(sys.argv.pop(1)), Writer.put
+def put_and_end(self, name, tensor):
+    put(self, name, tensor)
     os.kill(os.getpid(), number)
-c._ShardsWriter._write = write_and_end
+Writer.put = put_and_end
 from dimap.cli import main
 main()
 """
