@@ -40,7 +40,8 @@ def values(kind: str, n: int, seed: int) -> Tensor:
         "large scale": normal * 1e20,
         "cauchy": torch.tan((uniform - 0.5) * 3.141),
         "sorted": normal.sort().values,
-        "periodic": torch.sin(torch.arange(n, dtype=torch.float64) * 0.1) * (1 + torch.arange(n) % 16),
+        "periodic": torch.sin(torch.arange(n, dtype=torch.float64) * 0.1)
+        * (1 + torch.arange(n) % 16),
         "grid": (uniform * 255).round() - 128,
         "outlier": torch.cat([torch.tensor([1e30], dtype=torch.float64), normal])[:n],
     }[kind]

@@ -7,10 +7,9 @@ import os
 import subprocess
 import sys
 
+import dimap
 import pytest
 import torch
-
-import dimap
 from dimap import ops
 from problems import DTYPES, cast, values
 

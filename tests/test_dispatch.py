@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import dimap
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-
-import dimap  # noqa: F401  (registers the operators)
 
 OPS = torch.ops.dimap
 ARGS = ([torch.randn(7, 5), torch.randn(11).bfloat16()], [0, 1], [0, 0], [20])
@@ -42,7 +41,11 @@ def test_opcheck(name: str) -> None:
 
 def test_every_operator_is_checked() -> None:
     prefix = "dimap::"
-    registered = {s.name.removeprefix(prefix) for s in torch._C._jit_get_all_schemas() if s.name.startswith(prefix)}
+    registered = {
+        s.name.removeprefix(prefix)
+        for s in torch._C._jit_get_all_schemas()
+        if s.name.startswith(prefix)
+    }
     assert registered == set(CALLS)
 
 

@@ -6,11 +6,10 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
-from torch import Tensor
-
 from dimap import ops, reference
+from hypothesis import given, settings
 from problems import DTYPES, KINDS, Problem, cast, problems, values
+from torch import Tensor
 
 
 def assert_same_bits(a: Tensor, b: Tensor) -> None:
@@ -68,7 +67,9 @@ def test_any_problem(problem: Problem) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_kind_in_large_tensors(kind: str, dtype: torch.dtype) -> None:
     # Large enough for samples, several chunks and the vector loops; three layers in two modules.
-    weights = [cast(values(kind, n, seed), dtype) for seed, n in enumerate([150_001, 40_000, 60_007])]
+    weights = [
+        cast(values(kind, n, seed), dtype) for seed, n in enumerate([150_001, 40_000, 60_007])
+    ]
     scores = reference.score64(weights, [0, 1, 2])
     for share in (0.45, 0.03, 0.97):
         keep = [round(share * 190_001), round(share * 60_007)]
@@ -76,7 +77,9 @@ def test_each_kind_in_large_tensors(kind: str, dtype: torch.dtype) -> None:
 
 
 def test_layers_of_very_different_scales() -> None:
-    weights = [cast(values("normal", 20_000, s) * 10.0 ** (-38 + 10 * s), torch.float32) for s in range(8)]
+    weights = [
+        cast(values("normal", 20_000, s) * 10.0 ** (-38 + 10 * s), torch.float32) for s in range(8)
+    ]
     check(Problem(weights, list(range(8)), [0] * 8, [60_000]))
 
 
@@ -88,7 +91,9 @@ def test_one_large_layer_among_hundreds_of_small_ones() -> None:
 
 def test_layers_of_several_tensors_and_types() -> None:
     weights = [cast(values("normal", 5_000 + i, i), DTYPES[i % 3]) for i in range(9)]
-    check(Problem(weights, [0, 1, 2, 0, 1, 2, 0, 1, 2], [0, 1, 0, 0, 1, 0, 0, 1, 0], [9_000, 7_000]))
+    check(
+        Problem(weights, [0, 1, 2, 0, 1, 2, 0, 1, 2], [0, 1, 0, 0, 1, 0, 0, 1, 0], [9_000, 7_000])
+    )
 
 
 def test_weights_already_pruned_once() -> None:

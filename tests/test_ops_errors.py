@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-
 from dimap import ops
 
 GOOD = torch.tensor([1.0, 2.0, 3.0])
@@ -38,7 +37,9 @@ def test_bad_arguments(call, message: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize(("bad", "said"), [(float("nan"), "nan"), (float("inf"), "inf"), (float("-inf"), "inf")])
+@pytest.mark.parametrize(
+    ("bad", "said"), [(float("nan"), "nan"), (float("inf"), "inf"), (float("-inf"), "inf")]
+)
 @pytest.mark.parametrize("place", [0, 40, 99_999])
 def test_non_finite_weights_are_named_and_nothing_is_changed(dtype, bad, said, place) -> None:
     torch.manual_seed(0)
@@ -58,5 +59,7 @@ def test_non_finite_weights_are_named_and_nothing_is_changed(dtype, bad, said, p
 
 
 def test_mixed_devices() -> None:
-    with pytest.raises(RuntimeError, match=r"weights\[1\] must be on cpu like weights\[0\], got meta"):
+    with pytest.raises(
+        RuntimeError, match=r"weights\[1\] must be on cpu like weights\[0\], got meta"
+    ):
         ops.select([GOOD, GOOD.to("meta")], [0, 1], [0, 0], [1])

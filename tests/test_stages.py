@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
+from dimap import ops, reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from dimap import ops, reference
 from problems import DTYPES, Problem, problems, values
 
 
@@ -24,7 +25,7 @@ def run_in_pieces(problem: Problem, cuts_at: list[int], bins: int) -> list[torch
     for i, w in enumerate(problem.weights):
         flat = w.reshape(-1)
         bounds = sorted({0, flat.numel(), *(c % (flat.numel() + 1) for c in cuts_at)})
-        pieces += [(i, flat[a:b]) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+        pieces += [(i, flat[a:b]) for a, b in pairwise(bounds)]
     windows = ops.first_windows(dtypes, bins)
     for _ in range(20):
         tables = [ops.survey([p], [problem.layers[i]], windows, bins) for i, p in reversed(pieces)]
@@ -43,10 +44,16 @@ def run_in_pieces(problem: Problem, cuts_at: list[int], bins: int) -> list[torch
         parts[i].append(mask)
     assert not quota.any()
     empty = torch.empty(0, dtype=torch.bool)
-    return [torch.cat([empty, *p]).reshape(w.shape) for p, w in zip(parts, problem.weights, strict=True)]
+    return [
+        torch.cat([empty, *p]).reshape(w.shape) for p, w in zip(parts, problem.weights, strict=True)
+    ]
 
 
-@given(problem=problems(), cuts_at=st.lists(st.integers(0, 10**6), max_size=3), bins=st.sampled_from([256, 4096]))
+@given(
+    problem=problems(),
+    cuts_at=st.lists(st.integers(0, 10**6), max_size=3),
+    bins=st.sampled_from([256, 4096]),
+)
 @settings(max_examples=80, deadline=None)
 def test_any_split(problem: Problem, cuts_at: list[int], bins: int) -> None:
     got = run_in_pieces(problem, cuts_at, bins)
@@ -56,7 +63,10 @@ def test_any_split(problem: Problem, cuts_at: list[int], bins: int) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_large_tensors_in_pieces(dtype: torch.dtype) -> None:
-    weights = [values("normal", 300_000, 0).to(dtype), values("cauchy", 100_000, 1).clamp(-6e4, 6e4).to(dtype)]
+    weights = [
+        values("normal", 300_000, 0).to(dtype),
+        values("cauchy", 100_000, 1).clamp(-6e4, 6e4).to(dtype),
+    ]
     problem = Problem(weights, [0, 1], [0, 0], [170_000])
     got = run_in_pieces(problem, [7, 131_072, 200_001], 4096)
     assert all(torch.equal(a, b) for a, b in zip(got, ops.select(*problem.args()), strict=True))
@@ -75,7 +85,11 @@ def test_survey_of_nothing_is_zero() -> None:
         (torch.tensor([[0, 24, 0, *ops.NOTHING_KNOWN]]), 256, r"windows\[0\] must start at a key"),
         (torch.zeros(1, 3, dtype=torch.int64), 256, "windows must have 7 columns, got 3"),
         (torch.zeros(1, 7), 256, "windows must be an int64 matrix on cpu, got float32"),
-        (torch.tensor([[0, 23, 16, *ops.NOTHING_KNOWN]]), 256, r"granularity of at most 0 for weights\[0\]"),
+        (
+            torch.tensor([[0, 23, 16, *ops.NOTHING_KNOWN]]),
+            256,
+            r"granularity of at most 0 for weights\[0\]",
+        ),
     ],
 )
 def test_bad_windows(windows: torch.Tensor, bins: int, message: str) -> None:

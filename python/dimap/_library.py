@@ -8,15 +8,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from . import _C
+
 _HERE = Path(__file__).resolve().parent
 _HEAD = 22  # columns of a survey's table before its bins
 
 
 def _find(stem: str) -> Path | None:
     """The shared library `stem`: beside this file, or where an editable install put it."""
-    from . import _C
-
-    for folder in (_HERE, Path(_C.__file__).resolve().parent):
+    for folder in (_HERE, Path(str(_C.__file__)).resolve().parent):
         found = sorted(folder.glob(f"lib{stem}.*"))
         if found:
             return found[0]

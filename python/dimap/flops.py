@@ -155,11 +155,11 @@ def _own_tensors(module: nn.Module) -> Iterator[Tensor]:
     yield from (v for v in vars(module).values() if isinstance(v, Tensor))
 
 
-class _ByParameter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _ByParameter(TorchDispatchMode):
     """Credits what `counter` adds for an operator to the parameter that the operator reads."""
 
     def __init__(self, model: nn.Module, counter: Any) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.counter = counter
         self.counts: dict[str, int] = {}
         # Views (w.t() in a linear) share the storage of their parameter. Vectors are left out:

@@ -140,7 +140,7 @@ class Pruning:
         """Write the masks to a safetensors file, one bit a weight (see `dimap.load_masks`)."""
         from .masks import save_masks
 
-        settings = {"scope": self.scope, "normalize": self.normalize}
+        settings: dict[str, str] = {"scope": self.scope, "normalize": self.normalize}
         settings |= {f"sparsity.{name}": repr(s) for name, s in self.sparsity.items()}
         save_masks(path, self.masks, settings)
 

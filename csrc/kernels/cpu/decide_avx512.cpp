@@ -35,6 +35,14 @@ struct Squares {
   }
 };
 
+inline uint64_t sum_of(__m512i v) {  // modulo 2^64; GCC's own reduction adds signed numbers
+  alignas(64) uint64_t lanes[8];
+  _mm512_store_si512(lanes, v);
+  uint64_t sum = 0;
+  for (const uint64_t lane : lanes) sum += lane;
+  return sum;
+}
+
 template <DType kType, bool kMask>
 void decide(const storage_t<kType>* weights, int64_t n, const Bracket& bracket, uint8_t* mask,
             Decided& out) {
@@ -113,8 +121,8 @@ void decide(const storage_t<kType>* weights, int64_t n, const Bracket& bracket, 
   out.kept += kept;
   out.atoms += atoms;
   out.largest = _mm512_reduce_max_epu32(largest);
-  out.squares += static_cast<uint64_t>(_mm512_reduce_add_epi64(squares.sum));
-  out.squares_high += static_cast<uint64_t>(_mm512_reduce_add_epi64(squares.high));
+  out.squares += sum_of(squares.sum);
+  out.squares_high += sum_of(squares.high);
   decide_range<kType>(weights, i, n, bracket, grid, mask, out);
 }
 

@@ -1,0 +1,91 @@
+# make demo: see a trained Swin pruned.  make test: run the tests.  make help: the rest.
+# All of it lives in .venv; a second run installs nothing.
+
+PYTHON ?= python3
+TORCH ?= torch==2.14.1
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := $(shell find csrc cmake -type f) CMakeLists.txt pyproject.toml
+FORMATTED := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test lint format wheel abi second-torch sanitize bench clean
+
+help:  ## Show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+# The build sees the installed torch: an isolated one would download it again.
+$(VENV)/.torch: Makefile
+	@echo "== a virtual environment in $(VENV), with torch and the build tools (a few minutes the first time)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP) install --quiet "$(TORCH)" torchvision timm "scikit-build-core>=0.11" "pybind11>=2.13" ninja "cmake>=3.21"
+	@touch $@
+
+$(VENV)/.dimap: $(VENV)/.torch $(SOURCES)
+	@echo "== building dimap (C++ and, where nvcc is found, CUDA)"
+	@$(PIP) install --quiet --no-build-isolation --editable . -Ccmake.define.DIMAP_WERROR=ON
+	@$(BIN)/python -c "import dimap; print('   ', dimap.build_info())"
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.dimap
+	@echo "== test dependencies"
+	@$(PIP) install --quiet pytest hypothesis transformers matplotlib
+	@touch $@
+
+$(VENV)/.lint: $(VENV)/.torch
+	@echo "== lint tools"
+	@$(PIP) install --quiet ruff mypy clang-format==19.1.7 torch-abi-audit
+	@touch $@
+
+demo: $(VENV)/.dimap  ## Prune a trained Swin at 55 % and show what it costs
+	@echo "== the demo"
+	@$(BIN)/python benchmarks/demo/demo.py
+
+test: $(VENV)/.test  ## Run the tests
+	@echo "== tests"
+	@$(BIN)/python -m pytest tests
+
+lint: $(VENV)/.lint $(VENV)/.dimap  ## ruff, mypy, clang-format
+	@echo "== lint"
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/clang-format --dry-run --Werror $(FORMATTED)
+
+format: $(VENV)/.lint  ## Format all sources
+	@$(BIN)/ruff check --quiet --fix .
+	@$(BIN)/ruff format --quiet .
+	@$(BIN)/clang-format -i $(FORMATTED)
+
+wheel: $(VENV)/.torch  ## Build a wheel in dist/
+	@echo "== wheel"
+	@rm -rf dist
+	@$(PIP) wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
+	@ls -l dist
+
+abi: wheel $(VENV)/.lint  ## Check that the operator libraries use torch's stable ABI only
+	@echo "== stable ABI"
+	@rm -rf build/wheel && $(BIN)/python -m zipfile -e dist/*.whl build/wheel
+	@$(BIN)/torch-abi-audit --verbose --check torch build/wheel/dimap
+
+second-torch: wheel  ## Run the same wheel beside another torch
+	@echo "== the wheel built beside $(TORCH), run beside torch 2.13.0"
+	@test -x $(VENV)-second/bin/python || $(PYTHON) -m venv $(VENV)-second
+	@$(VENV)-second/bin/python -m pip --disable-pip-version-check install --quiet torch==2.13.0 numpy rich safetensors typer
+	@$(VENV)-second/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --force-reinstall dist/*.whl
+	@cd tests && ../$(VENV)-second/bin/python smoke.py
+
+sanitize:  ## The kernels under address, undefined-behaviour and thread sanitizers
+	@cmake -S tests/kernels -B build/sanitize -G Ninja
+	@cmake --build build/sanitize
+	@ctest --test-dir build/sanitize --output-on-failure
+
+bench: $(VENV)/.dimap  ## Measure, and write benchmarks/results/
+	@$(BIN)/python benchmarks/bench_select.py --save
+	@$(BIN)/python benchmarks/bench_score.py --save
+	@$(BIN)/python benchmarks/table.py --write README.md
+
+clean:  ## Remove what was built (.venv too)
+	rm -rf build dist $(VENV) $(VENV)-second demo-out

@@ -1,0 +1,85 @@
+"""The README's table of measurements, from benchmarks/results/*.json.
+
+    python benchmarks/table.py [--write README.md]
+
+Replaces what stands between the markers <!-- measured --> and <!-- /measured -->.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def rows(name: str) -> tuple[dict, list[dict]]:
+    result = json.loads((RESULTS / f"{name}.json").read_text())
+    return result["machine"], result["rows"]
+
+
+def table() -> str:
+    machine, select = rows("select")
+    _, score = rows("score")
+    shapes = {"swin_t": "Swin-T", "swin_s": "Swin-S", "swin_b": "Swin-B", "swin_l": "Swin-L"}
+    lines = [
+        "| job | weights | dimap | beside a copy | plain PyTorch | dimap is faster | torch.nn.utils.prune |",
+        "|---|---|---|---|---|---|---|",
+    ]
+
+    def line(job: str, row: dict, scope: str = "") -> None:
+        s = row["seconds"]
+        name = f"`{job}`" + (f", scope {scope}" if scope and scope != "module" else "")
+        slow = s.get("plain PyTorch") if job != "prune_" else None
+        torch_prune = s.get("global_unstructured") if job != "score" else None
+        lines.append(
+            f"| {name} | {shapes[row['shapes']]} {row['dtype']} | {s[job] * 1e3:.1f} ms "
+            f"| {s[job] / s['copy']:.1f} × | {f'{slow:.1f} s' if slow else ''} "
+            f"| {f'**{slow / s[job]:.0f} ×**' if slow else ''} | {f'{torch_prune:.1f} s' if torch_prune else ''} |"
+        )
+
+    for row in select:
+        line("select", row, row["scope"])
+    for row in select:
+        if row["scope"] == "module":
+            line("prune_", row)
+    for row in score:
+        line("score", row)
+    dimap = machine["dimap"]
+    note = (
+        f"{machine['cpu']}, {machine['threads']} threads, {dimap['instruction_set']}, torch {machine['torch']}, "
+        f"commit {machine['commit']}; medians of one run, `make bench` makes it. “A copy” is `Tensor.copy_` of the same "
+        "weights; plain PyTorch is sort, cumsum, divide, scatter, topk, compare; the last column is "
+        "`global_unstructured` by magnitude."
+    )
+    return "\n".join([*lines, "", note])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--write", type=Path, metavar="FILE")
+    args = parser.parse_args()
+    text = table()
+    if args.write is None:
+        print(text)
+        return
+    old = args.write.read_text()
+    new, count = re.subn(
+        r"(<!-- measured -->\n).*?(<!-- /measured -->)",
+        lambda m: m[1] + text + "\n" + m[2],
+        old,
+        flags=re.S,
+    )
+    if count != 1:
+        raise SystemExit(
+            f"{args.write} must have one pair of markers <!-- measured --> and <!-- /measured -->, got {count}"
+        )
+    args.write.write_text(new)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,165 @@
+// The kernels without torch, for the sanitizers: every path once, against a plain sort.
+//
+// Exits with 0 when all agree, 1 when not, 77 when the instruction set asked for is not there.
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <numeric>
+#include <random>
+#include <thread>
+#include <vector>
+
+#include "kernels/cpu/apply.h"
+#include "kernels/cpu/decide.h"
+#include "kernels/cpu/engine.h"
+#include "kernels/cpu/score.h"
+
+namespace {
+
+using namespace dimap;
+
+class Threads final : public cpu::Pool {
+ public:
+  explicit Threads(int n) : n_(n) {}
+  int workers() const override { return n_; }
+  void run(const std::function<void(int)>& body) const override {
+    std::vector<std::thread> threads;
+    for (int i = 1; i < n_; ++i) threads.emplace_back(body, i);
+    body(0);
+    for (std::thread& t : threads) t.join();
+  }
+
+ private:
+  int n_;
+};
+
+int failures = 0;
+
+#define EXPECT(condition)                                                   \
+  do {                                                                      \
+    if (!(condition)) {                                                     \
+      std::fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #condition);  \
+      ++failures;                                                           \
+    }                                                                       \
+  } while (0)
+
+struct Layer {
+  std::vector<uint32_t> keys;
+  std::vector<double> scores;
+};
+
+// score64 of a layer the plain way: sort, exact energy, divide.
+void score_plainly(Layer& layer) {
+  std::vector<size_t> order(layer.keys.size());
+  std::iota(order.begin(), order.end(), size_t{0});
+  std::sort(order.begin(), order.end(), [&](size_t a, size_t b) { return layer.keys[a] > layer.keys[b]; });
+  layer.scores.resize(order.size());
+  Energy energy;
+  for (size_t i = 0; i < order.size();) {
+    size_t j = i;
+    for (; j < order.size() && layer.keys[order[j]] == layer.keys[order[i]]; ++j)
+      energy.add(square(layer.keys[order[i]]), scale(layer.keys[order[i]]));
+    for (; i < j; ++i) layer.scores[order[i]] = score64(layer.keys[order[i]], energy.value());
+  }
+}
+
+template <DType kType>
+void check(const std::vector<std::vector<float>>& tensors, double share, const cpu::Pool& pool) {
+  using T = storage_t<kType>;
+  std::vector<std::vector<T>> data;
+  for (const auto& tensor : tensors) {
+    data.emplace_back();
+    for (const float w : tensor) {
+      const auto bits = std::bit_cast<uint32_t>(w);
+      data.back().push_back(kType == DType::kFloat32 ? static_cast<T>(bits) : static_cast<T>(bits >> 16));
+    }
+  }
+  Problem problem;
+  for (size_t i = 0; i < data.size(); ++i)
+    problem.tensors.push_back({data[i].data(), static_cast<int64_t>(data[i].size()), kType, static_cast<int32_t>(i)});
+  problem.layer_module.assign(data.size(), 0);
+  problem.keep.assign(1, 0);
+  problem.count();
+  const int64_t total = problem.module_total[0];
+  problem.keep[0] = static_cast<int64_t>(share * static_cast<double>(total));
+
+  std::vector<Layer> layers(data.size());
+  std::vector<std::pair<double, int64_t>> all;
+  for (size_t i = 0; i < data.size(); ++i) {
+    for (const T w : data[i]) layers[i].keys.push_back(key_of<kType>(w));
+    score_plainly(layers[i]);
+    for (const double s : layers[i].scores) all.emplace_back(-s, static_cast<int64_t>(all.size()));
+  }
+  std::sort(all.begin(), all.end());
+  std::vector<uint8_t> want(static_cast<size_t>(total));
+  for (int64_t i = 0; i < problem.keep[0]; ++i) want[static_cast<size_t>(all[static_cast<size_t>(i)].second)] = 1;
+
+  std::vector<std::vector<uint8_t>> masks;
+  std::vector<std::vector<float>> scores;
+  std::vector<uint8_t*> mask_pointers;
+  std::vector<float*> score_pointers;
+  for (const auto& tensor : data) {
+    masks.emplace_back(tensor.size(), uint8_t{7});
+    scores.emplace_back(tensor.size());
+  }
+  for (auto& mask : masks) mask_pointers.push_back(mask.data());
+  for (auto& score : scores) score_pointers.push_back(score.data());
+  cpu::select(problem, mask_pointers, pool);
+  cpu::score(problem, score_pointers, pool);
+  size_t at = 0;
+  for (size_t i = 0; i < data.size(); ++i) {
+    EXPECT(std::equal(masks[i].begin(), masks[i].end(), want.begin() + static_cast<std::ptrdiff_t>(at)));
+    at += data[i].size();
+    for (size_t j = 0; j < data[i].size(); ++j) {
+      const auto a = std::bit_cast<int32_t>(scores[i][j]);
+      const auto b = std::bit_cast<int32_t>(static_cast<float>(layers[i].scores[j]));
+      EXPECT(std::abs(a - b) <= 1);
+    }
+  }
+  auto zeroed = data;
+  std::vector<cpu::Applied> work;
+  for (size_t i = 0; i < data.size(); ++i)
+    work.push_back({zeroed[i].data(), masks[i].data(), static_cast<int64_t>(data[i].size()), sizeof(T)});
+  cpu::apply(work, pool);
+  cpu::prune(problem, pool);  // writes data
+  for (size_t i = 0; i < data.size(); ++i) EXPECT(data[i] == zeroed[i]);
+}
+
+}  // namespace
+
+int main() {
+  const char* isa = std::getenv("DIMAP_ISA");
+  const cpu::Kernels* available[3];
+  const int n = cpu::available_kernels(available);
+  if (isa && std::none_of(available, available + n, [&](const auto* k) { return !std::strcmp(k->name, isa); })) return 77;
+
+  std::mt19937_64 random(1);
+  std::normal_distribution<float> normal;
+  auto draw = [&](size_t count, auto&& value) {
+    std::vector<float> out(count);
+    for (float& w : out) w = value();
+    return out;
+  };
+  const auto gauss = [&] { return normal(random); };
+  const auto zeros = [&] { return random() % 20 ? 0.0f : normal(random); };
+  const auto cauchy = [&] { return normal(random) / normal(random) * 1e-3f; };
+  const auto grid = [&] { return static_cast<float>(static_cast<int>(random() % 255) - 127); };
+  const auto denormal = [&] { return std::bit_cast<float>(static_cast<uint32_t>(random() % 0x700000)); };
+  const auto wide = [&] { return std::ldexp(normal(random), static_cast<int>(random() % 200) - 100); };
+  const auto same = [] { return -0.25f; };
+  for (const int workers : {1, 3}) {
+    const Threads pool(workers);
+    for (const double share : {0.45, 0.0, 1.0, 0.02, 0.98}) {
+      check<DType::kFloat32>({draw(70'000, gauss), {}, draw(131, cauchy), draw(20'001, gauss)}, share, pool);
+      check<DType::kFloat32>({draw(30'000, zeros), draw(9'000, grid), draw(3'000, same)}, share, pool);
+      check<DType::kFloat32>({draw(9'000, denormal), draw(9'000, wide), draw(1, same)}, share, pool);
+      check<DType::kBFloat16>({draw(40'000, gauss), draw(9'000, zeros), draw(64, wide)}, share, pool);
+      check<DType::kFloat32>({draw(200'000, same)}, share, pool);
+    }
+  }
+  std::printf("%s: %d failures\n", isa ? isa : cpu::kernels().name, failures);
+  return failures != 0;
+}
