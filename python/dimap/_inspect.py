@@ -16,6 +16,7 @@ from ._progress import Bar
 from .checkpoint import Checkpoint
 from .families import FAMILIES, Family
 from .groups import Layer, _fit, find_modules
+from .pruning import count_nonzero
 
 
 @dataclass
@@ -139,10 +140,3 @@ def family_of(modules: Mapping[str, list[Layer]], tensors: Mapping[str, Tensor])
     shapes = {name: tuple(tensors[name].shape) for name in names}
     fits = ((family, _fit(family, shapes)) for family in FAMILIES)
     return next((family for family, fit in fits if fit and not fit.problems), None)
-
-
-def count_nonzero(tensor: Tensor) -> int:
-    """How many values are not zero."""
-    if tensor.is_floating_point() and tensor.itemsize == 1:  # torch cannot count float8
-        tensor = tensor.float()
-    return int(tensor.count_nonzero())

@@ -126,7 +126,7 @@ class Pruning:
     @property
     def nonzero(self) -> dict[str, int]:
         """How many weights of every parameter are not zero now."""
-        return {name: int(torch.count_nonzero(p)) for name, p in self.parameters.items()}
+        return {name: count_nonzero(p) for name, p in self.parameters.items()}
 
     def report(
         self, model: nn.Module | None = None, input_size: int | Sequence[int] | None = None
@@ -221,6 +221,13 @@ class _Plan:
         return {name: float(value) for name, value in given.items()}
 
 
+def count_nonzero(tensor: Tensor) -> int:
+    """How many values are not zero."""
+    if tensor.is_floating_point() and tensor.itemsize == 1:  # torch cannot count float8
+        tensor = tensor.float()
+    return int(tensor.count_nonzero())
+
+
 def _group_key(layer: Layer, module: str, normalize: str) -> tuple[object, ...]:
     if normalize == "module":
         return (module,)
@@ -252,8 +259,9 @@ def _named(names: Sequence[str]) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        message = str(error).split("\n")[0]
-        if not re.search(r"weights\[\d+\] must be", message):
+        # What torch puts around the message (function, file and line, stack) is left behind.
+        found = re.search(r"weights\[(\d+)\] (must be .*)", str(error))
+        if found is None:
             raise
-        named = re.sub(r"weights\[(\d+)\]", lambda m: names[int(m[1])], message)
-        raise ValueError(named) from error
+        others = re.sub(r"weights\[(\d+)\]", lambda m: names[int(m[1])], found[2])
+        raise ValueError(f"{names[int(found[1])]} {others}") from error
