@@ -1,12 +1,89 @@
 # The CUDA library: a target of its own, loaded only where torch has CUDA. The compiler is probed, never a GPU.
 set(DIMAP_CUDA_VERSION "")
-set(DIMAP_CUDA_ARCHITECTURES "")
+set(DIMAP_CUDA_BUILT_FOR "")
+
+# nvcc may be a script that stands somewhere else: the toolkit's folder is where nvcc itself says it is.
+function(dimap_find_nvcc result)
+  set(found "")
+  find_program(_nvcc nvcc HINTS ENV CUDACXX ENV CUDA_HOME ENV CUDA_PATH PATH_SUFFIXES bin PATHS /usr/local/cuda NO_CACHE)
+  if(CMAKE_CUDA_COMPILER)
+    set(_nvcc ${CMAKE_CUDA_COMPILER})
+  elseif(DEFINED ENV{CUDACXX})
+    set(_nvcc $ENV{CUDACXX})
+  endif()
+  if(_nvcc)
+    execute_process(COMMAND ${_nvcc} --dryrun -x cu /dev/null ERROR_VARIABLE dry OUTPUT_QUIET RESULT_VARIABLE failed)
+    if(NOT failed AND dry MATCHES "TOP=([^\n]+)")
+      string(STRIP "${CMAKE_MATCH_1}" root)
+      get_filename_component(root "${root}" ABSOLUTE)
+      if(EXISTS ${root}/bin/nvcc)
+        set(found ${root}/bin/nvcc)
+      endif()
+    endif()
+  endif()
+  set(${result} "${found}" PARENT_SCOPE)
+endfunction()
+
+set(_why "DIMAP_CUDA=OFF")
+set(_build OFF)
 if(NOT DIMAP_CUDA STREQUAL "OFF")
-  include(CheckLanguage)
-  check_language(CUDA)
-  if(DIMAP_CUDA STREQUAL "ON" AND NOT CMAKE_CUDA_COMPILER)
-    message(FATAL_ERROR "dimap: DIMAP_CUDA=ON needs a CUDA compiler (nvcc), found none. "
-                        "Put nvcc on the PATH, set CUDACXX, or use DIMAP_CUDA=OFF")
+  dimap_find_nvcc(_found)
+  if(_found)
+    set(CMAKE_CUDA_COMPILER ${_found})
+    if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES)
+      if(DEFINED ENV{CUDAARCHS})
+        set(CMAKE_CUDA_ARCHITECTURES $ENV{CUDAARCHS})
+      else()
+        set(CMAKE_CUDA_ARCHITECTURES 80-real;86-real;89-real;90-real;100-real;120)  # and PTX of the last
+      endif()
+    endif()
+    enable_language(CUDA)
+    if(NOT CMAKE_CUDA20_STANDARD_COMPILE_OPTION)  # CMake learnt of it in 3.25.2, nvcc in 12.0
+      set(CMAKE_CUDA20_STANDARD_COMPILE_OPTION -std=c++20)
+      set(CMAKE_CUDA20_EXTENSION_COMPILE_OPTION -std=c++20)
+    endif()
+    set(_build ON)
+    if(CMAKE_CUDA_COMPILER_VERSION VERSION_LESS 12.0)
+      set(_build OFF)
+      set(_why "nvcc ${CMAKE_CUDA_COMPILER_VERSION} is older than 12.0")
+    endif()
+  else()
+    set(_why "no working nvcc on the PATH, in CUDACXX or in CUDA_HOME")
   endif()
 endif()
-message(STATUS "dimap: DIMAP_CUDA=${DIMAP_CUDA}, building without CUDA")
+
+if(_build)
+  get_filename_component(_root "${CMAKE_CUDA_COMPILER}" DIRECTORY)
+  get_filename_component(_root "${_root}" DIRECTORY)
+  message(STATUS "dimap: DIMAP_CUDA=${DIMAP_CUDA}, building for CUDA ${CMAKE_CUDA_COMPILER_VERSION} "
+                 "(${CMAKE_CUDA_ARCHITECTURES}) with ${CMAKE_CUDA_COMPILER}")
+  set(DIMAP_CUDA_VERSION ${CMAKE_CUDA_COMPILER_VERSION})
+  string(REPLACE ";" " " DIMAP_CUDA_BUILT_FOR "${CMAKE_CUDA_ARCHITECTURES}")
+  set(_kernels ${CMAKE_CURRENT_SOURCE_DIR}/csrc/kernels/cuda)
+  set(_ops ${CMAKE_CURRENT_SOURCE_DIR}/csrc/cuda)
+  add_library(dimap_cuda MODULE ${_ops}/ops.cpp ${_ops}/score.cpp
+                                ${_kernels}/decide.cu ${_kernels}/emit.cu ${_kernels}/score.cu ${_kernels}/upload.cu)
+  # USE_CUDA: torch's stable interface declares the current CUDA stream under it.
+  target_compile_definitions(dimap_cuda PRIVATE $<$<COMPILE_LANGUAGE:CXX>:${DIMAP_TORCH_DEFINITIONS};USE_CUDA>)
+  target_include_directories(dimap_cuda SYSTEM PRIVATE
+                             "$<$<COMPILE_LANGUAGE:CXX>:${DIMAP_TORCH_INCLUDE};${_root}/include>")
+  # The report on registers must show no spills: -warn-spills says so, and warnings are errors with DIMAP_WERROR.
+  target_compile_options(dimap_cuda PRIVATE "$<$<COMPILE_LANGUAGE:CXX>:-Wall;-Wextra>"
+                         "$<$<COMPILE_LANGUAGE:CUDA>:-Xcompiler=-Wall,-Wextra;-Xptxas=-warn-spills>")
+  if(DIMAP_WERROR)
+    target_compile_options(dimap_cuda PRIVATE "$<$<COMPILE_LANGUAGE:CXX>:-Werror>"
+                           "$<$<COMPILE_LANGUAGE:CUDA>:-Werror=all-warnings;-Xcompiler=-Werror>")
+  endif()
+  target_link_libraries(dimap_cuda PRIVATE ${DIMAP_TORCH_LIBRARIES})
+  if(EXISTS ${DIMAP_TORCH_LIB}/libtorch_cuda.so)  # the current stream; otherwise found when torch has loaded it
+    target_link_libraries(dimap_cuda PRIVATE ${DIMAP_TORCH_LIB}/libtorch_cuda.so)
+  endif()
+  set_target_properties(dimap_cuda PROPERTIES PREFIX "lib" CUDA_STANDARD 20 CUDA_STANDARD_REQUIRED ON
+                                              CUDA_RUNTIME_LIBRARY Static CUDA_SEPARABLE_COMPILATION OFF)
+elseif(DIMAP_CUDA STREQUAL "ON")
+  message(FATAL_ERROR "dimap: DIMAP_CUDA=ON needs a CUDA compiler (nvcc 12.0 or later): ${_why}. "
+                      "Put nvcc on the PATH, set CUDACXX, or use DIMAP_CUDA=OFF")
+else()
+  message(STATUS "dimap: DIMAP_CUDA=${DIMAP_CUDA}, building without CUDA: ${_why}")
+endif()
+set(DIMAP_CUDA_ARCHITECTURES "${DIMAP_CUDA_BUILT_FOR}")

@@ -1,0 +1,119 @@
+// score, select, prune_ and their kin on CUDA: checks, contiguous views, workspace, then the kernels. Nothing waits for the
+// device: weights that are not finite give thresholds of -1 and scores of NaN, and nothing is pruned.
+#include <torch/csrc/stable/library.h>
+
+#include <tuple>
+
+#include "common.h"
+
+namespace dimap::cuda {
+namespace {
+
+constexpr int64_t kTableBytes = int64_t{16} << 20;  // of all windows' bins and bounds, about
+
+int bins_for(int64_t layers) {
+  int64_t bins = kTuning.most_bins;
+  while (bins > kLeastBins && bins * 48 * layers > kTableBytes) bins /= 2;
+  return static_cast<int>(bins);
+}
+
+// Decides the cuts and writes masks or zeroes. masks: [tensors], or empty: zero in place. Thresholds: [modules] or null.
+void run(const Device& device, const Problem& problem, std::span<void* const> masks, double* thresholds) {
+  const HostPlan host(problem, masks);
+  const auto layers = static_cast<int64_t>(problem.layers()), modules = static_cast<int64_t>(problem.modules());
+  const int bins = bins_for(layers);
+  const int64_t stride = bins + 2;
+  Workspace space;
+  DecideArgs decide_args{};
+  EmitArgs emit_args{};
+  SolveArgs& s = decide_args.solve;
+  char* blob = nullptr;
+  for (int pass = 0; pass < 2; ++pass) {
+    if (pass) space.allocate(device);
+    blob = space.take<char>(host.bytes());
+    s.layers = space.take<LayerState>(layers);
+    s.modules = space.take<ModuleState>(modules);
+    decide_args.table = space.take<Word>(layers * (kHead + 3 * bins));
+    s.scratch = {space.take<double>(layers * stride),     space.take<double>(layers * stride),
+                 space.take<int64_t>(layers * stride),    space.take<double>(layers * kSegments),
+                 space.take<int64_t>(layers * kSegments), space.take<uint32_t>(layers),
+                 space.take<uint32_t>(layers),            stride};
+    decide_args.bad = space.take<int32_t>(1);
+    emit_args.quota = space.take<int64_t>(modules);
+    emit_args.ties = space.take<int32_t>(host.chunks());
+    emit_args.kept = space.take<int32_t>(host.chunks());
+  }
+  s.plan = emit_args.plan = host.send(blob, device.stream);
+  s.table = decide_args.table;
+  s.bins = bins;
+  s.guess = false;
+  decide_args.thresholds = thresholds;
+  emit_args.layers = s.layers;
+  emit_args.bad = decide_args.bad;
+  check(decide(decide_args, device.stream));
+  check(read_quotas(s.modules, emit_args.quota, static_cast<int32_t>(modules), device.stream));
+  check(emit(emit_args, masks.empty(), device.stream));
+}
+
+std::tuple<std::vector<Tensor>, Tensor> select_cuts_op(std::vector<Tensor> weights, Ints layers, Ints modules,
+                                                       Ints keep) {
+  STD_TORCH_CHECK(!weights.empty(), "weights must have at least one tensor, got none");
+  const Device device(weights[0]);
+  const std::vector<Tensor> inputs = contiguous(weights);
+  const Problem problem = modules_problem(inputs, layers, modules, keep);
+  std::vector<Tensor> masks = device.empty_like(inputs, ScalarType::Bool);
+  Tensor thresholds = device.empty({static_cast<int64_t>(keep.size())}, ScalarType::Double);
+  run(device, problem, pointers(masks), static_cast<double*>(thresholds.mutable_data_ptr()));
+  return {std::move(masks), std::move(thresholds)};
+}
+
+std::vector<Tensor> select_op(std::vector<Tensor> weights, Ints layers, Ints modules, Ints keep) {
+  return std::get<0>(select_cuts_op(std::move(weights), std::move(layers), std::move(modules), std::move(keep)));
+}
+
+void copy_back(std::vector<Tensor>& weights, const std::vector<Tensor>& inputs) {
+  for (size_t i = 0; i < weights.size(); ++i)
+    if (!weights[i].is_contiguous()) torch::stable::copy_(weights[i], inputs[i]);
+}
+
+void prune_op(std::vector<Tensor> weights, Ints layers, Ints modules, Ints keep) {
+  STD_TORCH_CHECK(!weights.empty(), "weights must have at least one tensor, got none");
+  const Device device(weights[0]);
+  const std::vector<Tensor> inputs = contiguous(weights);
+  run(device, modules_problem(inputs, layers, modules, keep), {}, nullptr);
+  copy_back(weights, inputs);
+}
+
+void apply_op(std::vector<Tensor> weights, std::vector<Tensor> masks) {
+  STD_TORCH_CHECK(masks.size() == weights.size(), "masks must have one entry for each of the ", weights.size(),
+                  " weights, got ", masks.size());
+  if (weights.empty()) return;
+  const Device device(weights[0]);
+  const std::vector<Tensor> inputs = contiguous(weights), bytes = contiguous(masks);
+  for (size_t i = 0; i < weights.size(); ++i) {
+    STD_TORCH_CHECK(bytes[i].scalar_type() == ScalarType::Bool, "masks[", i, "] must be bool, got ",
+                    name_of(bytes[i].scalar_type()));
+    STD_TORCH_CHECK(device_of(bytes[i]) == device_of(inputs[i]), "masks[", i, "] must be on ", device_of(inputs[i]),
+                    " like weights[", i, "], got ", device_of(bytes[i]));
+    STD_TORCH_CHECK(std::equal(inputs[i].sizes().begin(), inputs[i].sizes().end(), bytes[i].sizes().begin(),
+                               bytes[i].sizes().end()),
+                    "masks[", i, "] must have the shape of weights[", i, "]");
+  }
+  const Problem problem = layers_problem(inputs, Ints(weights.size(), 0));
+  const HostPlan host(problem, pointers(bytes));
+  Workspace space;
+  space.take<char>(host.bytes());
+  space.allocate(device);
+  check(apply(host.send(space.take<char>(host.bytes()), device.stream), device.stream));
+  copy_back(weights, inputs);
+}
+
+}  // namespace
+}  // namespace dimap::cuda
+
+STABLE_TORCH_LIBRARY_IMPL(dimap, CUDA, m) {
+  m.impl("select", TORCH_BOX(&dimap::cuda::select_op));
+  m.impl("prune_", TORCH_BOX(&dimap::cuda::prune_op));
+  m.impl("select_cuts", TORCH_BOX(&dimap::cuda::select_cuts_op));
+  m.impl("apply_", TORCH_BOX(&dimap::cuda::apply_op));
+}

@@ -1,0 +1,242 @@
+// Masks, or zeroes in place, from decided cuts.
+#include "block.cuh"
+#include "kernels.h"
+
+namespace dimap::cuda {
+namespace {
+
+struct Piece {
+  TensorEntry tensor;
+  int64_t offset;
+  int n;
+  uint32_t keep_from, tie;
+};
+
+__device__ inline Piece piece_of(const Plan& plan, const LayerState* layers, int64_t c) {
+  Piece p;
+  p.tensor = plan.tensors[tensor_of(plan, c)];
+  p.offset = (c - p.tensor.first_chunk) * kChunk;
+  p.n = static_cast<int>(p.tensor.numel - p.offset < kChunk ? p.tensor.numel - p.offset : kChunk);
+  p.keep_from = layers ? layers[p.tensor.layer].keep_from : 0;
+  p.tie = layers ? layers[p.tensor.layer].tie : kNoTie;
+  return p;
+}
+
+// The bytes of four weights at a time.
+template <DType kType>
+__device__ uint32_t write_mask(const Piece& p) {
+  using T = storage_t<kType>;
+  constexpr int kLanes = 16 / static_cast<int>(sizeof(T));
+  const T* weights = static_cast<const T*>(p.tensor.data) + p.offset;
+  auto* mask = static_cast<uint8_t*>(p.tensor.out) + p.offset;
+  uint32_t ties = 0;
+  int done = 0;
+  if (reinterpret_cast<uintptr_t>(weights) % 16 == 0 && reinterpret_cast<uintptr_t>(mask) % 8 == 0) {
+    const uint4* vectors = reinterpret_cast<const uint4*>(weights);
+    const int count = p.n / kLanes;
+    for (int start = static_cast<int>(threadIdx.x); start < count; start += kThreads * kTuning.emit_unroll) {
+      uint4 v[kTuning.emit_unroll];
+#pragma unroll
+      for (int u = 0; u < kTuning.emit_unroll; ++u)
+        if (start + u * kThreads < count) v[u] = vectors[start + u * kThreads];
+#pragma unroll
+      for (int u = 0; u < kTuning.emit_unroll; ++u) {
+        const int at = start + u * kThreads;
+        if (at >= count) continue;
+        const uint32_t words[4] = {v[u].x, v[u].y, v[u].z, v[u].w};
+        uint32_t bytes[kLanes / 4] = {};
+#pragma unroll
+        for (int k = 0; k < kLanes; ++k) {
+          uint32_t key;
+          if constexpr (sizeof(T) == 4) key = key_of<kType>(words[k]);
+          else key = key_of<kType>(static_cast<T>(words[k / 2] >> (k % 2 * 16)));
+          bytes[k / 4] |= (key >= p.keep_from ? 1u : 0u) << (k % 4 * 8);
+          ties += key == p.tie;
+        }
+        if constexpr (kLanes == 4) reinterpret_cast<uint32_t*>(mask)[at] = bytes[0];
+        else reinterpret_cast<uint2*>(mask)[at] = make_uint2(bytes[0], bytes[kLanes / 4 - 1]);
+      }
+    }
+    done = count * kLanes;
+  }
+  for (int i = done + static_cast<int>(threadIdx.x); i < p.n; i += kThreads) {
+    const uint32_t key = key_of<kType>(weights[i]);
+    mask[i] = key >= p.keep_from;
+    ties += key == p.tie;
+  }
+  return ties;
+}
+
+template <DType kType>
+__device__ uint32_t zero_dropped(const Piece& p) {
+  using T = storage_t<kType>;
+  T* weights = const_cast<T*>(static_cast<const T*>(p.tensor.data)) + p.offset;
+  uint32_t ties = 0;
+  for_each_key<kType, kTuning.emit_unroll>(weights, p.n, [&](uint32_t key, int i) {
+    if (key < p.keep_from && key != p.tie) weights[i] = 0;
+    ties += key == p.tie;
+  });
+  return ties;
+}
+
+template <bool kZero>
+__global__ void __launch_bounds__(kThreads, kTuning.blocks) emit_kernel(const __grid_constant__ EmitArgs a) {
+  const bool bad = *a.bad != 0;
+  for (int64_t c = blockIdx.x; c < a.plan.chunks; c += gridDim.x) {
+    Piece p = piece_of(a.plan, a.layers, c);
+    uint32_t ties = 0;
+    if (bad) p.keep_from = kZero ? 0 : 0xFFFFFFFFu, p.tie = kNoTie;
+    if (!kZero || !bad) {
+      const auto dtype = static_cast<DType>(p.tensor.dtype);
+      if (dtype == DType::kFloat32) ties = kZero ? zero_dropped<DType::kFloat32>(p) : write_mask<DType::kFloat32>(p);
+      if (dtype == DType::kBFloat16) ties = kZero ? zero_dropped<DType::kBFloat16>(p) : write_mask<DType::kBFloat16>(p);
+      if (dtype == DType::kFloat16) ties = kZero ? zero_dropped<DType::kFloat16>(p) : write_mask<DType::kFloat16>(p);
+    }
+    if (p.tie == kNoTie) {  // the same for all threads
+      if (threadIdx.x == 0) a.ties[c] = 0;
+      continue;
+    }
+    __shared__ uint32_t sum;
+    if (threadIdx.x == 0) sum = 0;
+    __syncthreads();
+    ties = __reduce_add_sync(0xFFFFFFFFu, ties);
+    if (threadIdx.x % 32 == 0 && ties) atomicAdd(&sum, ties);
+    __syncthreads();
+    if (threadIdx.x == 0) a.ties[c] = static_cast<int32_t>(sum);
+    __syncthreads();
+  }
+}
+
+// Inclusive sums over the block, in order of threads. total: of all.
+__device__ int64_t block_scan(int64_t value, int64_t& total) {
+  __shared__ int64_t warps[kThreads / 32];
+  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+#pragma unroll
+  for (int offset = 1; offset < 32; offset *= 2) {
+    const int64_t other = __shfl_up_sync(0xFFFFFFFFu, value, offset);
+    if (lane >= offset) value += other;
+  }
+  __syncthreads();  // of an earlier call
+  if (lane == 31) warps[warp] = value;
+  __syncthreads();
+  int64_t before = 0;
+  total = 0;
+#pragma unroll
+  for (int w = 0; w < kThreads / 32; ++w) {
+    if (w < warp) before += warps[w];
+    total += warps[w];
+  }
+  return before + value;
+}
+
+// Shares each module's quota among its chunks, in order: a block for a module.
+__global__ void __launch_bounds__(kThreads) share_kernel(const __grid_constant__ EmitArgs a) {
+  for (int32_t m = static_cast<int32_t>(blockIdx.x); m < a.plan.module_count; m += static_cast<int32_t>(gridDim.x)) {
+    const ModuleEntry module = a.plan.modules[m];
+    int64_t left = a.quota[m];
+    for (int64_t start = module.first_chunk; start < module.last_chunk; start += kThreads) {
+      const int64_t c = start + threadIdx.x;
+      int64_t ties = 0;
+      bool mine = false;
+      if (c < module.last_chunk) {
+        const int32_t layer = a.plan.tensors[tensor_of(a.plan, c)].layer;
+        mine = a.plan.layers[layer].module == m;
+        if (mine) ties = a.ties[c];
+      }
+      int64_t total;
+      const int64_t before = block_scan(ties, total) - ties;
+      if (mine) {
+        const int64_t here = left - before;
+        a.kept[c] = static_cast<int32_t>(here <= 0 ? 0 : here < ties ? here : ties);
+      }
+      left = left > total ? left - total : 0;
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) a.quota[m] = left;
+  }
+}
+
+// Keeps the first `quota` ties of a chunk and drops the others: what the first pass left.
+template <DType kType, bool kZero>
+__device__ void settle(const Piece& p, int64_t ties, int64_t quota) {
+  using T = storage_t<kType>;
+  T* weights = const_cast<T*>(static_cast<const T*>(p.tensor.data)) + p.offset;
+  uint8_t* mask = kZero ? nullptr : static_cast<uint8_t*>(p.tensor.out) + p.offset;
+  if (kZero ? quota == ties : quota == 0) return;
+  int64_t seen = 0;
+  for (int start = 0; start < p.n; start += kThreads) {
+    const int i = start + static_cast<int>(threadIdx.x);
+    const bool tie = i < p.n && key_of<kType>(weights[i]) == p.tie;
+    int64_t total;
+    const int64_t place = seen + block_scan(tie, total) - tie;
+    if constexpr (kZero) {
+      if (tie && place >= quota) weights[i] = 0;
+    } else {
+      if (tie && place < quota) mask[i] = 1;
+    }
+    seen += total;
+  }
+}
+
+template <bool kZero>
+__global__ void __launch_bounds__(kThreads, kTuning.blocks) settle_kernel(const __grid_constant__ EmitArgs a) {
+  if (*a.bad != 0) return;
+  for (int64_t c = blockIdx.x; c < a.plan.chunks; c += gridDim.x) {
+    const int32_t ties = a.ties[c];
+    if (ties == 0) continue;
+    const int32_t quota = a.kept[c];
+    const Piece p = piece_of(a.plan, a.layers, c);
+    const auto dtype = static_cast<DType>(p.tensor.dtype);
+    if (dtype == DType::kFloat32) settle<DType::kFloat32, kZero>(p, ties, quota);
+    if (dtype == DType::kBFloat16) settle<DType::kBFloat16, kZero>(p, ties, quota);
+    if (dtype == DType::kFloat16) settle<DType::kFloat16, kZero>(p, ties, quota);
+  }
+}
+
+__global__ void read_quotas_kernel(const ModuleState* modules, int64_t* quota, int32_t count) {
+  for (int32_t m = static_cast<int32_t>(threadIdx.x); m < count; m += static_cast<int32_t>(blockDim.x)) quota[m] = modules[m].quota;
+}
+
+template <typename T>
+__device__ void apply_chunk(const Piece& p) {
+  T* weights = const_cast<T*>(static_cast<const T*>(p.tensor.data)) + p.offset;
+  const auto* mask = static_cast<const uint8_t*>(p.tensor.out) + p.offset;
+  for (int i = static_cast<int>(threadIdx.x); i < p.n; i += kThreads)
+    if (mask[i] == 0) weights[i] = 0;
+}
+
+__global__ void __launch_bounds__(kThreads, kTuning.blocks) apply_kernel(const __grid_constant__ Plan plan) {
+  for (int64_t c = blockIdx.x; c < plan.chunks; c += gridDim.x) {
+    const Piece p = piece_of(plan, nullptr, c);
+    if (static_cast<DType>(p.tensor.dtype) == DType::kFloat32) apply_chunk<uint32_t>(p);
+    else apply_chunk<uint16_t>(p);
+  }
+}
+
+unsigned blocks_for(int64_t work) { return static_cast<unsigned>(work < 1 ? 1 : work < 1 << 14 ? work : 1 << 14); }
+
+template <bool kZero>
+cudaError_t emit_as(const EmitArgs& a, cudaStream_t stream) {
+  emit_kernel<kZero><<<blocks_for(a.plan.chunks), kThreads, 0, stream>>>(a);
+  share_kernel<<<blocks_for(a.plan.module_count), kThreads, 0, stream>>>(a);
+  settle_kernel<kZero><<<blocks_for(a.plan.chunks), kThreads, 0, stream>>>(a);
+  return cudaGetLastError();
+}
+
+}  // namespace
+
+cudaError_t emit(const EmitArgs& args, bool zero, cudaStream_t stream) {
+  return zero ? emit_as<true>(args, stream) : emit_as<false>(args, stream);
+}
+
+cudaError_t read_quotas(const ModuleState* modules, int64_t* quota, int32_t count, cudaStream_t stream) {
+  read_quotas_kernel<<<1, 256, 0, stream>>>(modules, quota, count);
+  return cudaGetLastError();
+}
+
+cudaError_t apply(const Plan& plan, cudaStream_t stream) {
+  apply_kernel<<<blocks_for(plan.chunks), kThreads, 0, stream>>>(plan);
+  return cudaGetLastError();
+}
+
+}  // namespace dimap::cuda
