@@ -62,6 +62,7 @@ struct Plan {
 // A window over keys: `bins` bins of 2^shift keys from `base` on; see dimap::Window for the two bounds.
 struct View {
   uint32_t base, shift, bins, below_end, above_first;
+  uint32_t proven;  // nonzero: an exact solve placed it, so what lies above is kept and what lies below is dropped
   DIMAP_HD uint32_t end() const { return base + (bins << shift); }  // at most 2^31
 };
 
@@ -99,7 +100,7 @@ DIMAP_HD View view_over(uint32_t first, uint32_t last, int bins, int granularity
   const uint32_t base = first >> shift << shift;
   uint32_t used = ((last - base) >> shift) + 1;
   if (used > static_cast<uint32_t>(bins)) used = static_cast<uint32_t>(bins);
-  return {base, shift, used, kKeyEnd, 0};
+  return {base, shift, used, kKeyEnd, 0, 0};
 }
 
 // Sends value · 2^bit to a sum of 32-bit words as terms below 2^32, so that 2^32 terms fit a word: add(word, term).

@@ -116,6 +116,7 @@ struct Layer {  // one layer's part of the arguments
   int32_t number;
   uint32_t ratio;
   int64_t total;
+  double least, most;  // what is proven to be kept scores at least this, what is proven to be dropped at most this
   double *low, *high;
   int64_t* seen;
 
@@ -169,9 +170,13 @@ struct Layer {  // one layer's part of the arguments
 
 DIMAP_HD Layer layer_of(const SolveArgs& a, int32_t l) {
   const LayerState& state = a.layers[l];
+  const ModuleState& module = a.modules[a.plan.layers[l].module];
+  const bool proven = state.view.proven != 0;
   const int64_t at = l * a.scratch.stride;
   return {a.table + l * (kHead + 3 * static_cast<int64_t>(a.bins)), state.view, a.plan.layers[l].granularity, l,
-          a.guess ? state.ratio : 1u, a.plan.layers[l].total, a.scratch.low + at, a.scratch.high + at, a.scratch.seen + at};
+          a.guess ? state.ratio : 1u, a.plan.layers[l].total,
+          proven ? double_of(bits_of(module.high) + 1) : 0.0,
+          proven && module.low > 0 ? double_of(bits_of(module.low) - 1) : 2.0, a.scratch.low + at, a.scratch.high + at, a.scratch.seen + at};
 }
 
 // Running sums and bounds of one segment of a layer, from the sums before it.
@@ -183,6 +188,8 @@ DIMAP_HD void bound_segment(const Layer& layer, int from, int to, double energy,
       const int64_t rest = layer.total - seen;
       low = 0.0;
       high = rest > 0 ? upper_bound(layer.last(i), energy) : 0.0;
+      // An earlier survey may have known more than the sum: weights that are equal share their energy.
+      if (high > layer.most) high = layer.most;
       if (rest > 0) seen += rest;
     } else {
       const int64_t count = layer.count(i);
@@ -192,6 +199,7 @@ DIMAP_HD void bound_segment(const Layer& layer, int from, int to, double energy,
       seen += count;
       // Empty intervals get bounds too, falling like the others', so that binary searches work.
       low = energy == 0.0 ? (count ? 0.0 : 1.0) : lower_bound(first, energy);
+      if (i == 0 && low < layer.least) low = layer.least;
       if (count && i > 0 && first == last) {  // one magnitude, one score
         const double score = low * (1 + 3 * kSlack);
         high = score < 1.0 ? score : 1.0;
@@ -253,7 +261,7 @@ DIMAP_HD void solve_module(Exec& exec, const SolveArgs& a, int32_t m, SolverShar
   if (module.keep == 0) {
     exec.each(layers, [&](int64_t j) {
       LayerState& state = a.layers[order[j]];
-      state.view = {kNonFinite, 23, 0, kKeyEnd, 0};  // nothing to look for
+      state.view = {kNonFinite, 23, 0, kKeyEnd, 0, 0};  // nothing to look for
       state.keep_from = kKeyEnd;
       state.tie = kNoTie;
     });
@@ -381,7 +389,7 @@ DIMAP_HD void solve_module(Exec& exec, const SolveArgs& a, int32_t m, SolverShar
       const int before = kept ? layer.head([&](int i) { return layer.seen[i] < kept; }) : -1;
       const uint32_t below_end = after < layer.intervals() ? layer.last(after) + 1 : 0;
       const uint32_t above_first = before >= 0 ? layer.first(before) : kNonFinite;
-      View view{below_end, 23, 0, kKeyEnd, 0};
+      View view{below_end, 23, 0, kKeyEnd, 0, 0};
       if (maybe > kept) {
         const int top = layer.head([&](int i) { return layer.seen[i] <= kept; });
         const int bottom = layer.head([&](int i) { return layer.seen[i] < maybe; });
@@ -391,7 +399,7 @@ DIMAP_HD void solve_module(Exec& exec, const SolveArgs& a, int32_t m, SolverShar
         view.base = below_end >> view.shift << view.shift;
         if (view.base < below_end) view.base += uint32_t{1} << view.shift;
       }
-      if (!a.guess) view.below_end = below_end, view.above_first = above_first;
+      if (!a.guess) view.below_end = below_end, view.above_first = above_first, view.proven = 1;
       a.layers[layer.number].view = view;
     });
     exec.one([&] {
