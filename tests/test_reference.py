@@ -7,9 +7,8 @@ from fractions import Fraction
 
 import pytest
 import torch
-from hypothesis import given, settings
-
 from dimap import reference
+from hypothesis import given, settings
 from problems import problems
 
 
@@ -56,6 +55,8 @@ def test_lamp_agrees_where_there_are_no_ties() -> None:
     torch.testing.assert_close(scores.flatten(), lamp, rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize(("n", "s", "keep"), [(10, 0.25, 8), (10, 0.35, 6), (1, 0.5, 1), (3, 1.0, 0)])
+@pytest.mark.parametrize(
+    ("n", "s", "keep"), [(10, 0.25, 8), (10, 0.35, 6), (1, 0.5, 1), (3, 1.0, 0)]
+)
 def test_keep_follows_pythons_round(n: int, s: float, keep: int) -> None:
     assert reference.keep_counts([n], [s]) == [keep]

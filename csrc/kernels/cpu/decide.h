@@ -16,6 +16,9 @@ struct Bracket {
   uint32_t low = kKeyEnd;
   uint32_t high = kKeyEnd;
   uint32_t atom = kNoAtom;
+  // Of those set aside, the mask keeps the ones from here on until more is known: where this is close to the cut few
+  // bytes of the mask need a second visit. Neither summed nor counted as kept.
+  uint32_t guess = kKeyEnd;
 };
 
 // Kept weights are summed as integers q = significand << (scale - grid), q < 2^32, on the grid of the bracket's high end;
@@ -51,7 +54,7 @@ struct Decided {
   }
 };
 
-// weights: [n]; mask: [n] bytes, 1 where kept and 0 elsewhere, or null. n < 2^32.
+// weights: [n]; mask: [n] bytes, 1 where kept or guessed so and 0 elsewhere, or null. n < 2^32.
 using DecideFn = void (*)(const void* weights, int64_t n, const Bracket& bracket, uint8_t* mask,
                           Decided& out);
 

@@ -41,6 +41,7 @@ void decide(const storage_t<kType>* weights, int64_t n, const Bracket& bracket, 
     return _mm256_set1_epi32(static_cast<int>(key < kKeyEnd ? key : kKeyEnd - 1) - 1);
   };
   const __m256i below_low = bound(bracket.low), below_high = bound(bracket.high);
+  const __m256i below_marked = bound(bracket.guess < bracket.high ? bracket.guess : bracket.high);
   const __m256i below_limit = bound(grid.limit);
   const __m256i atom = _mm256_set1_epi32(static_cast<int>(bracket.atom));
   const __m256i exponent = _mm256_set1_epi32(static_cast<int>(grid.exponent));
@@ -52,12 +53,13 @@ void decide(const storage_t<kType>* weights, int64_t n, const Bracket& bracket, 
   int64_t aside = out.aside, kept = 0, atoms = 0;
   int64_t i = 0;
   for (; i + 32 <= n; i += 32) {
-    __m256i key[4], above[4];
+    __m256i key[4], above[4], marked[4];
     uint32_t line = 0, between = 0;
     for (int j = 0; j < 4; ++j) {
       key[j] = load_keys<kType>(weights + i + 8 * j);
       above[j] = _mm256_cmpgt_epi32(key[j], below_high);
       const __m256i equal = _mm256_cmpeq_epi32(key[j], atom);
+      marked[j] = _mm256_andnot_si256(equal, _mm256_cmpgt_epi32(key[j], below_marked));
       const __m256i inside = _mm256_andnot_si256(_mm256_or_si256(above[j], equal),
                                                  _mm256_cmpgt_epi32(key[j], below_low));
       line |= bits_of(above[j]) << (8 * j);
@@ -94,8 +96,8 @@ void decide(const storage_t<kType>* weights, int64_t n, const Bracket& bracket, 
       const __m256i one = _mm256_set1_epi8(1);
       const __m256i bytes = _mm256_and_si256(
           _mm256_permutevar8x32_epi32(
-              _mm256_packs_epi16(_mm256_packs_epi32(above[0], above[1]),
-                                 _mm256_packs_epi32(above[2], above[3])),
+              _mm256_packs_epi16(_mm256_packs_epi32(marked[0], marked[1]),
+                                 _mm256_packs_epi32(marked[2], marked[3])),
               _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7)),
           one);
       if (stream)

@@ -23,6 +23,11 @@ inline __m512i load_keys(const storage_t<kType>* p) {
   }
 }
 
+inline uint64_t line_of(const __mmask16 (&m)[4]) {
+  return static_cast<uint64_t>(m[0]) | static_cast<uint64_t>(m[1]) << 16 | static_cast<uint64_t>(m[2]) << 32 |
+         static_cast<uint64_t>(m[3]) << 48;
+}
+
 struct Squares {
   __m512i sum = _mm512_setzero_si512(), high = _mm512_setzero_si512();
   void add(__m512i q) {
@@ -49,6 +54,7 @@ void decide(const storage_t<kType>* weights, int64_t n, const Bracket& bracket, 
   const Grid grid(bracket.high);
   const __m512i low = _mm512_set1_epi32(static_cast<int>(bracket.low));
   const __m512i high = _mm512_set1_epi32(static_cast<int>(bracket.high));
+  const __m512i mark = _mm512_set1_epi32(static_cast<int>(bracket.guess < bracket.high ? bracket.guess : bracket.high));
   const __m512i limit = _mm512_set1_epi32(static_cast<int>(grid.limit));
   const __m512i atom = _mm512_set1_epi32(static_cast<int>(bracket.atom));
   const __m512i exponent = _mm512_set1_epi32(static_cast<int>(grid.exponent));
@@ -63,18 +69,24 @@ void decide(const storage_t<kType>* weights, int64_t n, const Bracket& bracket, 
   int64_t i = 0;
   for (; i + 64 <= n; i += 64) {
     __m512i key[4];
-    __mmask16 above[4], between[4];
+    __mmask16 above[4], from_low[4], marked[4];
     for (int j = 0; j < 4; ++j) {
       key[j] = load_keys<kType>(weights + i + 16 * j);
       above[j] = _mm512_cmpge_epu32_mask(key[j], high);
-      between[j] = _mm512_mask_cmpge_epu32_mask(_knot_mask16(above[j]), key[j], low);
+      from_low[j] = _mm512_cmpge_epu32_mask(key[j], low);
+      if constexpr (kMask) marked[j] = _mm512_cmpge_epu32_mask(key[j], mark);
     }
+    const uint64_t kept_line = line_of(above);
+    uint64_t between = line_of(from_low) & ~kept_line;
+    uint64_t marked_line = kMask ? line_of(marked) : 0;
+    kept += __builtin_popcountll(kept_line);
     if (has_atom) {
-      for (int j = 0; j < 4; ++j) {
-        const __mmask16 equal = _mm512_cmpeq_epi32_mask(key[j], atom);
-        atoms += __builtin_popcount(equal);
-        between[j] = static_cast<__mmask16>(between[j] & ~equal);
-      }
+      __mmask16 equal[4];
+      for (int j = 0; j < 4; ++j) equal[j] = _mm512_cmpeq_epi32_mask(key[j], atom);
+      const uint64_t line = line_of(equal);
+      atoms += __builtin_popcountll(line);
+      between &= ~line;
+      marked_line &= ~line;
     }
     const __m512i top = _mm512_max_epu32(_mm512_max_epu32(key[0], key[1]),
                                          _mm512_max_epu32(key[2], key[3]));
@@ -97,22 +109,21 @@ void decide(const storage_t<kType>* weights, int64_t n, const Bracket& bracket, 
       const __m512i m = _mm512_ternarylogic_epi32(key[j], fraction, implicit, 0xEA);  // (a & b) | c
       squares.add(_mm512_maskz_sllv_epi32(on_grid[j], m, shift));
     }
-    const uint64_t line = static_cast<uint64_t>(above[0]) | static_cast<uint64_t>(above[1]) << 16 |
-                          static_cast<uint64_t>(above[2]) << 32 | static_cast<uint64_t>(above[3]) << 48;
-    kept += __builtin_popcountll(line);
     if constexpr (kMask) {
-      const __m512i bytes = _mm512_maskz_set1_epi8(line, 1);
+      const __m512i bytes = _mm512_maskz_set1_epi8(marked_line, 1);
       if (stream)
         _mm512_stream_si512(reinterpret_cast<__m512i*>(mask + i), bytes);
       else
         _mm512_storeu_si512(mask + i, bytes);
     }
-    if (between[0] | between[1] | between[2] | between[3]) {
+    if (between) {
       for (int j = 0; j < 4; ++j) {
+        const auto lanes16 = static_cast<__mmask16>(between >> (16 * j));
+        if (lanes16 == 0) continue;
         const __m512i index = _mm512_add_epi32(lanes, _mm512_set1_epi32(static_cast<int>(i + 16 * j)));
-        _mm512_storeu_si512(out.keys + aside, _mm512_maskz_compress_epi32(between[j], key[j]));
-        _mm512_storeu_si512(out.positions + aside, _mm512_maskz_compress_epi32(between[j], index));
-        aside += __builtin_popcount(between[j]);
+        _mm512_storeu_si512(out.keys + aside, _mm512_maskz_compress_epi32(lanes16, key[j]));
+        _mm512_storeu_si512(out.positions + aside, _mm512_maskz_compress_epi32(lanes16, index));
+        aside += __builtin_popcount(lanes16);
       }
     }
   }

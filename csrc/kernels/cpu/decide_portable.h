@@ -14,6 +14,7 @@ template <DType kType>
 inline void decide_range(const storage_t<kType>* weights, int64_t first, int64_t n,
                          const Bracket& bracket, const Grid& grid, uint8_t* mask, Decided& out) {
   const uint32_t low = bracket.low, high = bracket.high, atom = bracket.atom;
+  const uint32_t marked = bracket.guess < high ? bracket.guess : high;
   int64_t aside = out.aside, kept = 0, atoms = 0;
   uint32_t largest = out.largest;
   uint64_t squares = 0, squares_high = 0;
@@ -25,7 +26,7 @@ inline void decide_range(const storage_t<kType>* weights, int64_t first, int64_t
     largest = key > largest ? key : largest;
     atoms += is_atom;
     kept += keep;
-    if (mask) mask[i] = keep;
+    if (mask) mask[i] = key >= marked && !is_atom;
     out.keys[aside] = key;
     out.positions[aside] = static_cast<uint32_t>(i);
     aside += set_aside;

@@ -65,16 +65,18 @@ class Emitter {
     }
   }
 
-  // The reading has marked what lies above the bracket; marks those set aside that are kept.
+  // The reading has marked what lies above the bracket, and from its guess on; puts right what was guessed wrong.
   void mark_aside(const Chunk& chunk, const Cut& cut, uint8_t* mask) const {
     const uint32_t *keys = reading_->keys(chunk), *positions = reading_->positions(chunk);
-    const uint32_t from = cut_of(chunk, cut).keep_from;
+    const uint32_t from = cut_of(chunk, cut).keep_from, guess = reading_->brackets[chunk.layer].guess;
+    const uint32_t first = std::min(from, guess), wrong = std::max(from, guess) - first;
+    const uint8_t kept = from < guess;
     for (int64_t i = 0; i < chunk.aside; ++i)
-      if (keys[i] >= from) mask[positions[i]] = 1;
+      if (keys[i] - first < wrong) mask[positions[i]] = kept;
     if (chunk.quota == 0 || chunk.quota == chunk.ties) return;
     int64_t left = chunk.quota;
-    for (int64_t i = 0; i < chunk.aside && left > 0; ++i)
-      if (keys[i] == cut.tie) mask[positions[i]] = 1, --left;
+    for (int64_t i = 0; i < chunk.aside; ++i)
+      if (keys[i] == cut.tie) mask[positions[i]] = left-- > 0;
   }
 
   void write_mask(const Chunk& chunk, const Cut& layer, uint8_t* mask) const {

@@ -138,11 +138,11 @@ class Decision {
 
   // Whether a layer keeps only weights that the reading marked or set aside: not its atom, not zeros.
   bool suffices(size_t l) const {
-    const auto [low, high, atom] = reading_.brackets[l];
+    const Bracket& b = reading_.brackets[l];
     const Cut& cut = cuts[l];
     const bool atom_kept =
-        atom != Bracket::kNoAtom && reading_.layers[l].atoms && (atom >= cut.keep_from || atom == cut.tie);
-    return !atom_kept && cut.keep_from >= low && cut.keep_from <= high && cut.tie >= low;
+        b.atom != Bracket::kNoAtom && reading_.layers[l].atoms && (b.atom >= cut.keep_from || b.atom == cut.tie);
+    return !atom_kept && cut.keep_from >= b.low && cut.keep_from <= b.high && cut.tie >= b.low;
   }
 
   const Problem& problem_;

@@ -89,19 +89,28 @@ LayerTable Reading::table(int32_t layer, Window window, std::span<Bin> bins) con
   table.look_through(window, std::min<uint64_t>(end, bracket.high), std::max(window.base, bracket.low));
   table.bins = bins;
   ExponentSums above;
+  LayerSums sums;
+  const Bracket inner{window.base, static_cast<uint32_t>(std::min<uint64_t>(end, kNonFinite)), Bracket::kNoAtom};
+  const bool whole = inner.low <= bracket.low && inner.high >= bracket.high;
+  std::vector<uint32_t> inside, positions;
   for (const int32_t c : chunks_of_layer_[layer]) {
     const Chunk& chunk = chunks[c];
     const uint32_t* key = keys(chunk);
-    for (int64_t i = 0; i < chunk.aside; ++i) {
-      if (key[i] < window.base) continue;
-      if (key[i] >= end) {
-        ++table.above;
-        above.add_key(key[i]);
-      } else {
-        bins[(key[i] - window.base) >> window.shift].add(key[i]);
-      }
+    int64_t n = chunk.aside;
+    if (!whole) {  // keys are float32 magnitudes: the deciding loop sums those above and sets aside those inside
+      inside.resize(static_cast<size_t>(n + Decided::kSlack));
+      positions.resize(inside.size());
+      Decided out;
+      out.keys = inside.data(), out.positions = positions.data(), out.outliers = &above;
+      kernels().decide[static_cast<int>(DType::kFloat32)](key, n, inner, nullptr, out);
+      sums.add(out, inner);
+      key = inside.data();
+      n = out.aside;
     }
+    for (int64_t i = 0; i < n; ++i) bins[(key[i] - window.base) >> window.shift].add(key[i]);
   }
+  table.above += sums.kept;
+  table.above_energy.add(sums.energy);
   if (bracket.atom != Bracket::kNoAtom && bracket.atom >= window.base && layers[layer].atoms) {
     const int64_t n = layers[layer].atoms;
     const uint64_t s = square(bracket.atom);

@@ -223,6 +223,7 @@ void bracket_module(const Problem& problem, int32_t module, const std::vector<in
     const Crossing upper = cross(sketch, highest), lower = cross(sketch, lowest);
     bracket.low = std::max<uint32_t>(1, scaled_key(lower.key, 1 - slack, false));
     bracket.high = scaled_key(upper.key, 1 + slack, true);
+    bracket.guess = scaled_key(cross(sketch, threshold).key, 1, true);
     const uint32_t unit = uint32_t{1} << problem.layer_granularity[layers[i]];
     if (unit > 1) {  // few magnitudes: widen to whole ones, and one more on each side
       bracket.low = std::max(unit, bracket.low / unit * unit) - (bracket.low >= 2 * unit ? unit : 0);
