@@ -48,7 +48,9 @@ inline uint64_t sum_of(__m512i v) {  // modulo 2^64; GCC's own reduction adds si
   return sum;
 }
 
-template <DType kType, bool kMask>
+// kScale: q is the weight times a power of two, converted: two operations instead of four on its bits. It takes a grid
+// whose unit is a normal float32.
+template <DType kType, bool kMask, bool kScale>
 void decide(const storage_t<kType>* weights, int64_t n, const Bracket& bracket, uint8_t* mask,
             Decided& out) {
   const Grid grid(bracket.high);
@@ -59,6 +61,7 @@ void decide(const storage_t<kType>* weights, int64_t n, const Bracket& bracket, 
   const __m512i atom = _mm512_set1_epi32(static_cast<int>(bracket.atom));
   const __m512i exponent = _mm512_set1_epi32(static_cast<int>(grid.exponent));
   const __m512i implicit = _mm512_set1_epi32(static_cast<int>(grid.implicit));
+  const __m512 factor = _mm512_castsi512_ps(_mm512_set1_epi32(static_cast<int>((277 - grid.exponent) << 23)));
   const __m512i fraction = _mm512_set1_epi32(0x7FFFFF);
   const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   const bool stream = kMask && out.stream && reinterpret_cast<uintptr_t>(mask) % 64 == 0;
@@ -105,9 +108,14 @@ void decide(const storage_t<kType>* weights, int64_t n, const Bracket& bracket, 
       }
     }
     for (int j = 0; j < 4; ++j) {
-      const __m512i shift = _mm512_subs_epu16(_mm512_srli_epi32(key[j], 23), exponent);
-      const __m512i m = _mm512_ternarylogic_epi32(key[j], fraction, implicit, 0xEA);  // (a & b) | c
-      squares.add(_mm512_maskz_sllv_epi32(on_grid[j], m, shift));
+      if constexpr (kScale) {
+        const __m512 scaled = _mm512_mul_ps(_mm512_castsi512_ps(key[j]), factor);
+        squares.add(_mm512_maskz_cvttps_epu32(on_grid[j], scaled));
+      } else {
+        const __m512i shift = _mm512_subs_epu16(_mm512_srli_epi32(key[j], 23), exponent);
+        const __m512i m = _mm512_ternarylogic_epi32(key[j], fraction, implicit, 0xEA);  // (a & b) | c
+        squares.add(_mm512_maskz_sllv_epi32(on_grid[j], m, shift));
+      }
     }
     if constexpr (kMask) {
       const __m512i bytes = _mm512_maskz_set1_epi8(marked_line, 1);
@@ -116,14 +124,19 @@ void decide(const storage_t<kType>* weights, int64_t n, const Bracket& bracket, 
       else
         _mm512_storeu_si512(mask + i, bytes);
     }
-    if (between) {
+    if (__builtin_popcountll(between) > 8) [[unlikely]] {
       for (int j = 0; j < 4; ++j) {
-        const auto lanes16 = static_cast<__mmask16>(between >> (16 * j));
-        if (lanes16 == 0) continue;
+        const auto inside = static_cast<__mmask16>(between >> (16 * j));
         const __m512i index = _mm512_add_epi32(lanes, _mm512_set1_epi32(static_cast<int>(i + 16 * j)));
-        _mm512_storeu_si512(out.keys + aside, _mm512_maskz_compress_epi32(lanes16, key[j]));
-        _mm512_storeu_si512(out.positions + aside, _mm512_maskz_compress_epi32(lanes16, index));
-        aside += __builtin_popcount(lanes16);
+        _mm512_storeu_si512(out.keys + aside, _mm512_maskz_compress_epi32(inside, key[j]));
+        _mm512_storeu_si512(out.positions + aside, _mm512_maskz_compress_epi32(inside, index));
+        aside += __builtin_popcount(inside);
+      }
+    } else {
+      for (; between; between &= between - 1) {
+        const int64_t at = i + __builtin_ctzll(between);
+        out.keys[aside] = key_of<kType>(weights[at]);
+        out.positions[aside++] = static_cast<uint32_t>(at);
       }
     }
   }
@@ -140,10 +153,10 @@ void decide(const storage_t<kType>* weights, int64_t n, const Bracket& bracket, 
 template <DType kType>
 void decide_any(const void* weights, int64_t n, const Bracket& bracket, uint8_t* mask, Decided& out) {
   const auto* typed = static_cast<const storage_t<kType>*>(weights);
-  if (mask)
-    decide<kType, true>(typed, n, bracket, mask, out);
-  else
-    decide<kType, false>(typed, n, bracket, mask, out);
+  const bool scaled = bracket.high >> 23 >= 24 && bracket.high < kNonFinite;
+  const auto run = mask ? (scaled ? decide<kType, true, true> : decide<kType, true, false>)
+                        : (scaled ? decide<kType, false, true> : decide<kType, false, false>);
+  run(typed, n, bracket, mask, out);
 }
 
 template <DType kType>
