@@ -7,6 +7,7 @@ import os
 import re
 import secrets
 import shutil
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -17,8 +18,12 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+if sys.platform != "win32":
+    import fcntl
+
 # An output that was interrupted by kill -9 or a power cut is found under a name of this form:
-# ".NAME.RANDOM.dimap-tmp". Everything else that ends a program removes it.
+# ".NAME.RANDOM.dimap-tmp", and the next output of that name removes it. Everything else that ends a
+# program removes it at once.
 SUFFIX = ".dimap-tmp"
 
 
@@ -35,10 +40,13 @@ def replacing(path: Path, *, folder: bool = False, force: bool = False) -> Itera
         OSError: `path` cannot be created, or is a folder where a file is wanted, or the reverse.
     """
     check_free(path, folder=folder, force=force)
+    _remove_leftovers(path)
     temporary = _beside(path)
+    lock = None
     try:
         try:
             temporary.mkdir() if folder else temporary.touch(exist_ok=False)
+            lock = _lock(temporary)
         except OSError as error:
             raise OSError(
                 error.errno, f"must be in a folder that can be written to, got: {error.strerror}",
@@ -56,6 +64,42 @@ def replacing(path: Path, *, folder: bool = False, force: bool = False) -> Itera
     except BaseException:
         _remove(temporary)
         raise
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def _lock(path: Path) -> int | None:
+    """Hold a file or folder until the descriptor is closed, by the end of the program at the latest.
+
+    None where another program holds it, or where the system has no such locks.
+    """
+    if sys.platform == "win32":
+        return None
+    try:
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Remove what a killed program left of an output at `path`: temporaries that nobody holds."""
+    form = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{8}}{re.escape(SUFFIX)}")
+    try:
+        left = [child for child in path.parent.iterdir() if form.fullmatch(child.name)]
+    except OSError:
+        return
+    for child in left:
+        lock = _lock(child)
+        if lock is not None:
+            _remove(child)
+            os.close(lock)
 
 
 def check_free(path: Path, *, folder: bool = False, force: bool = False) -> None:

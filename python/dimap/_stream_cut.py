@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -19,8 +19,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from . import ops
+from ._safetensors_header import Entry
 from ._stream_guess import (
     BINS,
+    NON_FINITE,
     RUN,
     RUNS,
     SHARE,
@@ -32,15 +34,21 @@ from ._stream_guess import (
     merge,
     sketch,
 )
-from ._stream_io import Block, Buffer, Piece, Source, each, pieces_of
+from ._stream_io import Block, Buffer, Piece, Source, each, pieces_of, read_into
 from .pruning import _Plan
 
 GRAINS = {torch.float32: 0, torch.bfloat16: 16, torch.float16: 13}
 HEAD = 22  # columns of a table before its bins
-ASIDE = 20_000_000  # weights set aside at most: 80 MB
+ASIDE = 32_000_000  # weights set aside at most: 128 MB
 TABLES = 8 << 20  # bytes of all tables of a survey, about
 SURVEY_BINS = 4096  # at most
-FEW = 64  # bins of one block that are worth noting
+
+
+class Progress(Protocol):
+    """What is told of the work as it goes on; `advance` in bytes, by any thread."""
+
+    def step(self, description: str, total: int | None = None) -> None: ...
+    def advance(self, amount: int) -> None: ...
 
 
 class Ranks(Protocol):
@@ -65,7 +73,7 @@ class Note:
     """Keys of one block inside its window: each by itself, or how many there are of each."""
 
     keys: Keys
-    counts: NDArray[np.int64] | None = None
+    counts: NDArray[np.int32] | None = None
 
     def count(self, key: int) -> int:
         hit = self.keys == key
@@ -104,10 +112,10 @@ class Cutter:
         sources: Sequence[Source],
         descriptors: Sequence[int],
         ranks: Ranks,
-        advance: Callable[[int], None],
+        progress: Progress,
     ) -> None:
         self.plan, self.sources, self.descriptors = plan, sources, descriptors
-        self.ranks, self.advance = ranks, advance
+        self.ranks, self.progress = ranks, progress
         self.number = {name: i for i, name in enumerate(plan.names)}
         self.layer_of = plan.layers
         self._notes: dict[int, dict[tuple[int, int], Note]] = {}  # layer -> (tensor, start) -> note
@@ -176,15 +184,7 @@ class Cutter:
                 rng = np.random.default_rng(i)
                 n = max(round(runs), 1)
                 places = ((np.arange(n) + rng.random(n)) / n * (count - run)).astype(int).tolist()
-            size = entry.dtype.itemsize
-            path = self.sources[file].path
-            keys = np.empty((len(places), run), np.uint32)
-            for line, place in zip(keys, places, strict=True):
-                begin = entry.begin + place * size
-                block = Block(entry, place, run, begin, begin + run * size)
-                piece = Piece(file, begin, block.end, (block,))
-                buffer.read(self.descriptors[file], begin, block.end, path)
-                line[:] = keys_of(buffer.tensor(block, piece))
+            keys = self._read_runs(file, entry, places, run)
             part = sketch(keys, ratio, whole=whole)
             with self._lock:
                 found.setdefault(self.layer_of[i], []).append(part)
@@ -198,6 +198,16 @@ class Cutter:
         for scope in self.scopes:
             sketches = [merge(parts.get(layer, [nothing])) for layer in scope.layers]
             scope.windows = guess(sketches, scope.totals, scope.grains, scope.keep)
+
+    def _read_runs(self, file: int, entry: Entry, places: Sequence[int], run: int) -> Keys:
+        """The keys of weights [p, p + run) for each place p: [places, run]."""
+        width = run * entry.dtype.itemsize
+        memory = bytearray(len(places) * width)
+        view, path = memoryview(memory), self.sources[file].path
+        for i, place in enumerate(places):
+            begin = entry.begin + place * entry.dtype.itemsize
+            read_into(self.descriptors[file], view[i * width : (i + 1) * width], begin, path)
+        return keys_of(torch.frombuffer(memory, dtype=entry.dtype)).reshape(len(places), run)
 
     # The survey
 
@@ -214,6 +224,7 @@ class Cutter:
             for file, source in enumerate(self.sources)
             for piece in pieces_of(file, [e for e in source.header.entries if self._open(e.name)])
         ]
+        self.progress.step("surveying", sum(piece.end - piece.begin for piece in pieces))
         each(pieces, lambda piece, buffer: self._survey_piece(piece, buffer, bins))
         for scope in wanted:
             assert scope.table is not None
@@ -251,15 +262,15 @@ class Cutter:
             if shift > scope.grains[row]:
                 # A bin holds many magnitudes: what is in the window may decide.
                 inside = int(counts[k].sum())
-                if inside > FEW and self._aside + inside > ASIDE:
+                if self._aside + inside > ASIDE:
                     scope.noted = False
                 elif scope.noted:
-                    note = Note(_inside(tensors[k], base, bins << shift, inside, buffer))
+                    note = Note(_inside(tensors[k], base, bins << shift, inside))
             else:
                 full = np.flatnonzero(counts[k])
-                if len(full) <= FEW:
+                if self._aside + len(full) <= ASIDE:
                     keys = (base + (full << shift)).astype(np.uint32)
-                    note = Note(keys, counts[k][full].copy())
+                    note = Note(keys, counts[k][full].astype(np.int32))
             with self._lock:
                 assert scope.table is not None
                 scope.table[row] += table[k]
@@ -267,7 +278,7 @@ class Cutter:
                     layer = self._notes.setdefault(scope.layers[row], {})
                     layer[numbers[k], block.start] = note
                     self._aside += note.keys.size
-        self.advance(piece.end - piece.begin)
+        self.progress.advance(piece.end - piece.begin)
 
     # The solution
 
@@ -296,17 +307,18 @@ class Cutter:
             if (inner[:, 0] < scope.looked[:, 0]).any() or torch.equal(inner, before):
                 return
             scope.windows = inner
-            table = outside.clone()
+            keys: list[Tensor] = []
+            numbers: list[int] = []
             for row, layer in enumerate(scope.layers):
-                if fine[row]:
-                    continue
-                keys = [_as_floats(note.keys) for note in self.notes_of(layer).values()]
-                window = inner[row : row + 1].clone()
-                window[0, 2] = 0  # they are float32 now
-                seen = ops.survey(keys, [0] * len(keys), window, bins)[0]
-                table[row] = self.ranks.sum(seen)
-                table[row, 0] = outside[row, 0]
-                table[row, 1:HEAD] += outside[row, 1:HEAD]
+                if not fine[row]:
+                    keys += (_as_floats(note.keys) for note in self.notes_of(layer).values())
+                    numbers += [row] * (len(keys) - len(numbers))
+            narrow = inner.clone()
+            narrow[:, 2] = 0  # what is set aside is float32
+            table = self.ranks.sum(ops.survey(keys, numbers, narrow, bins))
+            table[:, 0] = outside[:, 0]
+            table[:, 1:HEAD] += outside[:, 1:HEAD]
+            table[fine] = outside[fine]
             scope.table = table
 
     def notes_of(self, layer: int) -> dict[tuple[int, int], Note]:
@@ -314,20 +326,16 @@ class Cutter:
         return self._notes.get(layer, {})
 
 
-def _inside(weights: Tensor, base: int, width: int, count: int, buffer: Buffer) -> Keys:
+def _inside(weights: Tensor, base: int, width: int, count: int) -> Keys:
     """The keys of a flat tensor in [base, base + width)."""
     if count == 0:
         return np.zeros(0, np.uint32)
-    n = weights.numel()
-    offset = buffer.array("offset", n, np.uint32)
-    hit = buffer.array("hit", n, np.bool_)
-    if weights.dtype == torch.float32:
-        np.bitwise_and(weights.numpy().view(np.uint32), np.uint32(0x7FFFFFFF), out=offset)
-    else:
-        offset[:] = keys_of(weights)
-    np.subtract(offset, np.uint32(base), out=offset)
-    np.less(offset, np.uint32(min(width, 0xFFFFFFFF)), out=hit)
-    return offset[np.flatnonzero(hit)] + np.uint32(base)
+    # Two masks, from the first key on and from the last: their difference is the window.
+    cuts = torch.tensor([[base, -1], [min(base + width, NON_FINITE), -1]])
+    quota = torch.zeros(2, dtype=torch.int64)
+    (low, high), _ = ops.emit([weights, weights], [0, 1], [0, 1], cuts, quota)
+    hit = np.not_equal(low.numpy(), high.numpy(), out=low.numpy())
+    return keys_of(weights[torch.from_numpy(np.flatnonzero(hit))])
 
 
 def _as_floats(keys: Keys) -> Tensor:

@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 
 from . import ops
 
-RUN = 512  # neighbouring weights that are read at a time
+RUN = 128  # neighbouring weights that are read at a time
 WHOLE = 1 << 15  # weights of a layer up to which all of it is read
-RUNS = range(64, 384)  # in a layer
+RUNS = range(128, 512)  # in a layer
 SHARE = 64  # one weight in this many, within RUNS
-SIGMAS = 4.5  # half width of a window, in standard deviations
+SIGMAS = 3.5  # half width of a window, in standard deviations
 SHIFT = 17  # of the sample's histogram: 64 bins in an octave
 NON_FINITE = 0x7F800000
 BINS = 256  # of a window
@@ -31,14 +31,14 @@ Keys = NDArray[np.uint32]
 class Sketch(NamedTuple):
     """What a sample says of a layer; sketches of its parts can be merged.
 
-    bins, counts, energies: histogram of the magnitude keys, bins rising.
+    bins, weights, energies: histogram of the magnitude keys, bins rising.
     taken: weights in the sample; runs: how many it was read in, 0 for a whole layer.
     energy, kept: sums over the runs of their energy and of their share above a likely cut, and
         of the squares of both.
     """
 
     bins: NDArray[np.int64]
-    counts: Floats
+    weights: Floats
     energies: Floats
     taken: int
     runs: int
@@ -57,12 +57,13 @@ def sketch(keys: Keys, ratio: float, *, whole: bool) -> Sketch:
     """keys: [runs, RUN], or [n] of a whole layer; ratio: the share of weights that is to be kept."""
     finite = keys[keys < NON_FINITE]
     if not finite.size:
-        return Sketch(*(np.zeros(0, t) for t in (np.int64, float, float)), 0, 0, (0, 0), (0, 0))
+        none = np.zeros(0)
+        return Sketch(none.astype(np.int64), none, none, 0, 0, (0, 0), (0, 0))
     squares = np.square(finite.view(np.float32), dtype=np.float64)
     bins = (finite >> SHIFT).astype(np.int64)
     first = int(bins.min())
     counts = np.bincount(bins - first)
-    energies = np.bincount(bins - first, squares)
+    energies: Floats = np.bincount(bins - first, squares).astype(np.float64)
     found = np.flatnonzero(counts)
     energy = kept = np.zeros(0)
     if not whole:
@@ -88,13 +89,17 @@ def merge(parts: Sequence[Sketch]) -> Sketch:
     bins, place = np.unique(np.concatenate([p.bins for p in parts]), return_inverse=True)
     return Sketch(
         bins,
-        np.bincount(place, np.concatenate([p.counts for p in parts]), len(bins)),
-        np.bincount(place, np.concatenate([p.energies for p in parts]), len(bins)),
+        _sums(place, [p.weights for p in parts]),
+        _sums(place, [p.energies for p in parts]),
         sum(p.taken for p in parts),
         sum(p.runs for p in parts),
         (sum(p.energy[0] for p in parts), sum(p.energy[1] for p in parts)),
         (sum(p.kept[0] for p in parts), sum(p.kept[1] for p in parts)),
     )
+
+
+def _sums(place: NDArray[np.intp], parts: Sequence[Floats]) -> Floats:
+    return np.bincount(place, np.concatenate(parts)).astype(np.float64)
 
 
 class _Curve:
@@ -103,16 +108,18 @@ class _Curve:
     def __init__(self, sketch: Sketch, total: int) -> None:
         self.total = total
         self.spread = _spread(sketch.runs, *sketch.kept)[0] * total  # of a count, 1 sigma
-        self.slack = min(0.5, SIGMAS * _spread(sketch.runs, *sketch.energy)[1] / 2) + 1e-6
+        # Inside a bin the curve is a straight line: of few weights it tells less than of many.
+        line = 1e-3 if sketch.runs else 0.012
+        self.slack = min(0.5, SIGMAS * _spread(sketch.runs, *sketch.energy)[1] / 2) + line
         scale = total / max(sketch.taken, 1)
         down = slice(None, None, -1)
-        bins, counts = sketch.bins[down], sketch.counts[down] * scale
+        bins, counts = sketch.bins[down], sketch.weights[down] * scale
         energies = sketch.energies[down] * scale
         above, energy = np.cumsum(counts), np.cumsum(energies)
         edges = np.stack([bins + 1, bins], axis=1).reshape(-1)  # upper and lower of each bin
         values = _value(edges << SHIFT)
         sums = np.stack([energy - energies, energy], axis=1).reshape(-1)
-        with np.errstate(divide="ignore", invalid="ignore"):
+        with np.errstate(all="ignore"):
             scores = np.minimum(values * values / np.maximum(sums, 1e-300), 1.0)
             x = -np.log(np.maximum(scores, 1e-300))
         self.x = np.maximum.accumulate(np.concatenate([[0.0], x, [700.0]]))
@@ -180,7 +187,8 @@ def guess(
 def rows(windows: Iterable[tuple[int, int]], grains: Iterable[int]) -> torch.Tensor:
     """Windows, (first key, shift) each, as `dimap.ops.survey` takes them."""
     listed = [
-        [base, s, grain, *ops.NOTHING_KNOWN] for (base, s), grain in zip(windows, grains, strict=True)
+        [base, s, grain, *ops.NOTHING_KNOWN]
+        for (base, s), grain in zip(windows, grains, strict=True)
     ]
     return torch.tensor(listed, dtype=torch.int64).reshape(-1, 3 + len(ops.NOTHING_KNOWN))
 

@@ -30,11 +30,11 @@ class Source(NamedTuple):
 
 
 class Block(NamedTuple):
-    """Weights [start, start + count) of a tensor; bytes [begin, end) of its file."""
+    """Weights [start, start + weights) of a tensor; bytes [begin, end) of its file."""
 
     entry: Entry
     start: int
-    count: int
+    weights: int
     begin: int
     end: int
 
@@ -83,21 +83,12 @@ class Buffer:
         self._memory = np.empty(PIECE + 128, dtype=np.uint8)
         self._first = -self._memory.ctypes.data % 64
         self.bytes: memoryview = memoryview(b"")
-        self.scratch: dict[str, np.ndarray] = {}
 
     def read(self, descriptor: int, begin: int, end: int, path: Path) -> memoryview:
         """Bytes [begin, end) of a file, as far from alignment as they are in the file."""
         first = self._first + begin % 16
-        self.bytes = memoryview(self._memory)[first : first + end - begin]
-        at = 0
-        while at < end - begin:
-            got = _retry(lambda: os.preadv(descriptor, [self.bytes[at:]], begin + at), path)
-            if got == 0:
-                raise OSError(
-                    errno.EIO, f"must not change while it is read, ended at byte {begin + at}",
-                    str(path),
-                )  # fmt: skip
-            at += got
+        self.bytes = memoryview(self._memory.data)[first : first + end - begin]
+        read_into(descriptor, self.bytes, begin, path)
         return self.bytes
 
     def tensor(self, block: Block, piece: Piece) -> Tensor:
@@ -115,12 +106,20 @@ class Buffer:
             at = block.begin - piece.begin
             self.bytes[at : at + block.end - block.begin] = tensor.view(torch.uint8).numpy().data
 
-    def array(self, name: str, count: int, dtype: type) -> np.ndarray:
-        """Memory for intermediate results, kept from piece to piece."""
-        held = self.scratch.get(name)
-        if held is None or held.size < count or held.dtype != dtype:
-            held = self.scratch[name] = np.empty(count, dtype)
-        return held[:count]
+
+def read_into(descriptor: int, memory: memoryview, begin: int, path: Path) -> None:
+    """Fill the memory with a file's bytes from `begin` on."""
+    at = 0
+    while at < len(memory):
+        with _naming(path):
+            got = os.preadv(descriptor, [memory[at:] if at else memory], begin + at)
+        if got == 0:
+            raise OSError(
+                errno.EIO,
+                f"must not change while it is read, ended at byte {begin + at}",
+                str(path),
+            )
+        at += got
 
 
 @contextmanager
@@ -147,8 +146,9 @@ class Outputs:
         flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0)
         try:
             for path, size in zip(paths, sizes, strict=True):
-                self._descriptors.append(os.open(path, flags, 0o666))
-                _retry(lambda: os.ftruncate(self._descriptors[-1], size), path)
+                with _naming(path):
+                    self._descriptors.append(os.open(path, flags, 0o666))
+                    os.ftruncate(self._descriptors[-1], size)
         except BaseException:
             self.__exit__()
             raise
@@ -156,10 +156,9 @@ class Outputs:
     def write(self, file: int, data: memoryview | bytes, begin: int) -> None:
         view = memoryview(data)
         at = 0
-        while at < len(view):
-            at += _retry(
-                lambda: os.pwrite(self._descriptors[file], view[at:], begin + at), self.paths[file]
-            )
+        with _naming(self.paths[file]):
+            while at < len(view):
+                at += os.pwrite(self._descriptors[file], view[at:], begin + at)
         with self._lock:
             self._unflushed[file] += at
             due = self._unflushed[file] >= FLUSH
@@ -190,17 +189,17 @@ def _find_sync_file_range() -> Callable[..., int] | None:
         return None
     function.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
     function.restype = ctypes.c_int
-    return function  # type: ignore[no-any-return]
+    return function
 
 
 _sync_file_range = _find_sync_file_range()
-_Got = TypeVar("_Got")
 
 
-def _retry(call: Callable[[], _Got], path: Path) -> _Got:
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
     """A system call whose error names the file."""
     try:
-        return call()
+        yield
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error
 

@@ -15,7 +15,6 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -24,7 +23,7 @@ from torch import Tensor
 from . import ops
 from ._checkpoint_safetensors import Shards, ShardsWriter
 from ._files import replacing
-from ._stream_cut import GRAINS, Alone, Cutter, Ranks
+from ._stream_cut import GRAINS, Alone, Cutter, Progress, Ranks
 from ._stream_guess import keys_of
 from ._stream_io import Block, Buffer, Outputs, Piece, Source, each, opened, pieces_of
 from .checkpoint import open_checkpoint
@@ -32,13 +31,6 @@ from .groups import AUX, Layer, Patterns
 from .pruning import Normalize, Scope, _Plan
 
 __all__ = ["Progress", "StreamPruning", "prune_checkpoint"]
-
-
-class Progress(Protocol):
-    """What is told of the work as it goes on."""
-
-    def step(self, description: str, total: int | None = None) -> None: ...
-    def advance(self, amount: int) -> None: ...
 
 
 @dataclass
@@ -159,12 +151,10 @@ class _Job:
         self._lock = threading.Lock()
 
     def run(self, targets: list[Path], masks: Path | None, ranks: Ranks) -> StreamPruning:
-        prunable = sum(t.numel() * t.itemsize for t in self.plan.tensors)
         with opened([source.path for source in self.sources]) as descriptors:
             self.descriptors = descriptors
-            self.progress.step("surveying", prunable)
             self.cutter = Cutter(
-                self.plan, self.keep, self.sources, descriptors, ranks, self.progress.advance
+                self.plan, self.keep, self.sources, descriptors, ranks, self.progress
             )
             self.cutter.run()
             self.result.readings = self.cutter.readings
@@ -248,12 +238,12 @@ class _Job:
 
     def _write(self, targets: list[Path], masks: Path | None) -> None:
         sizes = [source.path.stat().st_size for source in self.sources]
-        self.progress.step("writing", sum(sizes))
         pieces = [
             piece
             for file, source in enumerate(self.sources)
             for piece in pieces_of(file, source.header.entries)
         ]
+        self.progress.step("writing", sum(p.end - p.begin for p in pieces))
         with ExitStack() as stack:
             self.outputs = stack.enter_context(Outputs(targets, sizes))
             self.masks = None
@@ -299,7 +289,8 @@ class _Job:
         nonzero = kept if keep_from > 0 and tie != 0 else _count_nonzero(tensor)
         smallest = None
         if name in self.unseen and kept:
-            smallest = int(keys_of(tensor)[mask.numpy()].min())
+            # Zeros become the largest number: of what is left the smallest is wanted.
+            smallest = int((keys_of(tensor) - np.uint32(1)).min()) + 1 if kept == nonzero else 0
         if self.masks is not None:
             bits = np.packbits(mask.numpy(), bitorder="little")
             self.masks.write(0, bits.data, self.places[name] + block.start // 8)
@@ -335,7 +326,7 @@ def _count_nonzero(tensor: Tensor) -> int:
 
 def _mask_file(plan: _Plan, result: StreamPruning) -> tuple[dict[str, int], bytes, int]:
     """The place of each tensor's bits in a mask file, the file's header and length."""
-    settings = {"scope": result.scope, "normalize": result.normalize}
+    settings: dict[str, str] = {"scope": result.scope, "normalize": result.normalize}
     settings |= {f"sparsity.{name}": repr(s) for name, s in result.sparsity.items()}
     shapes = {name: list(result.shapes[name]) for name in plan.names}
     settings |= {"dimap_masks": "1", "shapes": json.dumps(shapes)}
