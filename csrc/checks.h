@@ -19,21 +19,36 @@ using torch::stable::Tensor;
 
 inline std::string name_of(ScalarType type) {
   switch (type) {
-    case ScalarType::Float: return "float32";
-    case ScalarType::Double: return "float64";
-    case ScalarType::Half: return "float16";
-    case ScalarType::BFloat16: return "bfloat16";
-    case ScalarType::Byte: return "uint8";
-    case ScalarType::Char: return "int8";
-    case ScalarType::Short: return "int16";
-    case ScalarType::Int: return "int32";
-    case ScalarType::Long: return "int64";
-    case ScalarType::Bool: return "bool";
-    case ScalarType::ComplexFloat: return "complex64";
-    case ScalarType::ComplexDouble: return "complex128";
-    case ScalarType::Float8_e4m3fn: return "float8_e4m3fn";
-    case ScalarType::Float8_e5m2: return "float8_e5m2";
-    default: return "scalar type " + std::to_string(static_cast<int>(type));
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Byte:
+      return "uint8";
+    case ScalarType::Char:
+      return "int8";
+    case ScalarType::Short:
+      return "int16";
+    case ScalarType::Int:
+      return "int32";
+    case ScalarType::Long:
+      return "int64";
+    case ScalarType::Bool:
+      return "bool";
+    case ScalarType::ComplexFloat:
+      return "complex64";
+    case ScalarType::ComplexDouble:
+      return "complex128";
+    case ScalarType::Float8_e4m3fn:
+      return "float8_e4m3fn";
+    case ScalarType::Float8_e5m2:
+      return "float8_e5m2";
+    default:
+      return "scalar type " + std::to_string(static_cast<int>(type));
   }
 }
 
@@ -44,13 +59,16 @@ inline std::string device_of(const Tensor& t) {
 
 inline DType dtype_of(const Tensor& t, size_t i) {
   switch (t.scalar_type()) {
-    case ScalarType::Float: return DType::kFloat32;
-    case ScalarType::BFloat16: return DType::kBFloat16;
-    case ScalarType::Half: return DType::kFloat16;
-    default: break;
+    case ScalarType::Float:
+      return DType::kFloat32;
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    case ScalarType::Half:
+      return DType::kFloat16;
+    default:
+      break;
   }
-  STD_TORCH_CHECK(false, "weights[", i, "] must be float32, bfloat16 or float16, got ",
-                  name_of(t.scalar_type()));
+  STD_TORCH_CHECK(false, "weights[", i, "] must be float32, bfloat16 or float16, got ", name_of(t.scalar_type()));
 }
 
 inline void check_length(const char* name, size_t got, size_t want) {
@@ -76,7 +94,8 @@ inline Problem layers_problem(const std::vector<Tensor>& weights, const std::vec
   for (size_t i = 0; i < weights.size(); ++i) {
     const DType dtype = dtype_of(weights[i], i);
     check_number("layers", i, layers[i], static_cast<int64_t>(weights.size()));
-    problem.tensors.push_back({weights[i].const_data_ptr(), weights[i].numel(), dtype, static_cast<int32_t>(layers[i])});
+    problem.tensors.push_back(
+        {weights[i].const_data_ptr(), weights[i].numel(), dtype, static_cast<int32_t>(layers[i])});
     count = std::max(count, layers[i] + 1);
   }
   problem.layer_module.assign(static_cast<size_t>(count), 0);

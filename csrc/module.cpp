@@ -36,6 +36,7 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "How dimap was built and what it can run on.";
   m.attr("__version__") = DIMAP_VERSION;
   m.def("build_info", &build_info,
-        "Version, compiler, torch (built beside, ABI targeted), CUDA version and architectures (None: built without), and "
+        "Version, compiler, torch (built beside, ABI targeted), CUDA version and architectures (None: built without), "
+        "and "
         "the instruction sets that this processor has; 'instruction_set' is the one in use (DIMAP_ISA forces one).");
 }

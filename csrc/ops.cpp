@@ -11,7 +11,8 @@ STABLE_TORCH_LIBRARY(dimap, m) {
   m.def("select_cuts(Tensor[] weights, int[] layers, int[] modules, int[] keep) -> (Tensor[], Tensor)");
   m.def("apply_(Tensor(a!)[] weights, Tensor[] masks) -> ()");
 
-  // The three stages, for streams and shards. windows: int64 [layers, 7]; table: int64 [layers, 22 + 3 * bins], additive.
+  // The three stages, for streams and shards. windows: int64 [layers, 7]; table: int64 [layers, 22 + 3 * bins],
+  // additive.
   m.def("survey(Tensor[] weights, int[] layers, Tensor windows, int bins) -> Tensor");
   m.def(
       "solve(Tensor table, Tensor windows, int[] modules, int[] keep) "

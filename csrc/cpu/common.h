@@ -34,7 +34,9 @@ inline std::vector<Tensor> contiguous(const std::vector<Tensor>& tensors) {
 
 inline std::vector<Tensor> empty_like(const std::vector<Tensor>& tensors, ScalarType type) {
   std::vector<Tensor> out;
-  for (const Tensor& t : tensors) out.push_back(torch::stable::empty(t.sizes(), type, std::nullopt, torch::stable::Device(torch::headeronly::DeviceType::CPU)));
+  for (const Tensor& t : tensors)
+    out.push_back(
+        torch::stable::empty(t.sizes(), type, std::nullopt, torch::stable::Device(torch::headeronly::DeviceType::CPU)));
   return out;
 }
 

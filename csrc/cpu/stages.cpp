@@ -40,8 +40,10 @@ std::vector<WireWindow> read_windows(const Matrix& windows) {
   for (int64_t l = 0; l < windows.rows; ++l) {
     const int64_t* w = windows.row(l);
     STD_TORCH_CHECK(w[1] >= 0 && w[1] <= 23 && w[0] >= 0 && w[0] < int64_t{kKeyEnd} && w[0] % (int64_t{1} << w[1]) == 0,
-                    "windows[", l, "] must start at a key below 2^31 that is a multiple of 2^shift, shift in [0, 23], "
-                    "got key ", w[0], ", shift ", w[1]);
+                    "windows[", l,
+                    "] must start at a key below 2^31 that is a multiple of 2^shift, shift in [0, 23], "
+                    "got key ",
+                    w[0], ", shift ", w[1]);
     STD_TORCH_CHECK(w[2] >= 0 && w[2] <= 23, "windows[", l, "] must have a granularity in [0, 23], got ", w[2]);
     STD_TORCH_CHECK(w[3] >= 0 && w[3] <= int64_t{kKeyEnd} && w[4] >= 0 && w[4] <= int64_t{kKeyEnd}, "windows[", l,
                     "] must have bounds in [0, 2^31], got ", w[3], " and ", w[4]);
@@ -79,7 +81,8 @@ Tensor survey_op(std::vector<Tensor> weights, Ints layers, Tensor windows, int64
   const Survey seen = guarded([&] { return survey(problem, views, bins, {}, TorchPool()); });
   Tensor table = empty_cpu({matrix.rows, wire_columns(bins)}, ScalarType::Long);
   auto* out = static_cast<int64_t*>(table.mutable_data_ptr());
-  for (int64_t l = 0; l < matrix.rows; ++l) write_table(seen.tables[static_cast<size_t>(l)], out + l * wire_columns(bins));
+  for (int64_t l = 0; l < matrix.rows; ++l)
+    write_table(seen.tables[static_cast<size_t>(l)], out + l * wire_columns(bins));
   return table;
 }
 
@@ -99,9 +102,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> solve_op(Tensor table, Tensor windows
     const auto i = static_cast<size_t>(l);
     check_number("modules", i, modules[i], static_cast<int64_t>(keep.size()));
     layers[static_cast<size_t>(modules[i])].push_back(i);
-    tables.push_back(read_table(rows.row(l), wire[i], std::span(storage).subspan(i * static_cast<size_t>(bins), static_cast<size_t>(bins))));
+    tables.push_back(read_table(rows.row(l), wire[i],
+                                std::span(storage).subspan(i * static_cast<size_t>(bins), static_cast<size_t>(bins))));
   }
-  Tensor cuts = empty_cpu({rows.rows, 2}, ScalarType::Long), next = empty_cpu({rows.rows, kWindowColumns}, ScalarType::Long);
+  Tensor cuts = empty_cpu({rows.rows, 2}, ScalarType::Long),
+         next = empty_cpu({rows.rows, kWindowColumns}, ScalarType::Long);
   const auto count = static_cast<int64_t>(keep.size());
   Tensor quota = empty_cpu({count}, ScalarType::Long), thresholds = empty_cpu({count}, ScalarType::Double);
   auto* cut_rows = static_cast<int64_t*>(cuts.mutable_data_ptr());

@@ -1,7 +1,7 @@
 // The score's arithmetic, for the host and the device: the only copy of it.
 //
-// A weight's magnitude is handled as a 31-bit integer, its *key*: the bits of |w| as float32. Keys order as magnitudes do,
-// bfloat16 and float16 map into them exactly, and integer comparisons are not touched by flush-to-zero modes.
+// A weight's magnitude is handled as a 31-bit integer, its *key*: the bits of |w| as float32. Keys order as magnitudes
+// do, bfloat16 and float16 map into them exactly, and integer comparisons are not touched by flush-to-zero modes.
 #pragma once
 
 #include <cstdint>
@@ -24,9 +24,7 @@ constexpr uint32_t kKeyEnd = 0x80000000u;     // one past the largest key
 constexpr int64_t size_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 
 // Keys of a 16-bit type have this many low zero bits (float16: its subnormals have more).
-constexpr int granularity(DType dtype) {
-  return dtype == DType::kBFloat16 ? 16 : dtype == DType::kFloat16 ? 13 : 0;
-}
+constexpr int granularity(DType dtype) { return dtype == DType::kBFloat16 ? 16 : dtype == DType::kFloat16 ? 13 : 0; }
 
 template <DType kType>
 struct Storage;
@@ -69,9 +67,7 @@ DIMAP_HD uint32_t key_of(storage_t<kType> bits) {
 }
 
 // w = significand(key) · 2^(scale(key) - 149), with significand < 2^24 and scale in [0, 253].
-DIMAP_HD uint32_t significand(uint32_t key) {
-  return (key & 0x7FFFFFu) | (key >> 23 ? 0x800000u : 0u);
-}
+DIMAP_HD uint32_t significand(uint32_t key) { return (key & 0x7FFFFFu) | (key >> 23 ? 0x800000u : 0u); }
 DIMAP_HD int scale(uint32_t key) {
   const int exponent = static_cast<int>(key >> 23);
   return exponent ? exponent - 1 : 0;
@@ -96,10 +92,8 @@ DIMAP_HD double squared_value(uint32_t key) {
   return static_cast<double>(square(key)) * power_of_two(2 * scale(key) - 298);
 }
 
-// The score (Eq. 10 of the DIMAP paper; LAMP's per-weight score): w² over the energy of all weights of its layer that are
-// at least as large. `energy` is S(w), already rounded once to float64. Zero weights score 0.
-DIMAP_HD double score64(uint32_t key, double energy) {
-  return key == 0 ? 0.0 : squared_value(key) / energy;
-}
+// The score (Eq. 10 of the DIMAP paper; LAMP's per-weight score): w² over the energy of all weights of its layer that
+// are at least as large. `energy` is S(w), already rounded once to float64. Zero weights score 0.
+DIMAP_HD double score64(uint32_t key, double energy) { return key == 0 ? 0.0 : squared_value(key) / energy; }
 
 }  // namespace dimap

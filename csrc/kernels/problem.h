@@ -35,8 +35,7 @@ struct Problem {
     for (const TensorView& t : tensors) {
       layer_total[t.layer] += t.numel;
       module_total[layer_module[t.layer]] += t.numel;
-      if (granularity(t.dtype) < layer_granularity[t.layer])
-        layer_granularity[t.layer] = granularity(t.dtype);
+      if (granularity(t.dtype) < layer_granularity[t.layer]) layer_granularity[t.layer] = granularity(t.dtype);
     }
   }
 };

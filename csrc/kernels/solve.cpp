@@ -7,8 +7,8 @@
 namespace dimap {
 namespace {
 
-// The bounds come from float64 running sums; their relative error is far below this. Exact sums are for the few bins that
-// the bounds cannot part.
+// The bounds come from float64 running sums; their relative error is far below this. Exact sums are for the few bins
+// that the bounds cannot part.
 constexpr double kSlack = 1e-9;
 
 struct Interval {
@@ -19,8 +19,8 @@ struct Interval {
 };
 
 struct LayerIntervals {
-  std::vector<Interval> intervals;   // nonempty ones, largest magnitudes first
-  std::vector<int64_t> cumulative;   // counts up to and including each
+  std::vector<Interval> intervals;  // nonempty ones, largest magnitudes first
+  std::vector<int64_t> cumulative;  // counts up to and including each
 };
 
 double upper_bound(uint32_t key, double energy_above) {
@@ -42,7 +42,8 @@ LayerIntervals intervals_of(const LayerTable& table) {
   int64_t seen = table.above;
   if (table.above > 0) {
     const uint32_t first = table.above_first;
-    out.push_back({first, kNonFinite - 1, table.above, std::max(window.above_low, lower_bound(first, energy)), 1.0, -1});
+    out.push_back(
+        {first, kNonFinite - 1, table.above, std::max(window.above_low, lower_bound(first, energy)), 1.0, -1});
   }
   for (int64_t b = bins - 1; b >= 0; --b) {
     const Bin& bin = table.bins[b];
@@ -55,8 +56,7 @@ LayerIntervals intervals_of(const LayerTable& table) {
     energy += static_cast<double>(bin.sum()) * power_of_two(2 * scale(first) - 298);
     // A bin of one magnitude has one score: its own energy is part of the sum in both bounds.
     const double low = lower_bound(first, energy);
-    out.push_back({first, last, bin.count, low,
-                   first == last ? std::min(1.0, low * (1 + 3 * kSlack)) : high, b});
+    out.push_back({first, last, bin.count, low, first == last ? std::min(1.0, low * (1 + 3 * kSlack)) : high, b});
     seen += bin.count;
   }
   if (seen < table.total) {

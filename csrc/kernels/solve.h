@@ -9,8 +9,8 @@
 
 namespace dimap {
 
-// A layer keeps its weights with key >= keep_from. Those with key == tie score exactly the module's threshold: they share
-// the module's quota in order of position (tie == kNoTie: there are none).
+// A layer keeps its weights with key >= keep_from. Those with key == tie score exactly the module's threshold: they
+// share the module's quota in order of position (tie == kNoTie: there are none).
 struct Cut {
   static constexpr uint32_t kNoTie = 0xFFFFFFFFu;
   uint32_t keep_from = kKeyEnd;

@@ -1,8 +1,8 @@
 // What a survey of the weights yields: small additive integer tables, one for each layer.
 //
-// A survey looks at each layer through a *window* of magnitude keys cut into equal bins. The weights above the window are
-// summed as one, each bin has a count and an energy, and the weights below it are what is left of the layer's total.
-// Every field is an integer: adding two surveys taken through the same windows is the survey of the union.
+// A survey looks at each layer through a *window* of magnitude keys cut into equal bins. The weights above the window
+// are summed as one, each bin has a count and an energy, and the weights below it are what is left of the layer's
+// total. Every field is an integer: adding two surveys taken through the same windows is the survey of the union.
 #pragma once
 
 #include <cstdint>
@@ -12,12 +12,12 @@
 
 namespace dimap {
 
-// Bins [base + b·2^shift, base + (b+1)·2^shift). base is a multiple of 2^shift and shift <= 23, so the keys of a bin share
-// one exponent and their squares one unit.
+// Bins [base + b·2^shift, base + (b+1)·2^shift). base is a multiple of 2^shift and shift <= 23, so the keys of a bin
+// share one exponent and their squares one unit.
 //
 // A window also carries what earlier surveys showed of the weights beside it: those below have keys below below_end and
-// score at most below_high, those above have keys from above_first on and score at least above_low. So closing in on one
-// part never loses what is known of the others, and every round knows more than the one before.
+// score at most below_high, those above have keys from above_first on and score at least above_low. So closing in on
+// one part never loses what is known of the others, and every round knows more than the one before.
 struct Window {
   uint32_t base = 0;
   int shift = 23;

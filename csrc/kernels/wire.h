@@ -17,8 +17,8 @@ constexpr int64_t kWireHead = 2 + kWireWords;
 constexpr int64_t wire_columns(int64_t bins) { return kWireHead + 3 * bins; }
 constexpr int64_t wire_bins(int64_t columns) { return (columns - kWireHead) % 3 ? -1 : (columns - kWireHead) / 3; }
 
-// A window's row: first key, log2 of the keys in a bin, low zero bits of every key in the layer, and what is known of the
-// weights beside it: Window::below_end, above_first, and the bits of below_high and above_low.
+// A window's row: first key, log2 of the keys in a bin, low zero bits of every key in the layer, and what is known of
+// the weights beside it: Window::below_end, above_first, and the bits of below_high and above_low.
 constexpr int64_t kWindowColumns = 7;
 
 struct WireWindow {
@@ -46,7 +46,8 @@ inline void write_table(const LayerTable& table, int64_t* row) {
   row[0] = table.total;
   row[1] = table.above;
   for (int i = 0; i < kWireWords; ++i)
-    row[2 + i] = static_cast<int64_t>(table.above_energy.limbs()[static_cast<size_t>(i / 2)] >> (i % 2 * 32) & 0xFFFFFFFFu);
+    row[2 + i] =
+        static_cast<int64_t>(table.above_energy.limbs()[static_cast<size_t>(i / 2)] >> (i % 2 * 32) & 0xFFFFFFFFu);
   int64_t* out = row + kWireHead;
   for (const Bin& bin : table.bins) {
     *out++ = bin.count;

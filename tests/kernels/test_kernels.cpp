@@ -38,12 +38,12 @@ class Threads final : public cpu::Pool {
 
 int failures = 0;
 
-#define EXPECT(condition)                                                   \
-  do {                                                                      \
-    if (!(condition)) {                                                     \
-      std::fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #condition);  \
-      ++failures;                                                           \
-    }                                                                       \
+#define EXPECT(condition)                                                  \
+  do {                                                                     \
+    if (!(condition)) {                                                    \
+      std::fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #condition); \
+      ++failures;                                                          \
+    }                                                                      \
   } while (0)
 
 struct Layer {
@@ -134,7 +134,8 @@ int main() {
   const char* isa = std::getenv("DIMAP_ISA");
   const cpu::Kernels* available[3];
   const int n = cpu::available_kernels(available);
-  if (isa && std::none_of(available, available + n, [&](const auto* k) { return !std::strcmp(k->name, isa); })) return 77;
+  if (isa && std::none_of(available, available + n, [&](const auto* k) { return !std::strcmp(k->name, isa); }))
+    return 77;
 
   std::mt19937_64 random(1);
   std::normal_distribution<float> normal;

@@ -9,8 +9,8 @@
 
 namespace dimap::cpu {
 
-// Weights with key >= high are kept, those below low are dropped, those between are set aside; but weights equal to `atom`,
-// which is below high, are only counted: they are many, and their positions are not needed yet.
+// Weights with key >= high are kept, those below low are dropped, those between are set aside; but weights equal to
+// `atom`, which is below high, are only counted: they are many, and their positions are not needed yet.
 struct Bracket {
   static constexpr uint32_t kNoAtom = 0xFFFFFFFFu;
   uint32_t low = kKeyEnd;
@@ -21,8 +21,8 @@ struct Bracket {
   uint32_t guess = kKeyEnd;
 };
 
-// Kept weights are summed as integers q = significand << (scale - grid), q < 2^32, on the grid of the bracket's high end;
-// the few that are larger than the grid reaches go one by one into `outliers`.
+// Kept weights are summed as integers q = significand << (scale - grid), q < 2^32, on the grid of the bracket's high
+// end; the few that are larger than the grid reaches go one by one into `outliers`.
 struct Grid {
   DIMAP_HD explicit Grid(uint32_t high)
       : exponent(high >> 23 ? high >> 23 : 1),
@@ -39,8 +39,8 @@ struct Decided {
   int64_t aside = 0;              // how many
   int64_t kept = 0;
   int64_t atoms = 0;
-  uint32_t largest = 0;      // largest key seen; >= kNonFinite: an infinity or a NaN
-  uint64_t squares = 0;      // sum of q², modulo 2^64, over the kept ones on the grid, and
+  uint32_t largest = 0;       // largest key seen; >= kNonFinite: an infinity or a NaN
+  uint64_t squares = 0;       // sum of q², modulo 2^64, over the kept ones on the grid, and
   uint64_t squares_high = 0;  // sum of q² >> 32: together they give the sum exactly for up to 2^32 weights
   ExponentSums* outliers = nullptr;
 
@@ -55,8 +55,7 @@ struct Decided {
 };
 
 // weights: [n]; mask: [n] bytes, 1 where kept or guessed so and 0 elsewhere, or null. n < 2^32.
-using DecideFn = void (*)(const void* weights, int64_t n, const Bracket& bracket, uint8_t* mask,
-                          Decided& out);
+using DecideFn = void (*)(const void* weights, int64_t n, const Bracket& bracket, uint8_t* mask, Decided& out);
 
 // Zeroes the weights with key < keep_from, but for those equal to `tie`.
 using ZeroFn = void (*)(void* weights, int64_t n, uint32_t keep_from, uint32_t tie);

@@ -9,11 +9,9 @@ namespace {
 template <DType kType>
 inline __m256i load_keys(const storage_t<kType>* p) {
   if constexpr (kType == DType::kFloat32) {
-    return _mm256_and_si256(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)),
-                            _mm256_set1_epi32(0x7FFFFFFF));
+    return _mm256_and_si256(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), _mm256_set1_epi32(0x7FFFFFFF));
   } else {
-    const __m128i half = _mm_and_si128(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)),
-                                       _mm_set1_epi16(0x7FFF));
+    const __m128i half = _mm_and_si128(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)), _mm_set1_epi16(0x7FFF));
     if constexpr (kType == DType::kBFloat16)
       return _mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16);
     else
@@ -21,9 +19,7 @@ inline __m256i load_keys(const storage_t<kType>* p) {
   }
 }
 
-inline uint32_t bits_of(__m256i lanes) {
-  return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(lanes)));
-}
+inline uint32_t bits_of(__m256i lanes) { return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(lanes))); }
 
 inline uint64_t sum_of(__m256i v) {
   alignas(32) uint64_t lanes[4];
@@ -32,14 +28,11 @@ inline uint64_t sum_of(__m256i v) {
 }
 
 template <DType kType, bool kMask>
-void decide(const storage_t<kType>* weights, int64_t n, const Bracket& bracket, uint8_t* mask,
-            Decided& out) {
+void decide(const storage_t<kType>* weights, int64_t n, const Bracket& bracket, uint8_t* mask, Decided& out) {
   const Grid grid(bracket.high);
   // Signed comparisons: keys are below 2^31. kKeyEnd is not, so it becomes the largest int, which no key reaches as a
   // finite weight.
-  auto bound = [](uint32_t key) {
-    return _mm256_set1_epi32(static_cast<int>(key < kKeyEnd ? key : kKeyEnd - 1) - 1);
-  };
+  auto bound = [](uint32_t key) { return _mm256_set1_epi32(static_cast<int>(key < kKeyEnd ? key : kKeyEnd - 1) - 1); };
   const __m256i below_low = bound(bracket.low), below_high = bound(bracket.high);
   const __m256i below_marked = bound(bracket.guess < bracket.high ? bracket.guess : bracket.high);
   const __m256i below_limit = bound(grid.limit);
@@ -60,14 +53,13 @@ void decide(const storage_t<kType>* weights, int64_t n, const Bracket& bracket, 
       above[j] = _mm256_cmpgt_epi32(key[j], below_high);
       const __m256i equal = _mm256_cmpeq_epi32(key[j], atom);
       marked[j] = _mm256_andnot_si256(equal, _mm256_cmpgt_epi32(key[j], below_marked));
-      const __m256i inside = _mm256_andnot_si256(_mm256_or_si256(above[j], equal),
-                                                 _mm256_cmpgt_epi32(key[j], below_low));
+      const __m256i inside =
+          _mm256_andnot_si256(_mm256_or_si256(above[j], equal), _mm256_cmpgt_epi32(key[j], below_low));
       line |= bits_of(above[j]) << (8 * j);
       between |= bits_of(inside) << (8 * j);
       atoms += __builtin_popcount(bits_of(equal));
     }
-    const __m256i top = _mm256_max_epi32(_mm256_max_epi32(key[0], key[1]),
-                                         _mm256_max_epi32(key[2], key[3]));
+    const __m256i top = _mm256_max_epi32(_mm256_max_epi32(key[0], key[1]), _mm256_max_epi32(key[2], key[3]));
     largest = _mm256_max_epi32(largest, top);
     const bool beyond_grid = bits_of(_mm256_cmpgt_epi32(top, below_limit)) != 0;
     for (int j = 0; j < 4; ++j) {
@@ -88,16 +80,15 @@ void decide(const storage_t<kType>* weights, int64_t n, const Bracket& bracket, 
       const __m256i odd_q = _mm256_srli_epi64(q, 32);
       const __m256i even = _mm256_mul_epu32(q, q), odd = _mm256_mul_epu32(odd_q, odd_q);
       squares = _mm256_add_epi64(squares, _mm256_add_epi64(even, odd));
-      squares_high = _mm256_add_epi64(
-          squares_high, _mm256_add_epi64(_mm256_srli_epi64(even, 32), _mm256_srli_epi64(odd, 32)));
+      squares_high =
+          _mm256_add_epi64(squares_high, _mm256_add_epi64(_mm256_srli_epi64(even, 32), _mm256_srli_epi64(odd, 32)));
     }
     kept += __builtin_popcount(line);
     if constexpr (kMask) {
       const __m256i one = _mm256_set1_epi8(1);
       const __m256i bytes = _mm256_and_si256(
           _mm256_permutevar8x32_epi32(
-              _mm256_packs_epi16(_mm256_packs_epi32(marked[0], marked[1]),
-                                 _mm256_packs_epi32(marked[2], marked[3])),
+              _mm256_packs_epi16(_mm256_packs_epi32(marked[0], marked[1]), _mm256_packs_epi32(marked[2], marked[3])),
               _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7)),
           one);
       if (stream)
@@ -107,8 +98,7 @@ void decide(const storage_t<kType>* weights, int64_t n, const Bracket& bracket, 
     }
     if (between) {
       alignas(32) uint32_t keys[32];
-      for (int j = 0; j < 4; ++j)
-        _mm256_store_si256(reinterpret_cast<__m256i*>(keys) + j, key[j]);
+      for (int j = 0; j < 4; ++j) _mm256_store_si256(reinterpret_cast<__m256i*>(keys) + j, key[j]);
       for (uint32_t bits = between; bits; bits &= bits - 1) {
         const int lane = __builtin_ctz(bits);
         out.keys[aside] = keys[lane];

@@ -1,7 +1,7 @@
 // AVX-512 (F, BW, DQ, VL): 64 weights a step, one cache line of mask.
 //
-// Nothing here may run before the processor was asked: this file has no static initialisers, and all it holds has internal
-// linkage but the table at its end.
+// Nothing here may run before the processor was asked: this file has no static initialisers, and all it holds has
+// internal linkage but the table at its end.
 #include <immintrin.h>
 
 #include "decide_portable.h"
@@ -14,8 +14,8 @@ inline __m512i load_keys(const storage_t<kType>* p) {
   if constexpr (kType == DType::kFloat32) {
     return _mm512_and_si512(_mm512_loadu_si512(p), _mm512_set1_epi32(0x7FFFFFFF));
   } else {
-    const __m256i half = _mm256_and_si256(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)),
-                                          _mm256_set1_epi16(0x7FFF));
+    const __m256i half =
+        _mm256_and_si256(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), _mm256_set1_epi16(0x7FFF));
     if constexpr (kType == DType::kBFloat16)
       return _mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16);
     else
@@ -35,8 +35,7 @@ struct Squares {
     const __m512i shifted = _mm512_srli_epi64(q, 32);
     const __m512i odd = _mm512_mul_epu32(shifted, shifted);
     sum = _mm512_add_epi64(sum, _mm512_add_epi64(even, odd));
-    high = _mm512_add_epi64(
-        high, _mm512_add_epi64(_mm512_srli_epi64(even, 32), _mm512_srli_epi64(odd, 32)));
+    high = _mm512_add_epi64(high, _mm512_add_epi64(_mm512_srli_epi64(even, 32), _mm512_srli_epi64(odd, 32)));
   }
 };
 
@@ -51,8 +50,7 @@ inline uint64_t sum_of(__m512i v) {  // modulo 2^64; GCC's own reduction adds si
 // kScale: q is the weight times a power of two, converted: two operations instead of four on its bits. It takes a grid
 // whose unit is a normal float32.
 template <DType kType, bool kMask, bool kScale>
-void decide(const storage_t<kType>* weights, int64_t n, const Bracket& bracket, uint8_t* mask,
-            Decided& out) {
+void decide(const storage_t<kType>* weights, int64_t n, const Bracket& bracket, uint8_t* mask, Decided& out) {
   const Grid grid(bracket.high);
   const __m512i low = _mm512_set1_epi32(static_cast<int>(bracket.low));
   const __m512i high = _mm512_set1_epi32(static_cast<int>(bracket.high));
@@ -91,8 +89,7 @@ void decide(const storage_t<kType>* weights, int64_t n, const Bracket& bracket, 
       between &= ~line;
       marked_line &= ~line;
     }
-    const __m512i top = _mm512_max_epu32(_mm512_max_epu32(key[0], key[1]),
-                                         _mm512_max_epu32(key[2], key[3]));
+    const __m512i top = _mm512_max_epu32(_mm512_max_epu32(key[0], key[1]), _mm512_max_epu32(key[2], key[3]));
     largest = _mm512_max_epu32(largest, top);
     __mmask16 on_grid[4] = {above[0], above[1], above[2], above[3]};
     if (_mm512_cmpge_epu32_mask(top, limit)) [[unlikely]] {

@@ -5,8 +5,7 @@ namespace {
 
 template <DType kType>
 void decide(const void* weights, int64_t n, const Bracket& bracket, uint8_t* mask, Decided& out) {
-  decide_range<kType>(static_cast<const storage_t<kType>*>(weights), 0, n, bracket,
-                      Grid(bracket.high), mask, out);
+  decide_range<kType>(static_cast<const storage_t<kType>*>(weights), 0, n, bracket, Grid(bracket.high), mask, out);
 }
 
 template <DType kType>

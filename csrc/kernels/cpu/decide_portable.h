@@ -1,7 +1,7 @@
 // The loops in plain C++: the specification of the other instruction sets, and their tail.
 //
-// Each instruction set compiles its own copy with its own flags, so everything here has internal linkage: the linker must
-// never give the portable build a copy made for another processor.
+// Each instruction set compiles its own copy with its own flags, so everything here has internal linkage: the linker
+// must never give the portable build a copy made for another processor.
 #pragma once
 
 #include "decide.h"
@@ -11,8 +11,8 @@ namespace {
 
 // Decides weights [first, n). `position` of the weight i is i.
 template <DType kType>
-inline void decide_range(const storage_t<kType>* weights, int64_t first, int64_t n,
-                         const Bracket& bracket, const Grid& grid, uint8_t* mask, Decided& out) {
+inline void decide_range(const storage_t<kType>* weights, int64_t first, int64_t n, const Bracket& bracket,
+                         const Grid& grid, uint8_t* mask, Decided& out) {
   const uint32_t low = bracket.low, high = bracket.high, atom = bracket.atom;
   const uint32_t marked = bracket.guess < high ? bracket.guess : high;
   int64_t aside = out.aside, kept = 0, atoms = 0;

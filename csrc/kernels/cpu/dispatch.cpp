@@ -19,8 +19,7 @@ const Kernels& choose() {
     if (std::strcmp(available[i]->name, forced) == 0) return *available[i];
     names += (i ? ", " : "") + std::string(available[i]->name);
   }
-  throw std::runtime_error("DIMAP_ISA must be one of " + names + " on this processor, got '" + forced +
-                           "'");
+  throw std::runtime_error("DIMAP_ISA must be one of " + names + " on this processor, got '" + forced + "'");
 }
 
 }  // namespace
@@ -31,8 +30,8 @@ int available_kernels(const Kernels* out[3]) {
 #if defined(DIMAP_X86)
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c")) out[n++] = &kAvx2;
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && n == 2)
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+      __builtin_cpu_supports("avx512dq") && n == 2)
     out[n++] = &kAvx512;
 #endif
   return n;

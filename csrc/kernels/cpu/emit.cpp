@@ -14,7 +14,7 @@ Decided run(const Problem& problem, const Chunk& chunk, const Bracket& bracket, 
   Decided out;
   out.keys = keys, out.positions = positions, out.outliers = &outliers;
   kernels().decide[static_cast<int>(problem.tensors[chunk.tensor].dtype)](data(problem, chunk), chunk.n, bracket, mask,
-                                                                         out);
+                                                                          out);
   return out;
 }
 

@@ -17,7 +17,7 @@ constexpr struct {
   int64_t bins = 1024;                      // of a window over what was set aside
   int64_t survey_bins = 4096;               // of a window over all weights, at most
   int64_t survey_bytes = int64_t{8} << 20;  // all tables of a survey, about
-  int64_t aside_share = 32;                 // at most one weight in this many is set aside, and
+  int64_t aside_share = 16;                 // at most one weight in this many is set aside, and
   int64_t aside_least = 1 << 17;            // this many in any case
   double layer_share = 0.25;                // a layer of which more would be set aside is surveyed instead
   int rounds = 64;                          // far more than any input needs
@@ -58,8 +58,7 @@ class Decision {
 
  private:
   void read_once(std::span<uint8_t* const> masks) {
-    const int64_t total =
-        std::accumulate(problem_.module_total.begin(), problem_.module_total.end(), int64_t{0});
+    const int64_t total = std::accumulate(problem_.module_total.begin(), problem_.module_total.end(), int64_t{0});
     const int64_t budget = total / kTuning.aside_share + kTuning.aside_least;
     Guess guess = guess_brackets(problem_, pool_);
     double expected = 0;
@@ -98,9 +97,9 @@ class Decision {
       for (size_t l = 0; l < problem_.layers(); ++l) surveyed[l] = open[problem_.layer_module[l]] && !read_[l];
       pool_.for_each(count, [&](int64_t l, int) {
         if (!open[problem_.layer_module[l]] || !read_[l]) return;
-        tables[l] = reading_.table(static_cast<int32_t>(l), windows[l],
-                                   std::span(bins).subspan(static_cast<size_t>(l * kTuning.bins),
-                                                           static_cast<size_t>(kTuning.bins)));
+        tables[l] = reading_.table(
+            static_cast<int32_t>(l), windows[l],
+            std::span(bins).subspan(static_cast<size_t>(l * kTuning.bins), static_cast<size_t>(kTuning.bins)));
       });
       Survey seen;
       if (any(surveyed)) {

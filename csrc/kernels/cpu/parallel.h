@@ -13,12 +13,12 @@ class Pool {
  public:
   virtual ~Pool() = default;
   virtual int workers() const = 0;
-  // Calls body(worker) once for each worker in [0, workers()), at the same time where it can; returns when all are done.
-  // The body does not throw.
+  // Calls body(worker) once for each worker in [0, workers()), at the same time where it can; returns when all are
+  // done. The body does not throw.
   virtual void run(const std::function<void(int)>& body) const = 0;
 
-  // Calls body(i, worker) for every i in [0, n): workers take the next i when they are free. The first exception stops the
-  // rest and is thrown again here: it need not cross somebody else's code.
+  // Calls body(i, worker) for every i in [0, n): workers take the next i when they are free. The first exception stops
+  // the rest and is thrown again here: it need not cross somebody else's code.
   template <typename Body>
   void for_each(int64_t n, Body&& body) const {
     if (n <= 1 || workers() == 1) {

@@ -36,12 +36,13 @@ Reading::Reading(const Problem& problem, std::vector<Bracket> brackets, const Po
       pool_(pool),
       chunks_of_layer_(problem.layers()) {
   for (int w = 0; w < pool.workers(); ++w) aside_.push_back(std::make_unique<Aside>());
-  for (size_t c = 0; c < chunks.size(); ++c)
-    chunks_of_layer_[chunks[c].layer].push_back(static_cast<int32_t>(c));
+  for (size_t c = 0; c < chunks.size(); ++c) chunks_of_layer_[chunks[c].layer].push_back(static_cast<int32_t>(c));
 }
 
 bool Reading::read(std::span<const uint8_t> wanted, std::span<uint8_t* const> masks, int64_t budget) {
   const Kernels& kernel = kernels();
+  // Room for all of the budget at once: growing would hold two copies, and memory that is not touched costs nothing.
+  for (auto& buffer : aside_) buffer->reserve(budget + Chunk::kWeights + Decided::kSlack);
   LayerLocks locks;
   std::vector<ExponentSums> outliers(aside_.size());
   std::atomic<int64_t> aside{0};
@@ -62,8 +63,8 @@ bool Reading::read(std::span<const uint8_t> wanted, std::span<uint8_t* const> ma
     out.stream = total >= kStreamFrom;
     const Bracket& bracket = brackets[chunk.layer];
     uint8_t* mask = masks.empty() ? nullptr : masks[chunk.tensor] + chunk.offset;
-    kernel.decide[static_cast<int>(problem_.tensors[chunk.tensor].dtype)](data(problem_, chunk), chunk.n,
-                                                                         bracket, mask, out);
+    kernel.decide[static_cast<int>(problem_.tensors[chunk.tensor].dtype)](data(problem_, chunk), chunk.n, bracket, mask,
+                                                                          out);
     if (out.largest >= kNonFinite) finite.store(false, std::memory_order_relaxed);
     chunk.worker = worker;
     chunk.begin = buffer.used;

@@ -73,7 +73,7 @@ class Reading {
  private:
   const Problem& problem_;
   const Pool& pool_;
-  std::vector<std::unique_ptr<Aside>> aside_;           // [workers]
+  std::vector<std::unique_ptr<Aside>> aside_;          // [workers]
   std::vector<std::vector<int32_t>> chunks_of_layer_;  // [layers]
 };
 

@@ -12,14 +12,15 @@ namespace {
 
 // Tuning, as data: measured with benchmarks/bench_select.py.
 constexpr struct {
-  int64_t run = 16;                // neighbouring weights read at a time: a cache line of float32
-  int64_t ratio = 48;              // one run in this many, where the layer is neither small
-  int64_t least = 8192;            // nor
+  int64_t run = 16;          // neighbouring weights read at a time: a cache line of float32
+  int64_t ratio_alone = 16;  // one run in this many, where a module has one layer: its cut is a quantile of that layer
+  int64_t ratio = 48;        // one run in this many elsewhere, where the layer is neither small
+  int64_t least = 8192;      // nor
   int64_t most = int64_t{1} << 18;  // large: weights in the sample of a layer
-  double sigmas = 3.5;             // half width of a bracket
-  double clustering = 2.0;         // neighbours are alike: variance of a count over that of independent draws
-  double atom_share = 1.0 / 32;    // a single magnitude with more of its layer than this is counted, not set aside
-  int64_t ahead = 12;              // runs between asking memory for one and reading it
+  double sigmas = 3.5;              // half width of a bracket
+  double clustering = 1.5;          // neighbours are alike: variance of a count over that of independent draws
+  double atom_share = 1.0 / 32;     // a single magnitude with more of its layer than this is counted, not set aside
+  int64_t ahead = 12;               // runs between asking memory for one and reading it
 } kTuning;
 
 constexpr int kShift = 17;  // histogram bins of the sample: 64 to an octave
@@ -35,9 +36,9 @@ uint64_t mix(uint64_t x) {  // the finaliser of splitmix64
 
 struct Step {  // a nonempty bin of the sample's histogram, scaled up to the layer
   int bin;
-  uint32_t only;           // the one key in it, or kMixed
-  double count, above;     // of weights in it, and in all larger ones
-  double low, high;        // scores at its two edges
+  uint32_t only;        // the one key in it, or kMixed
+  double count, above;  // of weights in it, and in all larger ones
+  double low, high;     // scores at its two edges
 };
 
 struct Sketch {
@@ -105,9 +106,10 @@ uint32_t only_key(const std::vector<uint32_t>& keys, uint32_t bin) {
   return only;
 }
 
-Sketch sketch_layer(const Problem& problem, int32_t layer, const std::vector<int32_t>& tensors, Scratch& scratch) {
+Sketch sketch_layer(const Problem& problem, int32_t layer, bool alone, const std::vector<int32_t>& tensors,
+                    Scratch& scratch) {
   const int64_t total = problem.layer_total[layer];
-  const int64_t wanted = std::clamp(total / kTuning.ratio, kTuning.least, kTuning.most);
+  const int64_t wanted = std::clamp(total / (alone ? kTuning.ratio_alone : kTuning.ratio), kTuning.least, kTuning.most);
   const int64_t ratio = std::max<int64_t>(1, total / wanted);
   std::vector<uint32_t>& keys = scratch.keys;
   keys.clear();
@@ -128,7 +130,8 @@ Sketch sketch_layer(const Problem& problem, int32_t layer, const std::vector<int
   sketch.scale = keys.empty() ? 1 : sketch.total / static_cast<double>(keys.size());
   if (ratio > 1 && moments.sum > 0) {
     const double mean = moments.sum / static_cast<double>(moments.runs);
-    const double spread = std::max(0.0, moments.sum_of_squares / moments.sum - mean);  // variance of a run over its mean
+    const double spread =
+        std::max(0.0, moments.sum_of_squares / moments.sum - mean);  // variance of a run over its mean
     sketch.deviation = std::sqrt(spread / moments.sum);
   }
   double above = 0, energy_above = 0;
@@ -155,15 +158,14 @@ Sketch sketch_layer(const Problem& problem, int32_t layer, const std::vector<int
 }
 
 struct Crossing {
-  double key, kept;   // where the score falls to the threshold, and how many weights are above
-  double density;     // weights per unit of ln(magnitude) there
-  const Step* step;   // the bin that holds the crossing, if any
+  double key, kept;  // where the score falls to the threshold, and how many weights are above
+  double density;    // weights per unit of ln(magnitude) there
+  const Step* step;  // the bin that holds the crossing, if any
 };
 
 Crossing cross(const Sketch& sketch, double threshold) {
   const auto& steps = sketch.steps;
-  const auto it = std::partition_point(steps.begin(), steps.end(),
-                                       [&](const Step& s) { return s.low >= threshold; });
+  const auto it = std::partition_point(steps.begin(), steps.end(), [&](const Step& s) { return s.low >= threshold; });
   if (it == steps.end()) return {0, sketch.total, 0, nullptr};
   const double width = static_cast<double>(uint32_t{1} << kShift);
   const double first = static_cast<double>(it->bin) * width;
@@ -261,12 +263,12 @@ Guess guess_brackets(const Problem& problem, const Pool& pool) {
   std::vector<std::vector<int32_t>> tensors(problem.layers()), layers(problem.modules());
   for (size_t t = 0; t < problem.tensors.size(); ++t)
     tensors[problem.tensors[t].layer].push_back(static_cast<int32_t>(t));
-  for (size_t l = 0; l < problem.layers(); ++l)
-    layers[problem.layer_module[l]].push_back(static_cast<int32_t>(l));
+  for (size_t l = 0; l < problem.layers(); ++l) layers[problem.layer_module[l]].push_back(static_cast<int32_t>(l));
   std::vector<Sketch> sketches(problem.layers());
   std::vector<Scratch> scratch(static_cast<size_t>(pool.workers()));
   pool.for_each(static_cast<int64_t>(problem.layers()), [&](int64_t l, int worker) {
-    sketches[l] = sketch_layer(problem, static_cast<int32_t>(l), tensors[l], scratch[worker]);
+    const bool alone = layers[problem.layer_module[l]].size() == 1;
+    sketches[l] = sketch_layer(problem, static_cast<int32_t>(l), alone, tensors[l], scratch[worker]);
   });
   Guess guess{std::vector<Bracket>(problem.layers()), std::vector<double>(problem.layers())};
   pool.for_each(static_cast<int64_t>(problem.modules()), [&](int64_t m, int) {

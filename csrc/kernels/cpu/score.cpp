@@ -2,11 +2,12 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstddef>
 #include <memory>
 #include <mutex>
 #include <numeric>
-#include <utility>
 #include <stdexcept>
+#include <utility>
 #include <vector>
 
 #include "survey.h"
@@ -34,8 +35,8 @@ struct Piece {  // of a tensor, and where it starts in the layer
   int64_t offset, n, start;
 };
 
-std::vector<Piece> pieces_of(const Problem& problem, std::span<float* const> scores,
-                             std::span<const int32_t> tensors, int64_t size) {
+std::vector<Piece> pieces_of(const Problem& problem, std::span<float* const> scores, std::span<const int32_t> tensors,
+                             int64_t size) {
   std::vector<Piece> pieces;
   int64_t start = 0;
   for (const int32_t t : tensors) {
@@ -104,6 +105,25 @@ void score_by_table(const Problem& problem, std::span<const Piece> pieces, const
   });
 }
 
+// Memory of a worker that serves one layer after the other.
+class Scratch {
+ public:
+  template <typename T>
+  T* room_for(int64_t n) {
+    const auto bytes = static_cast<size_t>(n) * sizeof(T);
+    if (bytes > size_) {
+      memory_.reset();
+      memory_.reset(new std::byte[bytes]);
+      size_ = bytes;
+    }
+    return reinterpret_cast<T*>(memory_.get());
+  }
+
+ private:
+  std::unique_ptr<std::byte[]> memory_;
+  size_t size_ = 0;
+};
+
 template <typename Index>
 struct Entry {
   uint32_t key;
@@ -150,10 +170,11 @@ double energy_of(const Entry<Index>* entries, int64_t n) {
   return energy;
 }
 
-// Part by the high bits of the key, sort each bin while it is in the cache, and hand the scores back to where the weights
-// came from. `Keys` gives a piece's keys: layers may mix types.
+// Part by the high bits of the key, sort each bin while it is in the cache, and hand the scores back to where the
+// weights came from. `Keys` gives a piece's keys: layers may mix types.
 template <typename Index>
-void score_by_sort(const Problem& problem, std::span<const Piece> pieces, int64_t total, const Pool& pool) {
+void score_by_sort(const Problem& problem, std::span<const Piece> pieces, int64_t total, const Pool& pool,
+                   Scratch& scratch) {
   constexpr int64_t kBins = int64_t{kKeyEnd} >> kTuning.key_shift;
   const auto parts = static_cast<int64_t>(std::min<size_t>(static_cast<size_t>(pool.workers()), pieces.size()));
   auto for_part = [&](int64_t part, auto&& body) {  // body(key, index) for a part's weights, in order
@@ -197,7 +218,7 @@ void score_by_sort(const Problem& problem, std::span<const Piece> pieces, int64_
   }
   starts[static_cast<size_t>(bins)] = place;
 
-  const std::unique_ptr<Entry<Index>[]> entries(new Entry<Index>[static_cast<size_t>(total)]);
+  Entry<Index>* const entries = scratch.room_for<Entry<Index>>(total);
   pool.for_each(parts, [&](int64_t part, int) {
     Index* to = at.data() + part * kBins;
     for_part(part, [&](uint32_t key, Index index) { entries[to[key >> kTuning.key_shift]++] = {key, index}; });
@@ -208,26 +229,29 @@ void score_by_sort(const Problem& problem, std::span<const Piece> pieces, int64_
     if (pieces.size() > 1) {
       p = static_cast<size_t>(std::upper_bound(pieces.begin(), pieces.end(), static_cast<int64_t>(index),
                                                [](int64_t i, const Piece& piece) { return i < piece.start; }) -
-                              pieces.begin()) - 1;
+                              pieces.begin()) -
+          1;
     }
     pieces[p].scores[static_cast<int64_t>(index) - pieces[p].start + pieces[p].offset] = score;
   };
   // One flat output where the layer is one tensor: the usual case.
-  const bool flat = std::all_of(pieces.begin(), pieces.end(),
-                                [&](const Piece& piece) { return piece.tensor == pieces[0].tensor; });
+  const bool flat =
+      std::all_of(pieces.begin(), pieces.end(), [&](const Piece& piece) { return piece.tensor == pieces[0].tensor; });
   float* const out = pieces[0].scores;
 
   // Tasks of whole bins, about a piece each.
   std::vector<int64_t> tasks{0};
   for (int64_t b = 1; b < bins; ++b)
-    if (static_cast<int64_t>(starts[static_cast<size_t>(b)]) >= static_cast<int64_t>(starts[static_cast<size_t>(tasks.back())]) + kTuning.piece) tasks.push_back(b);
+    if (static_cast<int64_t>(starts[static_cast<size_t>(b)]) >=
+        static_cast<int64_t>(starts[static_cast<size_t>(tasks.back())]) + kTuning.piece)
+      tasks.push_back(b);
   tasks.push_back(bins);
   std::vector<double> energy(static_cast<size_t>(bins));
   const auto count = static_cast<int64_t>(tasks.size()) - 1;
   std::vector<std::vector<Entry<Index>>> spares(static_cast<size_t>(pool.workers()));
   auto sort_task = [&](int64_t task, int worker) {
     for (int64_t b = tasks[static_cast<size_t>(task)]; b < tasks[static_cast<size_t>(task) + 1]; ++b) {
-      Entry<Index>* begin = entries.get() + starts[static_cast<size_t>(b)];
+      Entry<Index>* begin = entries + starts[static_cast<size_t>(b)];
       const auto n = static_cast<int64_t>(starts[static_cast<size_t>(b) + 1] - starts[static_cast<size_t>(b)]);
       if (n == 0) continue;
       sort_bin(begin, n, spares[static_cast<size_t>(worker)]);
@@ -236,8 +260,8 @@ void score_by_sort(const Problem& problem, std::span<const Piece> pieces, int64_
   };
   auto score_task = [&](int64_t task, double before) {
     for (int64_t b = tasks[static_cast<size_t>(task)]; b < tasks[static_cast<size_t>(task) + 1]; ++b) {
-      const Entry<Index>* entry = entries.get() + starts[static_cast<size_t>(b)];
-      const Entry<Index>* const end = entries.get() + starts[static_cast<size_t>(b) + 1];
+      const Entry<Index>* entry = entries + starts[static_cast<size_t>(b)];
+      const Entry<Index>* const end = entries + starts[static_cast<size_t>(b) + 1];
       double inside = 0;
       while (entry < end) {  // equal magnitudes share their sum
         const uint32_t key = entry->key;
@@ -267,13 +291,14 @@ void score_by_sort(const Problem& problem, std::span<const Piece> pieces, int64_
   double sum = 0;
   for (int64_t task = 0; task < count; ++task) {
     before[static_cast<size_t>(task)] = sum;
-    for (int64_t b = tasks[static_cast<size_t>(task)]; b < tasks[static_cast<size_t>(task) + 1]; ++b) sum += energy[static_cast<size_t>(b)];
+    for (int64_t b = tasks[static_cast<size_t>(task)]; b < tasks[static_cast<size_t>(task) + 1]; ++b)
+      sum += energy[static_cast<size_t>(b)];
   }
   pool.for_each(count, [&](int64_t task, int) { score_task(task, before[static_cast<size_t>(task)]); });
 }
 
 void score_layer(const Problem& problem, std::span<float* const> scores, std::span<const int32_t> tensors,
-                 const Pool& pool) {
+                 const Pool& pool, Scratch& scratch) {
   int64_t total = 0;
   bool same = true;
   for (const int32_t t : tensors) {
@@ -288,9 +313,9 @@ void score_layer(const Problem& problem, std::span<float* const> scores, std::sp
   else if (same && dtype == DType::kFloat16)
     score_by_table<DType::kFloat16>(problem, pieces, pool);
   else if (total < int64_t{1} << 32)
-    score_by_sort<uint32_t>(problem, pieces, total, pool);
+    score_by_sort<uint32_t>(problem, pieces, total, pool, scratch);
   else
-    score_by_sort<uint64_t>(problem, pieces, total, pool);
+    score_by_sort<uint64_t>(problem, pieces, total, pool, scratch);
 }
 
 }  // namespace
@@ -303,11 +328,12 @@ void score(const Problem& problem, std::span<float* const> scores, const Pool& p
   std::iota(order.begin(), order.end(), 0);
   std::stable_sort(order.begin(), order.end(),
                    [&](int32_t a, int32_t b) { return problem.layer_total[a] > problem.layer_total[b]; });
+  std::vector<Scratch> scratch(static_cast<size_t>(pool.workers()));
   size_t first = 0;
   for (; first < order.size() && problem.layer_total[order[first]] >= kTuning.shared; ++first)
-    score_layer(problem, scores, tensors[order[first]], pool);
-  pool.for_each(static_cast<int64_t>(order.size() - first), [&](int64_t i, int) {
-    score_layer(problem, scores, tensors[order[first + static_cast<size_t>(i)]], Alone());
+    score_layer(problem, scores, tensors[order[first]], pool, scratch[0]);
+  pool.for_each(static_cast<int64_t>(order.size() - first), [&](int64_t i, int worker) {
+    score_layer(problem, scores, tensors[order[first + static_cast<size_t>(i)]], Alone(), scratch[worker]);
   });
 }
 

@@ -8,8 +8,8 @@
 
 namespace dimap::cpu {
 
-// scores: [tensors], each of numel floats. Within 1 ulp of score64 rounded to float32, and the same whatever the number of
-// workers. Only the layers of the problem are used. Throws NonFinite.
+// scores: [tensors], each of numel floats. Within 1 ulp of score64 rounded to float32, and the same whatever the number
+// of workers. Only the layers of the problem are used. Throws NonFinite.
 void score(const Problem& problem, std::span<float* const> scores, const Pool& pool);
 
 }  // namespace dimap::cpu

@@ -43,7 +43,7 @@ Survey survey(const Problem& problem, std::span<const Window> windows, int64_t b
     out.keys = buffer.keys(), out.positions = buffer.positions(), out.outliers = &outliers[worker];
     const Bracket bracket{window.base, end, Bracket::kNoAtom};
     kernels().decide[static_cast<int>(problem.tensors[chunk.tensor].dtype)](data(problem, chunk), chunk.n, bracket,
-                                                                           nullptr, out);
+                                                                            nullptr, out);
     if (out.largest >= kNonFinite) finite.store(false, std::memory_order_relaxed);
     const std::lock_guard lock(locks.of(chunk.layer));
     sums[chunk.layer].add(out, bracket);
