@@ -439,13 +439,13 @@ def test_module_is_the_command_and_shows_no_bar_without_a_terminal(run):
 
 INTERRUPTED = """
 import os, signal, sys
-from dimap.checkpoint import Writer
+from dimap._stream_io import Outputs
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
-number, put = int(sys.argv.pop(1)), Writer.put
-def put_and_end(self, name, tensor):
-    put(self, name, tensor)
+number, write = int(sys.argv.pop(1)), Outputs.write
+def write_and_end(self, file, data, begin):
+    write(self, file, data, begin)
     os.kill(os.getpid(), number)
-Writer.put = put_and_end
+Outputs.write = write_and_end
 from dimap.cli import main
 main()
 """

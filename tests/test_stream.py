@@ -335,3 +335,13 @@ def test_memory_does_not_grow_with_a_tensor(tmp_path, dtype):
     done = subprocess.run([sys.executable, "-c", MEMORY, *map(str, arguments)],
                           capture_output=True, text=True, check=True)  # fmt: skip
     assert int(done.stdout) < 250
+
+
+def test_the_report_is_that_of_the_weights_in_memory(tmp_path):
+    state = vit()
+    save_file(state, tmp_path / "in.safetensors")
+    for options in ({}, {"scope": "layer"}, {"scope": "global", "normalize": "block"}):
+        streamed, pruning = check(
+            tmp_path / "in.safetensors", state, tmp_path / "out.safetensors", 0.55, **options
+        )
+        assert streamed.report() == pruning.report()

@@ -43,6 +43,10 @@ class Bar:
         self._progress.remove_task(self._task)
         self._task = self._progress.add_task(description, total=total)
 
+    def advance(self, amount: int) -> None:
+        """Count what is done of the step; any thread may say it."""
+        self._progress.advance(self._task, amount)
+
     def over(self, description: str, sizes: Mapping[str, int]) -> Iterator[str]:
         """Go through the names, and count each one's size when it is done."""
         self.step(description, sum(sizes.values()))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -10,12 +10,14 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from . import _timm
+from ._checkpoint_safetensors import Shards
 from ._files import replacing
 from ._progress import Bar
 from .checkpoint import Checkpoint
-from .groups import AUX, find_modules
-from .pruning import Normalize, Scope, prune
+from .groups import AUX, Layer, find_modules
+from .pruning import Normalize, Pruning, Scope, prune
 from .report import Report, build_report
+from .stream import StreamPruning, pruning_checkpoint
 
 
 def prune_file(
@@ -46,27 +48,47 @@ def prune_file(
     with ExitStack() as outputs:
         # Begun before the work, so that an output that cannot be written is told at once. What is
         # begun last is completed first: OUT before the small files.
-        masks_file = masks and outputs.enter_context(replacing(masks, force=force))
         report_file = report and outputs.enter_context(replacing(report, force=force))
-        writer = outputs.enter_context(checkpoint.create(out, force=force))
-        bar.step("pruning")
-        names = [p for layers in modules.values() for layer in layers for p in layer.parameters]
-        state = {name: checkpoint.get(name) for name in names}
-        pruning = prune(state, ratios, scope=scope, normalize=normalize)
-        sizes = {name: checkpoint.tensors[name].nbytes for name in writer.names}
-        for name in bar.over("writing", sizes):
-            writer.put(name, state[name] if name in state else checkpoint.get(name))
+        pruning: Pruning | StreamPruning
+        if isinstance(checkpoint, Shards):
+            pruning = outputs.enter_context(
+                pruning_checkpoint(
+                    checkpoint,
+                    out,
+                    ratios,
+                    scope=scope,
+                    normalize=normalize,
+                    masks=masks,
+                    force=force,
+                    progress=bar,
+                )
+            )
+            state = checkpoint.tensors
+        else:
+            masks_file = masks and outputs.enter_context(replacing(masks, force=force))
+            writer = outputs.enter_context(checkpoint.create(out, force=force))
+            bar.step("pruning")
+            state = {name: checkpoint.get(name) for name in _parameters(modules)}
+            pruning = prune(state, ratios, scope=scope, normalize=normalize)
+            sizes = {name: checkpoint.tensors[name].nbytes for name in writer.names}
+            for name in bar.over("writing", sizes):
+                writer.put(name, state[name] if name in state else checkpoint.get(name))
+            if masks_file:
+                pruning.save_masks(masks_file)
         bar.step("counting")
-        model, why = _model(checkpoint, state, timm_model)
-        built = build_report(pruning, model or state, input_size)
+        found = {name: state[name] for name in _parameters(modules)}
+        model, why = _model(checkpoint, found, timm_model)
+        built = build_report(pruning, model, input_size)
         notes = built.notes if model else (f"no FLOPs: {why}",)
         built = replace(built, notes=(*notes, *checkpoint.notes))
-        if masks_file:
-            pruning.save_masks(masks_file)
         if report_file:
             built.to_json(report_file)
         bar.step("completing")
     return built
+
+
+def _parameters(modules: Mapping[str, Sequence[Layer]]) -> list[str]:
+    return [p for layers in modules.values() for layer in layers for p in layer.parameters]
 
 
 def _ratios(

@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,9 @@ from torch import Tensor, nn
 from ._report_types import VERSION, LayerReport, ModuleReport, Report
 from .flops import Flops, count_flops
 from .groups import AUX
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeIs
 
 __all__ = ["VERSION", "LayerReport", "ModuleReport", "Report", "build_report"]
 
@@ -55,15 +58,38 @@ class PruningLike(Protocol):
     def parameters(self) -> Mapping[str, Tensor]: ...
 
 
+class CountedLike(Protocol):
+    """The part of `stream.StreamPruning` that a report reads: counts instead of weights."""
+
+    @property
+    def modules(self) -> Mapping[str, Sequence[LayerLike]]: ...
+    @property
+    def thresholds(self) -> Mapping[str, float]: ...
+    @property
+    def scope(self) -> str: ...
+    @property
+    def normalize(self) -> str: ...
+    @property
+    def sparsity(self) -> Mapping[str, float]: ...
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
+    @property
+    def kept(self) -> Mapping[str, int]: ...
+    @property
+    def nonzero(self) -> Mapping[str, int]: ...
+    @property
+    def smallest(self) -> Mapping[str, float]: ...
+
+
 def build_report(
-    pruning: PruningLike,
+    pruning: PruningLike | CountedLike,
     model: nn.Module | Mapping[str, Tensor] | None = None,
     input_size: int | Sequence[int] | None = None,
 ) -> Report:
     """Count what `pruning` removed.
 
     Args:
-        pruning: what `dimap.prune` returned.
+        pruning: what `dimap.prune` or `dimap.stream.prune_checkpoint` returned.
         model: the model that was pruned, for its FLOPs. An nn.Module with these names and shapes
             will do, on any device, the meta device too; a state dict has no FLOPs.
         input_size: as in `flops.count_flops`. Where it is None and the model does not say it, or
@@ -127,7 +153,7 @@ def build_report(
 class _Tally:
     """Counts of every parameter that is in a layer, by its name."""
 
-    pruning: PruningLike
+    pruning: PruningLike | CountedLike
     weights: dict[str, int]
     kept: dict[str, int]
     nonzero: dict[str, int]
@@ -135,16 +161,24 @@ class _Tally:
     flops: Mapping[str, int] | None  # None: not counted
 
     @classmethod
-    def of(cls, pruning: PruningLike, flops: Flops | None) -> _Tally:
+    def of(cls, pruning: PruningLike | CountedLike, flops: Flops | None) -> _Tally:
         tally = cls(pruning, {}, {}, {}, {}, flops.parameters if flops else None)
         for p in _names(pruning):
+            weights = math.prod(_shape(pruning, p))
+            tally.weights[p] = tally.kept[p] = weights
+            if _counted(pruning):
+                tally.nonzero[p] = pruning.nonzero[p]
+                tally.kept[p] = pruning.kept.get(p, weights)
+                if p in pruning.smallest:
+                    tally.smallest[p] = pruning.smallest[p]
+                continue
             weight, mask = pruning.parameters[p].detach(), pruning.masks.get(p)
-            tally.weights[p] = weight.numel()
             tally.nonzero[p] = int(weight.count_nonzero())
-            tally.kept[p] = weight.numel() if mask is None else int(mask.count_nonzero())
-            if mask is not None and tally.kept[p]:
-                magnitude = torch.where(mask.to(weight.device), weight.abs(), math.inf)
-                tally.smallest[p] = float(magnitude.amin())
+            if mask is not None:
+                tally.kept[p] = int(mask.count_nonzero())
+                if tally.kept[p]:
+                    magnitude = torch.where(mask.to(weight.device), weight.abs(), math.inf)
+                    tally.smallest[p] = float(magnitude.amin())
         return tally
 
     def sum(self, counts: Iterable[int | None]) -> int | None:
@@ -162,7 +196,7 @@ def _layer(tally: _Tally, layer: LayerLike, density: Fraction) -> LayerReport:
             count = tally.flops.get(p, 0)
             dense += count
             # Every weight of a matrix or a kernel meets the same number of tokens: count / weights.
-            if count and p in tally.pruning.masks:
+            if count and layer.module != AUX:
                 count = count * tally.nonzero[p] // tally.weights[p]
             pruned += count
         nominal = round(dense * density)
@@ -183,18 +217,30 @@ def _layer(tally: _Tally, layer: LayerLike, density: Fraction) -> LayerReport:
     )
 
 
-def _threshold(pruning: PruningLike, layer: LayerLike) -> float | None:
+def _threshold(pruning: PruningLike | CountedLike, layer: LayerLike) -> float | None:
     key = {"layer": layer.name, "module": layer.module}.get(pruning.scope, pruning.scope)
     value = pruning.thresholds.get(key, math.nan) if layer.module != AUX else math.nan
     return None if math.isnan(value) else value
 
 
-def _names(pruning: PruningLike) -> list[str]:
+def _names(pruning: PruningLike | CountedLike) -> list[str]:
     """Names of all parameters that are in a layer: a state dict may hold buffers beside them."""
     return [p for layers in pruning.modules.values() for layer in layers for p in layer.parameters]
 
 
-def _check_same(pruning: PruningLike, model: nn.Module | Mapping[str, Tensor] | None) -> None:
+def _counted(pruning: PruningLike | CountedLike) -> TypeIs[CountedLike]:
+    return hasattr(pruning, "kept")
+
+
+def _shape(pruning: PruningLike | CountedLike, name: str) -> tuple[int, ...]:
+    if _counted(pruning):
+        return pruning.shapes[name]
+    return tuple(pruning.parameters[name].shape)
+
+
+def _check_same(
+    pruning: PruningLike | CountedLike, model: nn.Module | Mapping[str, Tensor] | None
+) -> None:
     if model is None:
         return
     tensors: Mapping[str, Tensor] = (
@@ -204,7 +250,7 @@ def _check_same(pruning: PruningLike, model: nn.Module | Mapping[str, Tensor] | 
         else model
     )
     for name in _names(pruning):
-        shape = tuple(pruning.parameters[name].shape)
+        shape = _shape(pruning, name)
         got = tuple(tensors[name].shape) if name in tensors else "no such parameter"
         if got != shape:
             raise ValueError(

@@ -11,14 +11,15 @@ import json
 import math
 import os
 import threading
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import ops
 from ._checkpoint_safetensors import Shards, ShardsWriter
@@ -30,7 +31,10 @@ from .checkpoint import open_checkpoint
 from .groups import AUX, Layer, Patterns
 from .pruning import Normalize, Scope, _Plan
 
-__all__ = ["Progress", "StreamPruning", "prune_checkpoint"]
+if TYPE_CHECKING:
+    from .report import Report
+
+__all__ = ["Progress", "StreamPruning", "prune_checkpoint", "pruning_checkpoint"]
 
 
 @dataclass
@@ -58,6 +62,14 @@ class StreamPruning:
     smallest: dict[str, float] = field(default_factory=dict)
     readings: int = 1
 
+    def report(
+        self, model: nn.Module | None = None, input_size: int | Sequence[int] | None = None
+    ) -> Report:
+        """Tables of what is left; with `model`, FLOPs too (see `dimap.report.build_report`)."""
+        from .report import build_report
+
+        return build_report(self, model, input_size)
+
 
 def prune_checkpoint(
     source: str | os.PathLike[str] | Shards,
@@ -84,6 +96,34 @@ def prune_checkpoint(
     are not finite or not float32, bfloat16 or float16; OSError where files cannot be read or
     written; FileExistsError where an output exists and not `force`.
     """
+    with pruning_checkpoint(
+        source,
+        target,
+        sparsity,
+        scope=scope,
+        normalize=normalize,
+        patterns=patterns,
+        masks=masks,
+        force=force,
+        progress=progress,
+    ) as pruned:
+        return pruned
+
+
+@contextmanager
+def pruning_checkpoint(
+    source: str | os.PathLike[str] | Shards,
+    target: str | os.PathLike[str],
+    sparsity: float | Mapping[str, float],
+    *,
+    scope: Scope = "module",
+    normalize: Normalize = "layer",
+    patterns: Patterns | None = None,
+    masks: str | os.PathLike[str] | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Iterator[StreamPruning]:
+    """`prune_checkpoint`, but the outputs appear when the block ends, and not if it fails."""
     with ExitStack() as stack:
         if isinstance(source, Shards):
             checkpoint = source
@@ -100,7 +140,7 @@ def prune_checkpoint(
         assert isinstance(writer, ShardsWriter)
         pruned = job.run(list(writer.targets), packed, Alone())
         writer.filled()
-    return pruned
+        yield pruned
 
 
 class _Silent:
