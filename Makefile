@@ -6,12 +6,12 @@ TORCH ?= torch==2.14.1
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc cmake -type f) CMakeLists.txt pyproject.toml
-FORMATTED := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+FORMATTED := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format wheel abi second-torch sanitize bench clean
+.PHONY: help demo test lint format wheel abi second-torch sanitize spills bench clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -81,6 +81,9 @@ sanitize:  ## The kernels under address, undefined-behaviour and thread sanitize
 	@cmake -S tests/kernels -B build/sanitize -G Ninja
 	@cmake --build build/sanitize
 	@ctest --test-dir build/sanitize --output-on-failure
+
+spills: $(VENV)/.torch  ## Compile the CUDA kernels for every architecture; fail on register spills
+	@if command -v nvcc >/dev/null; then $(BIN)/python tests/cuda/check_spills.py; else echo "no nvcc: skipped"; fi
 
 bench: $(VENV)/.dimap  ## Measure, and write benchmarks/results/
 	@$(BIN)/python benchmarks/bench_select.py --save

@@ -32,7 +32,9 @@ class Device {
     stream = static_cast<cudaStream_t>(current);
   }
   Tensor empty(std::vector<int64_t> sizes, ScalarType type) const {
-    return torch::stable::empty(sizes, type, std::nullopt, torch::stable::Device(torch::headeronly::DeviceType::CUDA, static_cast<int16_t>(index)));
+    return torch::stable::empty(
+        sizes, type, std::nullopt,
+        torch::stable::Device(torch::headeronly::DeviceType::CUDA, static_cast<int16_t>(index)));
   }
   Tensor empty_like(const Tensor& t, ScalarType type) const {
     return empty(std::vector<int64_t>(t.sizes().begin(), t.sizes().end()), type);
@@ -99,7 +101,8 @@ class HostPlan {
     std::vector<TensorEntry> tensors(problem.tensors.size() + 1);
     for (size_t t = 0; t < problem.tensors.size(); ++t) {
       const TensorView& view = problem.tensors[t];
-      tensors[t] = {view.data, outs.empty() ? nullptr : outs[t], view.numel, chunks_, static_cast<int32_t>(view.dtype), view.layer};
+      tensors[t] = {view.data, outs.empty() ? nullptr : outs[t], view.numel,
+                    chunks_,   static_cast<int32_t>(view.dtype), view.layer};
       ModuleEntry& module = modules[static_cast<size_t>(problem.layer_module[static_cast<size_t>(view.layer)])];
       const int64_t count = (view.numel + kChunk - 1) / kChunk;
       if (count && module.last_chunk == 0) module.first_chunk = chunks_;
@@ -112,8 +115,10 @@ class HostPlan {
     for (ModuleEntry& m : modules) m.first_layer = std::exchange(place, place + m.layers);
     std::vector<int32_t> next;
     for (const ModuleEntry& m : modules) next.push_back(m.first_layer);
-    for (size_t l = 0; l < layers.size(); ++l) order[static_cast<size_t>(next[static_cast<size_t>(problem.layer_module[l])]++)] = static_cast<int32_t>(l);
-    counts_ = {static_cast<int32_t>(problem.tensors.size()), static_cast<int32_t>(layers.size()), static_cast<int32_t>(modules.size())};
+    for (size_t l = 0; l < layers.size(); ++l)
+      order[static_cast<size_t>(next[static_cast<size_t>(problem.layer_module[l])]++)] = static_cast<int32_t>(l);
+    counts_ = {static_cast<int32_t>(problem.tensors.size()), static_cast<int32_t>(layers.size()),
+               static_cast<int32_t>(modules.size())};
     at_ = {append(tensors), append(layers), append(modules), append(order)};
   }
 
@@ -122,9 +127,14 @@ class HostPlan {
 
   Plan send(char* to, cudaStream_t stream) const {
     check(upload(to, blob_.data(), bytes(), stream));
-    return {reinterpret_cast<const TensorEntry*>(to + at_[0]), reinterpret_cast<const LayerEntry*>(to + at_[1]),
-            reinterpret_cast<const ModuleEntry*>(to + at_[2]), reinterpret_cast<const int32_t*>(to + at_[3]),
-            counts_[0], counts_[1], counts_[2], chunks_};
+    return {reinterpret_cast<const TensorEntry*>(to + at_[0]),
+            reinterpret_cast<const LayerEntry*>(to + at_[1]),
+            reinterpret_cast<const ModuleEntry*>(to + at_[2]),
+            reinterpret_cast<const int32_t*>(to + at_[3]),
+            counts_[0],
+            counts_[1],
+            counts_[2],
+            chunks_};
   }
 
  private:

@@ -1,5 +1,5 @@
-// score, select, prune_ and their kin on CUDA: checks, contiguous views, workspace, then the kernels. Nothing waits for the
-// device: weights that are not finite give thresholds of -1 and scores of NaN, and nothing is pruned.
+// score, select, prune_ and their kin on CUDA: checks, contiguous views, workspace, then the kernels. Nothing waits for
+// the device: weights that are not finite give thresholds of -1 and scores of NaN, and nothing is pruned.
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>
@@ -17,7 +17,8 @@ int bins_for(int64_t layers) {
   return static_cast<int>(bins);
 }
 
-// Decides the cuts and writes masks or zeroes. masks: [tensors], or empty: zero in place. Thresholds: [modules] or null.
+// Decides the cuts and writes masks or zeroes. masks: [tensors], or empty: zero in place. Thresholds: [modules] or
+// null.
 void run(const Device& device, const Problem& problem, std::span<void* const> masks, double* thresholds) {
   const HostPlan host(problem, masks);
   const auto layers = static_cast<int64_t>(problem.layers()), modules = static_cast<int64_t>(problem.modules());
@@ -34,10 +35,14 @@ void run(const Device& device, const Problem& problem, std::span<void* const> ma
     s.layers = space.take<LayerState>(layers);
     s.modules = space.take<ModuleState>(modules);
     decide_args.table = space.take<Word>(layers * (kHead + 3 * bins));
-    s.scratch = {space.take<double>(layers * stride),     space.take<double>(layers * stride),
-                 space.take<int64_t>(layers * stride),    space.take<double>(layers * kSegments),
-                 space.take<int64_t>(layers * kSegments), space.take<uint32_t>(layers),
-                 space.take<uint32_t>(layers),            stride};
+    s.scratch = {space.take<double>(layers * stride),
+                 space.take<double>(layers * stride),
+                 space.take<int64_t>(layers * stride),
+                 space.take<double>(layers * kSegments),
+                 space.take<int64_t>(layers * kSegments),
+                 space.take<uint32_t>(layers),
+                 space.take<uint32_t>(layers),
+                 stride};
     decide_args.bad = space.take<int32_t>(1);
     emit_args.quota = space.take<int64_t>(modules);
     emit_args.ties = space.take<int32_t>(host.chunks());

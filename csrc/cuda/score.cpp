@@ -35,9 +35,11 @@ void score_tables(const Device& device, const Problem& problem, std::span<const 
                   std::span<void* const> scores, int32_t* bad) {
   for (size_t first = 0; first < layers.size(); first += kTableLayers) {
     std::vector<void*> outs;
-    const Problem part = part_of(problem, layers.subspan(first, std::min<size_t>(kTableLayers, layers.size() - first)), scores, outs);
+    const Problem part =
+        part_of(problem, layers.subspan(first, std::min<size_t>(kTableLayers, layers.size() - first)), scores, outs);
     for (const int64_t total : part.layer_total)
-      STD_TORCH_CHECK(total < int64_t{1} << 32, "a layer scored on CUDA must have fewer than 2^32 weights, got ", total);
+      STD_TORCH_CHECK(total < int64_t{1} << 32, "a layer scored on CUDA must have fewer than 2^32 weights, got ",
+                      total);
     const HostPlan host(part, outs);
     const auto count = static_cast<int64_t>(part.layers());
     Workspace space;
@@ -64,7 +66,8 @@ std::tuple<Tensor, Tensor> sort_largest_first(const Tensor& keys) {
   return {torch::stable::detail::to<Tensor>(stack[0]), torch::stable::detail::to<Tensor>(stack[1])};
 }
 
-void score_sorted(const Device& device, const Problem& problem, int32_t layer, std::span<void* const> scores, int32_t* bad) {
+void score_sorted(const Device& device, const Problem& problem, int32_t layer, std::span<void* const> scores,
+                  int32_t* bad) {
   const int64_t n = problem.layer_total[static_cast<size_t>(layer)];
   if (n == 0) return;
   STD_TORCH_CHECK(n < int64_t{1} << 31, "a float32 layer scored on CUDA must have fewer than 2^31 weights, got ", n);

@@ -16,7 +16,7 @@ _HEAD = 22  # columns of a survey's table before its bins
 
 def _find(stem: str) -> Path | None:
     """The shared library `stem`: beside this file, or where an editable install put it."""
-    for folder in (_HERE, Path(str(_C.__spec__.origin)).resolve().parent):
+    for folder in (_HERE, Path(_C.__file__).resolve().parent):
         found = sorted(folder.glob(f"lib{stem}.*"))
         if found:
             return found[0]

@@ -52,7 +52,10 @@ def score(weights: Sequence[Tensor], layers: Sequence[int]) -> list[Tensor]:
     if not weights:
         return []
     with torch.no_grad():
-        return torch.ops.dimap.score(weights, layers)  # type: ignore[no-any-return]
+        scores: list[Tensor] = torch.ops.dimap.score(weights, layers)
+    if _looks(weights) and any(s.numel() and bool(s.flatten()[0].isnan()) for s in scores):
+        _raise_non_finite(weights)
+    return scores
 
 
 def select(
@@ -75,16 +78,42 @@ def select_cuts(
     """
     if not weights:
         return [], torch.full((len(keep),), float("nan"), dtype=torch.float64)
-    return torch.ops.dimap.select_cuts(weights, layers, modules, keep)  # type: ignore[no-any-return]
+    masks, thresholds = torch.ops.dimap.select_cuts(weights, layers, modules, keep)
+    if _looks(weights) and bool((thresholds < 0).any()):
+        _raise_non_finite(weights)
+    return masks, thresholds
 
 
 def prune_(
     weights: Sequence[Tensor], layers: Sequence[int], modules: Sequence[int], keep: Sequence[int]
 ) -> None:
     """Zero in place what `select` would drop. Kept weights keep their bits, dropped ones become +0."""
-    if weights:
+    if weights and _looks(weights):
+        apply_(weights, select(weights, layers, modules, keep))
+    elif weights:
         with torch.no_grad():
             torch.ops.dimap.prune_(weights, layers, modules, keep)
+
+
+def _looks(weights: Sequence[Tensor]) -> bool:
+    """Whether to ask a CUDA operator, which does not wait for the device, how it went.
+
+    Not while a graph is captured or a program traced: there nothing can be asked.
+    """
+    if not weights[0].is_cuda or torch.compiler.is_compiling():
+        return False
+    return not torch.cuda.is_current_stream_capturing()
+
+
+def _raise_non_finite(weights: Sequence[Tensor]) -> None:
+    """Raise what the CPU raises, or say that the device failed without a reason in the weights."""
+    for i, w in enumerate(weights):
+        bad = ~torch.isfinite(w).flatten()
+        if bool(bad.any()):
+            index = int(bad.int().argmax())
+            kind = "nan" if bool(torch.isnan(w.flatten()[index])) else "inf"
+            raise RuntimeError(f"weights[{i}] must be finite, got {kind} at flat index {index}")
+    raise RuntimeError("the CUDA operator did not decide: please report this with the weights")
 
 
 def apply_(weights: Sequence[Tensor], masks: Sequence[Tensor]) -> None:

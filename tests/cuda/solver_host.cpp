@@ -52,10 +52,11 @@ Case make_case(std::mt19937& random, int trial) {
     const float spread = std::ldexp(1.0f, static_cast<int>(random() % 20) - 10);
     for (uint32_t& key : keys) {
       float value = normal(random) * spread;
-      if (kind == 2 && random() % 2) value = 0;                                    // half pruned already
-      if (kind == 3) value = static_cast<float>(static_cast<int>(random() % 7));   // ties everywhere
+      if (kind == 2 && random() % 2) value = 0;                                         // half pruned already
+      if (kind == 3) value = static_cast<float>(static_cast<int>(random() % 7));        // ties everywhere
       if (kind == 4) value = 1.0f + static_cast<float>(random() % 64) * 1.1920929e-7f;  // a tight cluster
-      if (kind == 5) value = std::ldexp(1.0f + normal(random), static_cast<int>(random() % 250) - 140);  // all exponents
+      if (kind == 5)
+        value = std::ldexp(1.0f + normal(random), static_cast<int>(random() % 250) - 140);  // all exponents
       memcpy(&key, &value, 4);
       key &= 0x7FFFFFFFu;
       if (key >= kNonFinite) key = kNonFinite - 1;
@@ -64,7 +65,9 @@ Case make_case(std::mt19937& random, int trial) {
     total += static_cast<int64_t>(keys.size());
     c.layers.push_back(std::move(keys));
   }
-  c.keep = trial % 11 == 0 ? total : trial % 11 == 1 ? 0 : static_cast<int64_t>(random() % static_cast<uint32_t>(total + 1));
+  c.keep = trial % 11 == 0   ? total
+           : trial % 11 == 1 ? 0
+                             : static_cast<int64_t>(random() % static_cast<uint32_t>(total + 1));
   return c;
 }
 
@@ -111,9 +114,14 @@ int run(const Case& c, int trial, bool sampled) {
   std::vector<int64_t> seen(count * stride), segment_count(count * kSegments);
   std::vector<uint32_t> begin(count), end(count);
   std::vector<Word> table(count * columns);
-  SolveArgs args{{nullptr, layers.data(), &module, order.data(), 0, count, 1, 0}, states.data(), &result, table.data(),
-                 {low.data(), high.data(), seen.data(), segment_energy.data(), segment_count.data(), begin.data(), end.data(), stride},
-                 bins, false};
+  SolveArgs args{{nullptr, layers.data(), &module, order.data(), 0, count, 1, 0},
+                 states.data(),
+                 &result,
+                 table.data(),
+                 {low.data(), high.data(), seen.data(), segment_energy.data(), segment_count.data(), begin.data(),
+                  end.data(), stride},
+                 bins,
+                 false};
   HostExec exec;
   SolverShared shared{};
   int rounds = 0;
@@ -121,7 +129,8 @@ int run(const Case& c, int trial, bool sampled) {
     require(rounds < 16 + 6 * count, "the solver does not end", trial);
     args.guess = round < 0;
     std::fill(table.begin(), table.end(), 0);
-    for (int32_t l = 0; l < count; ++l) survey(c.layers[l], states[l].view, table.data() + l * columns, args.guess ? 4 : 1);
+    for (int32_t l = 0; l < count; ++l)
+      survey(c.layers[l], states[l].view, table.data() + l * columns, args.guess ? 4 : 1);
     solve_module(exec, args, 0, shared);
   }
 
@@ -143,7 +152,8 @@ int run(const Case& c, int trial, bool sampled) {
     by_layer.push_back(std::move(mine));
   }
   if (c.keep == 0) {
-    for (const LayerState& s : states) require(s.keep_from == kKeyEnd && s.tie == cuda::kNoTie, "nothing must be kept", trial);
+    for (const LayerState& s : states)
+      require(s.keep_from == kKeyEnd && s.tie == cuda::kNoTie, "nothing must be kept", trial);
     return rounds;
   }
   std::nth_element(scores.begin(), scores.begin() + (c.keep - 1), scores.end(), std::greater<>());

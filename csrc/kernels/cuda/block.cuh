@@ -27,7 +27,10 @@ __device__ inline int32_t tensor_of(const Plan& plan, int64_t c) {
   int32_t from = 0, to = plan.tensor_count;
   while (from < to) {
     const int32_t middle = from + (to - from) / 2;
-    if (plan.tensors[middle + 1].first_chunk <= c) from = middle + 1; else to = middle;
+    if (plan.tensors[middle + 1].first_chunk <= c)
+      from = middle + 1;
+    else
+      to = middle;
   }
   return from;
 }

@@ -22,7 +22,8 @@ __device__ void solve_all(const SolveArgs& a, SolverShared& s) {
 
 __device__ void zero(const DecideArgs& a) {
   const int64_t words = a.solve.plan.layer_count * (kHead + 3 * static_cast<int64_t>(a.solve.bins));
-  for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < words; i += int64_t{gridDim.x} * kThreads) a.table[i] = 0;
+  for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < words; i += int64_t{gridDim.x} * kThreads)
+    a.table[i] = 0;
 }
 
 __device__ bool any_undecided(const DecideArgs& a) {
@@ -41,15 +42,16 @@ __global__ void __launch_bounds__(kThreads, 1) decide_kernel(const __grid_consta
   for (int64_t l = me; l < plan.layer_count; l += all) {
     const LayerEntry& layer = plan.layers[l];
     uint32_t ratio = 1;
-    while (ratio < static_cast<uint32_t>(kTuning.sample_ratio) && layer.total / (2 * ratio) >= kTuning.sample_least) ratio *= 2;
+    while (ratio < static_cast<uint32_t>(kTuning.sample_ratio) && layer.total / (2 * ratio) >= kTuning.sample_least)
+      ratio *= 2;
     a.solve.layers[l] = {view_over(0, kNonFinite - 1, a.solve.bins, layer.granularity), kKeyEnd, kNoTie, ratio};
   }
   for (int64_t m = me; m < plan.module_count; m += all) a.solve.modules[m] = {0.0, 1.0, 0.0, 0, 0, 0};
   if (me == 0) *a.bad = 0;
   const SurveyArgs seen{plan, a.solve.layers, a.solve.modules, a.table, a.solve.bins, a.bad};
 
-  // Two looks at a sample, to guess where the cuts are, then whole surveys. Each of these narrows the window of at least one
-  // layer 64-fold or settles it, so this ends; the bound is for defects.
+  // Two looks at a sample, to guess where the cuts are, then whole surveys. Each of these narrows the window of at
+  // least one layer 64-fold or settles it, so this ends; the bound is for defects.
   SolveArgs solve = a.solve;
   const int64_t most = 16 + 6 * int64_t{plan.layer_count};
   int64_t round = 0;
@@ -57,8 +59,10 @@ __global__ void __launch_bounds__(kThreads, 1) decide_kernel(const __grid_consta
     solve.guess = round < 2;
     zero(a);
     grid.sync();
-    if (solve.guess) survey<true>(seen, shared.survey);
-    else survey<false>(seen, shared.survey);
+    if (solve.guess)
+      survey<true>(seen, shared.survey);
+    else
+      survey<false>(seen, shared.survey);
     grid.sync();
     if (*static_cast<volatile int32_t*>(a.bad)) break;
     solve_all(solve, shared.solver);
@@ -71,9 +75,9 @@ __global__ void __launch_bounds__(kThreads, 1) decide_kernel(const __grid_consta
   const int32_t bad = *static_cast<volatile int32_t*>(a.bad);
   if (a.thresholds == nullptr) return;
   for (int64_t m = me; m < plan.module_count; m += all)
-    a.thresholds[m] = bad == kBadWeights  ? kThresholdOfBadWeights
-                      : bad               ? kThresholdOfBadSolve
-                                          : a.solve.modules[m].threshold;
+    a.thresholds[m] = bad == kBadWeights ? kThresholdOfBadWeights
+                      : bad              ? kThresholdOfBadSolve
+                                         : a.solve.modules[m].threshold;
 }
 
 __global__ void __launch_bounds__(kThreads, 1) survey_kernel(const __grid_constant__ SurveyArgs a) {
@@ -92,9 +96,7 @@ cudaError_t resident(Kernel kernel, int* blocks) {
   return error;
 }
 
-int grid_of(int64_t wanted, int most) {
-  return static_cast<int>(wanted < 1 ? 1 : wanted < most ? wanted : most);
-}
+int grid_of(int64_t wanted, int most) { return static_cast<int>(wanted < 1 ? 1 : wanted < most ? wanted : most); }
 
 }  // namespace
 
@@ -104,14 +106,17 @@ cudaError_t decide(const DecideArgs& args, cudaStream_t stream) {
   const Plan& plan = args.solve.plan;
   const int64_t wanted = plan.chunks > plan.module_count ? plan.chunks : plan.module_count;
   void* parameters[] = {const_cast<DecideArgs*>(&args)};
-  return cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(decide_kernel), dim3(static_cast<unsigned>(grid_of(wanted, most))),
-                                     dim3(kThreads), parameters, 0, stream);
+  return cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(decide_kernel),
+                                     dim3(static_cast<unsigned>(grid_of(wanted, most))), dim3(kThreads), parameters, 0,
+                                     stream);
 }
 
-cudaError_t survey(const Plan& plan, const LayerState* layers, Word* table, int bins, int32_t* bad, cudaStream_t stream) {
+cudaError_t survey(const Plan& plan, const LayerState* layers, Word* table, int bins, int32_t* bad,
+                   cudaStream_t stream) {
   int most = 1;
   if (const cudaError_t error = resident(survey_kernel, &most); error != cudaSuccess) return error;
-  survey_kernel<<<static_cast<unsigned>(grid_of(plan.chunks, most)), kThreads, 0, stream>>>({plan, layers, nullptr, table, bins, bad});
+  survey_kernel<<<static_cast<unsigned>(grid_of(plan.chunks, most)), kThreads, 0, stream>>>(
+      {plan, layers, nullptr, table, bins, bad});
   return cudaGetLastError();
 }
 

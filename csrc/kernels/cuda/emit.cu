@@ -48,13 +48,17 @@ __device__ uint32_t write_mask(const Piece& p) {
 #pragma unroll
         for (int k = 0; k < kLanes; ++k) {
           uint32_t key;
-          if constexpr (sizeof(T) == 4) key = key_of<kType>(words[k]);
-          else key = key_of<kType>(static_cast<T>(words[k / 2] >> (k % 2 * 16)));
+          if constexpr (sizeof(T) == 4)
+            key = key_of<kType>(words[k]);
+          else
+            key = key_of<kType>(static_cast<T>(words[k / 2] >> (k % 2 * 16)));
           bytes[k / 4] |= (key >= p.keep_from ? 1u : 0u) << (k % 4 * 8);
           ties += key == p.tie;
         }
-        if constexpr (kLanes == 4) reinterpret_cast<uint32_t*>(mask)[at] = bytes[0];
-        else reinterpret_cast<uint2*>(mask)[at] = make_uint2(bytes[0], bytes[kLanes / 4 - 1]);
+        if constexpr (kLanes == 4)
+          reinterpret_cast<uint32_t*>(mask)[at] = bytes[0];
+        else
+          reinterpret_cast<uint2*>(mask)[at] = make_uint2(bytes[0], bytes[kLanes / 4 - 1]);
       }
     }
     done = count * kLanes;
@@ -194,7 +198,8 @@ __global__ void __launch_bounds__(kThreads, kTuning.blocks) settle_kernel(const 
 }
 
 __global__ void read_quotas_kernel(const ModuleState* modules, int64_t* quota, int32_t count) {
-  for (int32_t m = static_cast<int32_t>(threadIdx.x); m < count; m += static_cast<int32_t>(blockDim.x)) quota[m] = modules[m].quota;
+  for (int32_t m = static_cast<int32_t>(threadIdx.x); m < count; m += static_cast<int32_t>(blockDim.x))
+    quota[m] = modules[m].quota;
 }
 
 template <typename T>
@@ -208,8 +213,10 @@ __device__ void apply_chunk(const Piece& p) {
 __global__ void __launch_bounds__(kThreads, kTuning.blocks) apply_kernel(const __grid_constant__ Plan plan) {
   for (int64_t c = blockIdx.x; c < plan.chunks; c += gridDim.x) {
     const Piece p = piece_of(plan, nullptr, c);
-    if (static_cast<DType>(p.tensor.dtype) == DType::kFloat32) apply_chunk<uint32_t>(p);
-    else apply_chunk<uint16_t>(p);
+    if (static_cast<DType>(p.tensor.dtype) == DType::kFloat32)
+      apply_chunk<uint32_t>(p);
+    else
+      apply_chunk<uint16_t>(p);
   }
 }
 

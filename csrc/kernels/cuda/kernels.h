@@ -1,5 +1,5 @@
-// The CUDA kernels' launchers: raw device pointers and a stream in, cudaError_t out. Nothing here waits for the device, and
-// everything can be captured in a graph.
+// The CUDA kernels' launchers: raw device pointers and a stream in, cudaError_t out. Nothing here waits for the device,
+// and everything can be captured in a graph.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -13,25 +13,26 @@ cudaError_t upload(void* to, const void* from, int64_t bytes, cudaStream_t strea
 
 // Windows of a first survey, and nothing known of the modules.
 struct DecideArgs {
-  SolveArgs solve;      // table: zeroed by the kernel
-  Word* table;          // the same, to write
-  int32_t* bad;         // one word
-  double* thresholds;   // [modules], or null
+  SolveArgs solve;     // table: zeroed by the kernel
+  Word* table;         // the same, to write
+  int32_t* bad;        // one word
+  double* thresholds;  // [modules], or null
 };
 
-// Surveys and solves until every module is decided: cuts in solve.layers, quotas in solve.modules. One cooperative launch.
-// Weights with an infinity or a NaN: `bad` is nonzero, thresholds are negative, nothing is decided.
+// Surveys and solves until every module is decided: cuts in solve.layers, quotas in solve.modules. One cooperative
+// launch. Weights with an infinity or a NaN: `bad` is nonzero, thresholds are negative, nothing is decided.
 cudaError_t decide(const DecideArgs& args, cudaStream_t stream);
 
 // One survey through the windows in `layers`, into a zeroed table.
-cudaError_t survey(const Plan& plan, const LayerState* layers, Word* table, int bins, int32_t* bad, cudaStream_t stream);
+cudaError_t survey(const Plan& plan, const LayerState* layers, Word* table, int bins, int32_t* bad,
+                   cudaStream_t stream);
 
 struct EmitArgs {
-  Plan plan;                  // tensors' `out`: masks; for zeroing: null
-  const LayerState* layers;   // keep_from, tie
-  int64_t* quota;             // [modules] ties kept, counted down
-  int32_t *ties, *kept;       // [chunks] room for the ties of each chunk
-  const int32_t* bad;         // nonzero: masks are all false, weights stay as they are
+  Plan plan;                 // tensors' `out`: masks; for zeroing: null
+  const LayerState* layers;  // keep_from, tie
+  int64_t* quota;            // [modules] ties kept, counted down
+  int32_t *ties, *kept;      // [chunks] room for the ties of each chunk
+  const int32_t* bad;        // nonzero: masks are all false, weights stay as they are
 };
 
 // Masks, or zeroes in place (`zero`): two passes, the second over chunks with ties only. Three launches.
@@ -45,7 +46,7 @@ cudaError_t apply(const Plan& plan, cudaStream_t stream);
 
 // Scores of layers of one 16-bit type, by histogram and table. Tensors' `out`: scores, float32.
 struct TableArgs {
-  Plan plan;            // of the layers [0, layer_count), each of one type, the same for all
+  Plan plan;  // of the layers [0, layer_count), each of one type, the same for all
   DType dtype;
   uint32_t* histogram;  // [layers, 2^15]
   float* table;         // [layers, 2^15]
@@ -53,19 +54,19 @@ struct TableArgs {
 };
 cudaError_t score_by_table(const TableArgs& args, cudaStream_t stream);
 
-// Scores of one layer by its sorted keys: write_keys for each tensor of it, a sort by somebody else (largest first, with
-// positions), then scores_of_sorted.
+// Scores of one layer by its sorted keys: write_keys for each tensor of it, a sort by somebody else (largest first,
+// with positions), then scores_of_sorted.
 constexpr int kTile = 4096;
 inline int64_t tiles_of(int64_t n) { return (n + kTile - 1) / kTile; }
 cudaError_t write_keys(const void* data, DType dtype, int64_t n, int32_t* keys, cudaStream_t stream);
 struct SortedArgs {
-  const int32_t* keys;        // [n], largest first
-  const int64_t* positions;   // [n] in the layer
+  const int32_t* keys;       // [n], largest first
+  const int64_t* positions;  // [n] in the layer
   int64_t n;
-  double* sums;               // [n] room for running sums
-  double* tiles;              // [tiles_of(n)] room
-  float* scores;              // [n] in the layer's order
-  int32_t* bad;               // raised where a weight is not finite
+  double* sums;   // [n] room for running sums
+  double* tiles;  // [tiles_of(n)] room
+  float* scores;  // [n] in the layer's order
+  int32_t* bad;   // raised where a weight is not finite
 };
 cudaError_t scores_of_sorted(const SortedArgs& args, cudaStream_t stream);
 

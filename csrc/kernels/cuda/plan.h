@@ -29,7 +29,7 @@ static_assert(kChunk <= 1 << 14, "the shared sums hold 2^16 weights: four chunks
 
 struct TensorEntry {
   const void* data;
-  void* out;            // mask bytes, scores; null where there are none
+  void* out;  // mask bytes, scores; null where there are none
   int64_t numel;
   int64_t first_chunk;  // chunks of the tensors before it
   int32_t dtype;
@@ -38,7 +38,7 @@ struct TensorEntry {
 static_assert(sizeof(TensorEntry) == 40);
 
 struct LayerEntry {
-  int64_t total;        // weights
+  int64_t total;  // weights
   int32_t module;
   int32_t granularity;  // low zero bits of every key
 };
@@ -96,7 +96,9 @@ constexpr int kHead = 2 + kWords;
 // The narrowest window of at most `bins` bins over the keys [first, last], with bins no finer than `granularity`.
 DIMAP_HD View view_over(uint32_t first, uint32_t last, int bins, int granularity) {
   uint32_t shift = static_cast<uint32_t>(granularity);
-  while (shift < 23 && (static_cast<uint64_t>(first >> shift << shift) + (static_cast<uint64_t>(bins) << shift)) <= last) ++shift;
+  while (shift < 23 &&
+         (static_cast<uint64_t>(first >> shift << shift) + (static_cast<uint64_t>(bins) << shift)) <= last)
+    ++shift;
   const uint32_t base = first >> shift << shift;
   uint32_t used = ((last - base) >> shift) + 1;
   if (used > static_cast<uint32_t>(bins)) used = static_cast<uint32_t>(bins);

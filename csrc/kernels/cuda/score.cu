@@ -8,10 +8,13 @@ namespace {
 constexpr int kMagnitudes = 1 << 15;
 constexpr int kHistogramBytes = kMagnitudes * 4;
 
-unsigned blocks_for(int64_t work, int64_t most) { return static_cast<unsigned>(work < 1 ? 1 : work < most ? work : most); }
+unsigned blocks_for(int64_t work, int64_t most) {
+  return static_cast<unsigned>(work < 1 ? 1 : work < most ? work : most);
+}
 
 __global__ void zero_kernel(uint32_t* words, int64_t n) {
-  for (int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < n; i += int64_t{gridDim.x} * blockDim.x) words[i] = 0;
+  for (int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < n; i += int64_t{gridDim.x} * blockDim.x)
+    words[i] = 0;
 }
 
 // kShared: counts go to the block's own histogram first, where the device has room for it.
@@ -45,9 +48,10 @@ __global__ void __launch_bounds__(kThreads, 1) histogram_kernel(const __grid_con
     uint32_t* counts = kShared ? mine : a.histogram + int64_t{layer} * kMagnitudes;
     const int64_t offset = (c - entry.first_chunk) * kChunk;
     const int n = static_cast<int>(entry.numel - offset < kChunk ? entry.numel - offset : kChunk);
-    // As bfloat16, the key's upper half is the 15 bits themselves: the same for float16 bits, which are not looked into here.
+    // As bfloat16, the key's upper half is the 15 bits themselves: the same for float16 bits, which are not looked into
+    // here.
     for_each_key<DType::kBFloat16, kTuning.unroll>(static_cast<const uint16_t*>(entry.data) + offset, n,
-                                   [&](uint32_t key, int) { atomicAdd(counts + (key >> 16), 1u); });
+                                                   [&](uint32_t key, int) { atomicAdd(counts + (key >> 16), 1u); });
   }
   flush();
 }
@@ -57,7 +61,8 @@ template <DType kType>
 __global__ void __launch_bounds__(kThreads) table_kernel(const __grid_constant__ TableArgs a) {
   constexpr int kEach = kMagnitudes / kThreads;
   __shared__ double sums[kThreads];
-  for (int32_t layer = static_cast<int32_t>(blockIdx.x); layer < a.plan.layer_count; layer += static_cast<int32_t>(gridDim.x)) {
+  for (int32_t layer = static_cast<int32_t>(blockIdx.x); layer < a.plan.layer_count;
+       layer += static_cast<int32_t>(gridDim.x)) {
     const uint32_t* counts = a.histogram + int64_t{layer} * kMagnitudes;
     float* table = a.table + int64_t{layer} * kMagnitudes;
     const int top = kMagnitudes - 1 - static_cast<int>(threadIdx.x) * kEach;
@@ -66,8 +71,10 @@ __global__ void __launch_bounds__(kThreads) table_kernel(const __grid_constant__
     for (int i = 0; i < kEach; ++i) {
       if (counts[top - i] == 0) continue;
       const uint32_t key = key_of<kType>(static_cast<uint16_t>(top - i));
-      if (key >= kNonFinite) bad = true;
-      else energy += counts[top - i] * squared_value(key);
+      if (key >= kNonFinite)
+        bad = true;
+      else
+        energy += counts[top - i] * squared_value(key);
     }
     if (bad) atomicMax(a.bad, kBadWeights);
     sums[threadIdx.x] = energy;
@@ -115,7 +122,8 @@ cudaError_t by_table(const TableArgs& a, cudaStream_t stream) {
   if (error != cudaSuccess) return error;
   zero_kernel<<<1024, 256, 0, stream>>>(a.histogram, int64_t{a.plan.layer_count} * kMagnitudes);
   if (room >= kHistogramBytes) {
-    error = cudaFuncSetAttribute(histogram_kernel<kType, true>, cudaFuncAttributeMaxDynamicSharedMemorySize, kHistogramBytes);
+    error = cudaFuncSetAttribute(histogram_kernel<kType, true>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 kHistogramBytes);
     if (error != cudaSuccess) return error;
     histogram_kernel<kType, true><<<blocks_for(a.plan.chunks, processors), kThreads, kHistogramBytes, stream>>>(a);
   } else {
@@ -143,8 +151,10 @@ __global__ void __launch_bounds__(kThreads) tile_kernel(const __grid_constant__ 
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
       const uint32_t key = from + i < a.n ? static_cast<uint32_t>(a.keys[from + i]) : 0;
-      if (key < kNonFinite) sum += squared_value(key);
-      else atomicMax(a.bad, kBadWeights);
+      if (key < kNonFinite)
+        sum += squared_value(key);
+      else
+        atomicMax(a.bad, kBadWeights);
       own[i] = sum;
     }
     threads[threadIdx.x] = sum;
@@ -199,7 +209,10 @@ __global__ void __launch_bounds__(kThreads) sorted_kernel(const __grid_constant_
       int64_t end = i + step < a.n ? i + step : a.n;  // equal at last, not at end
       while (end - last > 1) {
         const int64_t middle = last + (end - last) / 2;
-        if (a.keys[middle] == key) last = middle; else end = middle;
+        if (a.keys[middle] == key)
+          last = middle;
+        else
+          end = middle;
       }
     }
     const double energy = a.tiles[last / kTile] + a.sums[last];
@@ -219,7 +232,8 @@ __global__ void clear_kernel(int32_t* bad) { *bad = 0; }
 }  // namespace
 
 cudaError_t score_by_table(const TableArgs& args, cudaStream_t stream) {
-  return args.dtype == DType::kBFloat16 ? by_table<DType::kBFloat16>(args, stream) : by_table<DType::kFloat16>(args, stream);
+  return args.dtype == DType::kBFloat16 ? by_table<DType::kBFloat16>(args, stream)
+                                        : by_table<DType::kFloat16>(args, stream);
 }
 
 cudaError_t write_keys(const void* data, DType dtype, int64_t n, int32_t* keys, cudaStream_t stream) {

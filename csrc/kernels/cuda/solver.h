@@ -1,7 +1,7 @@
 // The solver of ../solve.h as phases for a block of threads: the same bounds, the same exact scores, the same cuts.
 //
-// `Exec` runs a phase: each(n, f) calls f(0) ... f(n - 1) in any order and then waits for all; one(f) calls f once and then
-// waits. On the device that is a block and its barrier, on the host a loop: tests run the same code without a GPU.
+// `Exec` runs a phase: each(n, f) calls f(0) ... f(n - 1) in any order and then waits for all; one(f) calls f once and
+// then waits. On the device that is a block and its barrier, on the host a loop: tests run the same code without a GPU.
 #pragma once
 
 #include "plan.h"
@@ -151,7 +151,9 @@ struct Layer {  // one layer's part of the arguments
         if (row[2 + w]) sum += static_cast<double>(row[2 + w]) * power_of_two(32 * w - 298);
     } else {
       const Word* b = bin(i);
-      if (b[0]) sum = (static_cast<double>(b[1]) + static_cast<double>(b[2]) * 16777216.0) * power_of_two(2 * scale(first(i)) - 298);
+      if (b[0])
+        sum = (static_cast<double>(b[1]) + static_cast<double>(b[2]) * 16777216.0) *
+              power_of_two(2 * scale(first(i)) - 298);
     }
     return sum * ratio;
   }
@@ -162,7 +164,10 @@ struct Layer {  // one layer's part of the arguments
     int from = 0, to = intervals();
     while (from < to) {
       const int middle = (from + to) / 2;
-      if (test(middle)) from = middle + 1; else to = middle;
+      if (test(middle))
+        from = middle + 1;
+      else
+        to = middle;
     }
     return from;
   }
@@ -173,10 +178,17 @@ DIMAP_HD Layer layer_of(const SolveArgs& a, int32_t l) {
   const ModuleState& module = a.modules[a.plan.layers[l].module];
   const bool proven = state.view.proven != 0;
   const int64_t at = l * a.scratch.stride;
-  return {a.table + l * (kHead + 3 * static_cast<int64_t>(a.bins)), state.view, a.plan.layers[l].granularity, l,
-          a.guess ? state.ratio : 1u, a.plan.layers[l].total,
+  return {a.table + l * (kHead + 3 * static_cast<int64_t>(a.bins)),
+          state.view,
+          a.plan.layers[l].granularity,
+          l,
+          a.guess ? state.ratio : 1u,
+          a.plan.layers[l].total,
           proven ? double_of(bits_of(module.high) + 1) : 0.0,
-          proven && module.low > 0 ? double_of(bits_of(module.low) - 1) : 2.0, a.scratch.low + at, a.scratch.high + at, a.scratch.seen + at};
+          proven && module.low > 0 ? double_of(bits_of(module.low) - 1) : 2.0,
+          a.scratch.low + at,
+          a.scratch.high + at,
+          a.scratch.seen + at};
 }
 
 // Running sums and bounds of one segment of a layer, from the sums before it.
@@ -308,7 +320,8 @@ DIMAP_HD void solve_module(Exec& exec, const SolveArgs& a, int32_t m, SolverShar
                   a.scratch.segment_count[int64_t{layer.number} * kSegments + segment]);
   });
 
-  // The keep-th largest lower bound (0) and upper bound (1), each to within 2^20 units in the last place, on the safe side.
+  // The keep-th largest lower bound (0) and upper bound (1), each to within 2^20 units in the last place, on the safe
+  // side.
   int64_t wanted[2] = {module.keep, module.keep};
   if (a.guess) {  // 4.5 deviations of a count in a sample of neighbours that are alike
     const double total = static_cast<double>(module.total), keep = static_cast<double>(module.keep);
@@ -335,7 +348,8 @@ DIMAP_HD void solve_module(Exec& exec, const SolveArgs& a, int32_t m, SolverShar
       const int which = static_cast<int>(j / kProbes % 2), probe = static_cast<int>(j % kProbes);
       const Layer layer = layer_of(a, order[j / (2 * kProbes)]);
       const double* bound = which ? layer.high : layer.low;
-      const double t = double_of(s.yes[which] + (s.no[which] - s.yes[which]) / (kProbes + 1) * (static_cast<Word>(probe) + 1));
+      const double t =
+          double_of(s.yes[which] + (s.no[which] - s.yes[which]) / (kProbes + 1) * (static_cast<Word>(probe) + 1));
       const int n = layer.head([&](int i) { return bound[i] >= t; });
       exec.add(&s.count[which * kProbes + probe], static_cast<Word>(layer.before(n)));
     });
@@ -383,7 +397,8 @@ DIMAP_HD void solve_module(Exec& exec, const SolveArgs& a, int32_t m, SolverShar
   if (s.undecided) {
     exec.each(layers, [&](int64_t j) {
       const Layer layer = layer_of(a, order[j]);
-      const int begin = static_cast<int>(a.scratch.begin[layer.number]), end = static_cast<int>(a.scratch.end[layer.number]);
+      const int begin = static_cast<int>(a.scratch.begin[layer.number]),
+                end = static_cast<int>(a.scratch.end[layer.number]);
       const int64_t kept = layer.before(begin), maybe = layer.before(end);
       const int after = layer.head([&](int i) { return layer.seen[i] <= maybe; });  // next nonempty ones
       const int before = kept ? layer.head([&](int i) { return layer.seen[i] < kept; }) : -1;
@@ -410,7 +425,8 @@ DIMAP_HD void solve_module(Exec& exec, const SolveArgs& a, int32_t m, SolverShar
 
   exec.each(layers, [&](int64_t j) {
     const Layer layer = layer_of(a, order[j]);
-    const int begin = static_cast<int>(a.scratch.begin[layer.number]), end = static_cast<int>(a.scratch.end[layer.number]);
+    const int begin = static_cast<int>(a.scratch.begin[layer.number]),
+              end = static_cast<int>(a.scratch.end[layer.number]);
     if (layer.before(end) > layer.before(begin)) exact_scores(layer, begin, end);
   });
   exec.one([&] {
@@ -450,7 +466,8 @@ DIMAP_HD void solve_module(Exec& exec, const SolveArgs& a, int32_t m, SolverShar
   const bool whole = quota == static_cast<int64_t>(s.tied);
   exec.each(layers, [&](int64_t j) {
     const Layer layer = layer_of(a, order[j]);
-    const int begin = static_cast<int>(a.scratch.begin[layer.number]), end = static_cast<int>(a.scratch.end[layer.number]);
+    const int begin = static_cast<int>(a.scratch.begin[layer.number]),
+              end = static_cast<int>(a.scratch.end[layer.number]);
     const int64_t maybe = layer.before(end);
     const int after = layer.head([&](int i) { return layer.seen[i] <= maybe; });
     uint32_t keep_from = after < layer.intervals() ? layer.last(after) + 1 : 0, tie = kNoTie;

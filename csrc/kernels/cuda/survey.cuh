@@ -17,10 +17,11 @@ struct SurveyArgs {
   const ModuleState* modules;  // null: read every layer
   Word* table;                 // [layers, kHead + 3 * bins], zeroed
   int32_t bins;
-  int32_t* bad;                // raised to kBadWeights
+  int32_t* bad;  // raised to kBadWeights
 };
 
-// A thread's sums over the layer at hand: weights above the window as integers q = significand << (scale - unit), q < 2^32.
+// A thread's sums over the layer at hand: weights above the window as integers q = significand << (scale - unit), q <
+// 2^32.
 struct Above {
   uint32_t base, shift, end, limit;  // of the window; first key that q does not hold
   int unit;
@@ -127,7 +128,8 @@ __device__ __forceinline__ void sample_chunk(const TensorEntry& tensor, int64_t 
 template <bool kSample>
 __device__ __forceinline__ void survey(const SurveyArgs& a, SurveyShared& s) {
   const int64_t first = a.plan.chunks * blockIdx.x / gridDim.x, last = a.plan.chunks * (blockIdx.x + 1) / gridDim.x;
-  for (int b = static_cast<int>(threadIdx.x); b < kTuning.most_bins; b += kThreads) s.count[b] = s.low[b] = s.high[b] = 0;
+  for (int b = static_cast<int>(threadIdx.x); b < kTuning.most_bins; b += kThreads)
+    s.count[b] = s.low[b] = s.high[b] = 0;
   if (threadIdx.x == 0) s.inside = 0;
   __syncthreads();
   if (first >= last) return;
