@@ -36,7 +36,7 @@ $(VENV)/.test: $(VENV)/.dimap
 
 $(VENV)/.lint: $(VENV)/.torch
 	@echo "== lint tools"
-	@$(PIP) install --quiet ruff mypy clang-format==19.1.7 torch-abi-audit
+	@$(PIP) install --quiet ruff==0.17.6 mypy==2.4.1 clang-format==19.1.7 torch-abi-audit
 	@touch $@
 
 demo: $(VENV)/.dimap  ## Prune a trained Swin at 55 % and show what it costs
