@@ -85,7 +85,11 @@ def test_a_running_program_keeps_its_temporary(case):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "terminate"])
 def test_interrupted_in_the_middle(case, number):
     source, out, untouched = case
-    handler = "import signal; signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))"
+    # As in a terminal, even where the tests run in the background: there SIGINT is ignored.
+    handler = (
+        "import signal; signal.signal(signal.SIGTERM, lambda *_: sys.exit(143));"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)"
+    )
     process = start(source, out, before=handler, wait="0.3")
     assert process.stdout.readline() == "writing\n"
     time.sleep(0.05)
