@@ -77,10 +77,11 @@ def check(path, state, out, sparsity, **options):
     return streamed, pruning
 
 
-@pytest.fixture(params=[4096, 4 << 20], ids=["small pieces", "pieces"])
+@pytest.fixture(params=[12288, 4 << 20], ids=["small pieces", "pieces"])
 def piece(request, monkeypatch):
-    """Pieces smaller than most tensors, and larger than all."""
+    """Pieces smaller than most tensors, written directly; and larger than all, not so."""
     monkeypatch.setattr(_stream_io, "PIECE", request.param)
+    monkeypatch.setattr(_stream_io, "DIRECT", request.param)
 
 
 CASES = [

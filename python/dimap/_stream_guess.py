@@ -17,7 +17,7 @@ from . import ops
 
 RUN = 128  # neighbouring weights that are read at a time
 WHOLE = 1 << 15  # weights of a layer up to which all of it is read
-RUNS = range(128, 512)  # in a layer
+RUNS = range(64, 256)  # in a layer
 SHARE = 64  # one weight in this many, within RUNS
 SIGMAS = 3.5  # half width of a window, in standard deviations
 SHIFT = 17  # of the sample's histogram: 64 bins in an octave

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import mmap
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -12,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,6 +20,8 @@ from ._safetensors_header import Entry, Header
 
 PIECE = 4 << 20  # bytes that are read at a time
 MOST_BLOCKS = 64  # in a piece: small tensors
+PAGE = 4096  # what direct writing aligns to
+DIRECT = 1 << 28  # bytes of a file from which on it is written past the page cache
 FLUSH = 128 << 20  # bytes between two requests to bring a file to the disk
 _Item = TypeVar("_Item")
 
@@ -80,14 +82,13 @@ class Buffer:
     """A worker's memory for one piece after the other."""
 
     def __init__(self) -> None:
-        self._memory = np.empty(PIECE + 128, dtype=np.uint8)
-        self._first = -self._memory.ctypes.data % 64
+        self._memory = memoryview(mmap.mmap(-1, PIECE + 2 * PAGE))  # begins at a page
         self.bytes: memoryview = memoryview(b"")
 
     def read(self, descriptor: int, begin: int, end: int, path: Path) -> memoryview:
-        """Bytes [begin, end) of a file, as far from alignment as they are in the file."""
-        first = self._first + begin % 16
-        self.bytes = memoryview(self._memory.data)[first : first + end - begin]
+        """Bytes [begin, end) of a file, as far from a page's beginning as they are in the file."""
+        first = begin % PAGE
+        self.bytes = self._memory[first : first + end - begin]
         read_into(descriptor, self.bytes, begin, path)
         return self.bytes
 
@@ -136,31 +137,45 @@ def opened(paths: Sequence[Path]) -> Iterator[list[int]]:
 
 
 class Outputs:
-    """New files that are written at any place, and brought to the disk meanwhile."""
+    """New files that are written at any place.
+
+    Large files are written past the system's page cache where it knows how to: they would push
+    everything else out of it, and would have to be copied and flushed later. The page at either end
+    of a piece goes through the cache, as it may be another piece's too.
+    """
 
     def __init__(self, paths: Sequence[Path], sizes: Sequence[int]) -> None:
         self.paths = paths
         self._descriptors: list[int] = []
+        self._direct: list[int | None] = []
         self._unflushed = [0] * len(paths)
-        self._lock, self._flushing = threading.Lock(), threading.Lock()
+        self._lock = threading.Lock()
         flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0)
         try:
             for path, size in zip(paths, sizes, strict=True):
                 with _naming(path):
                     self._descriptors.append(os.open(path, flags, 0o666))
                     os.ftruncate(self._descriptors[-1], size)
+                self._direct.append(_open_direct(path, flags) if size >= DIRECT else None)
         except BaseException:
             self.__exit__()
             raise
 
     def write(self, file: int, data: memoryview | bytes, begin: int) -> None:
+        """Write bytes at a place; those that a `Buffer` read from the same place need no copy."""
         view = memoryview(data)
-        at = 0
+        first, last = -begin % PAGE, len(view) - (begin + len(view)) % PAGE
+        direct = self._direct[file]
         with _naming(self.paths[file]):
-            while at < len(view):
-                at += os.pwrite(self._descriptors[file], view[at:], begin + at)
+            if direct is not None and last > first and _write_direct(
+                direct, view[first:last], begin + first
+            ):  # fmt: skip
+                _write(self._descriptors[file], view[:first], begin)
+                _write(self._descriptors[file], view[last:], begin + last)
+                return
+            _write(self._descriptors[file], view, begin)
         with self._lock:
-            self._unflushed[file] += at
+            self._unflushed[file] += len(view)
             due = self._unflushed[file] >= FLUSH
             if due:
                 self._unflushed[file] = 0
@@ -171,9 +186,33 @@ class Outputs:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for descriptor in self._descriptors:
-            os.close(descriptor)
-        self._descriptors = []
+        for descriptor in (*self._descriptors, *self._direct):
+            if descriptor is not None:
+                os.close(descriptor)
+        self._descriptors, self._direct = [], []
+
+
+def _write(descriptor: int, data: memoryview, begin: int) -> None:
+    at = 0
+    while at < len(data):
+        at += os.pwrite(descriptor, data[at:], begin + at)
+
+
+def _open_direct(path: Path, flags: int) -> int | None:
+    try:
+        return os.open(path, (flags | os.O_DIRECT) & ~os.O_CREAT)
+    except (OSError, AttributeError):  # not every file system knows it, nor every system
+        return None
+
+
+def _write_direct(descriptor: int, data: memoryview, begin: int) -> bool:
+    """Write whole pages; False where these cannot be written so, and must be written otherwise."""
+    try:
+        return os.pwrite(descriptor, data, begin) == len(data)
+    except OSError as error:
+        if error.errno == errno.EINVAL:  # memory, length or place is not aligned enough
+            return False
+        raise
 
 
 def start_flush(descriptor: int) -> None:
