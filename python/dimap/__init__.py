@@ -19,6 +19,7 @@ from .pruning import Pruning, prune, score, select
 
 if TYPE_CHECKING:
     from .masks import apply_masks, load_masks, save_masks
+    from .stream import prune_checkpoint
 
 __all__ = [
     "Layer",
@@ -30,13 +31,19 @@ __all__ = [
     "load_masks",
     "ops",
     "prune",
+    "prune_checkpoint",
     "reference",
     "save_masks",
     "score",
     "select",
 ]
 
-_LAZY = {"apply_masks": "masks", "load_masks": "masks", "save_masks": "masks"}
+_LAZY = {
+    "apply_masks": "masks",
+    "load_masks": "masks",
+    "prune_checkpoint": "stream",
+    "save_masks": "masks",
+}
 
 
 def __getattr__(name: str) -> Any:
