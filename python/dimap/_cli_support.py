@@ -1,15 +1,32 @@
-"""Arguments of the command line checked, and errors told in one sentence."""
+"""What the commands share: their options, arguments checked, errors told in one sentence."""
 
 from __future__ import annotations
 
+import json
 import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.text import Text
+
+IN_HELP = (
+    "A .safetensors file, a Hugging Face folder, a .pth, .pt or .bin file, or timm:NAME "
+    "for a timm model with its pretrained weights."
+)
+
+Source = Annotated[str, typer.Argument(metavar="IN", help=IN_HELP, show_default=False)]
+RandomInit = Annotated[
+    bool, typer.Option("--random-init", help="Fresh weights for timm:NAME, for a dry run.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+Debug = Annotated[
+    bool,
+    typer.Option("--debug", envvar="DIMAP_DEBUG", help="Show the traceback of an error."),
+]
 
 
 def clean_up_on_signals() -> None:
@@ -79,3 +96,8 @@ def sides(text: str | None) -> tuple[int, ...] | None:
         raise typer.BadParameter(f"--input-size must be like 224 or 3x224x224, got {text!r}")
     numbers = tuple(map(int, parts))
     return numbers * 2 if len(numbers) == 1 else numbers
+
+
+def print_json(data: Any) -> None:
+    """The one object of --json."""
+    typer.echo(json.dumps(data, indent=2, allow_nan=False))
