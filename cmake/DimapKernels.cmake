@@ -4,7 +4,7 @@ add_library(
   dimap_kernels STATIC
   ${CMAKE_CURRENT_SOURCE_DIR}/csrc/kernels/solve.cpp
   ${_cpu}/apply.cpp ${_cpu}/decide_portable.cpp ${_cpu}/dispatch.cpp ${_cpu}/emit.cpp ${_cpu}/engine.cpp
-  ${_cpu}/reading.cpp
+  ${_cpu}/pack.cpp ${_cpu}/reading.cpp
   ${_cpu}/sample.cpp ${_cpu}/score.cpp ${_cpu}/survey.cpp)
 target_compile_options(dimap_kernels PRIVATE -O3)
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")

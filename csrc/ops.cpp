@@ -20,4 +20,8 @@ STABLE_TORCH_LIBRARY(dimap, m) {
   m.def(
       "emit(Tensor[] weights, int[] layers, int[] modules, Tensor cuts, Tensor quota) "
       "-> (Tensor[] masks, Tensor quota)");
+
+  // Sparse weights in files: one bit a weight, and the nonzero ones.
+  m.def("pack(Tensor weights) -> (Tensor bits, Tensor values)");
+  m.def("unpack(Tensor bits, Tensor values, int[] sizes) -> Tensor");
 }

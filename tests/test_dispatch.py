@@ -31,6 +31,8 @@ CALLS = {
     "survey": (*ARGS[:2], WINDOWS, 256),
     "solve": (*decided()[0], [0, 0], ARGS[3]),
     "emit": (*ARGS[:3], decided()[1], decided()[2]),
+    "pack": (torch.tensor([[0.0, -0.0, 1.0], [0.0, 0.0, 2.0]]),),
+    "unpack": (torch.tensor([38], dtype=torch.uint8), torch.tensor([-0.0, 1.0, 2.0]), [2, 3]),
 }
 
 

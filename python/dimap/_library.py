@@ -128,6 +128,18 @@ def _(
     return _masks(weights), torch.empty_like(quota)
 
 
+@torch.library.register_fake("dimap::pack")
+def _(weights: Tensor) -> tuple[Tensor, Tensor]:
+    nonzero = torch.library.get_ctx().new_dynamic_size()
+    bits = weights.new_empty(((weights.numel() + 7) // 8,), dtype=torch.uint8)
+    return bits, weights.new_empty((nonzero,))
+
+
+@torch.library.register_fake("dimap::unpack")
+def _(bits: Tensor, values: Tensor, sizes: Sequence[int]) -> Tensor:
+    return values.new_empty(list(sizes))
+
+
 def _refuse_gradient(name: str) -> None:
     def backward(ctx: object, *grads: object) -> None:
         raise NotImplementedError(

@@ -33,12 +33,14 @@ __all__ = [
     "apply_",
     "emit",
     "first_windows",
+    "pack",
     "prune_",
     "score",
     "select",
     "select_cuts",
     "solve",
     "survey",
+    "unpack",
 ]
 
 
@@ -183,3 +185,25 @@ def emit(
     Give tensors in their order, in as many calls as you like, and hand the quota on.
     """
     return torch.ops.dimap.emit(weights, layers, modules, cuts, quota)  # type: ignore[no-any-return]
+
+
+def pack(weights: Tensor) -> tuple[Tensor, Tensor]:
+    """A sparse tensor as one bit a weight, and the nonzero values: a CPU tensor of the three types.
+
+    Returns `bits`, uint8 ``[ceil(n / 8)]``: bit ``i % 8`` of byte ``i // 8``, from the least
+    significant, is 1 where weight i of the flat tensor has any bit set, thus for a negative zero and
+    a NaN too; and `values`, those weights in order. `unpack` gives the tensor back bit by bit.
+    """
+    with torch.no_grad():
+        bits, values = torch.ops.dimap.pack(weights)
+    return bits, values
+
+
+def unpack(bits: Tensor, values: Tensor, sizes: Sequence[int]) -> Tensor:
+    """The tensor of shape `sizes` that `pack` made `bits` and `values` of.
+
+    Raises RuntimeError where their lengths do not match the sizes or each other, or where an unused
+    bit of the last byte is not 0.
+    """
+    with torch.no_grad():
+        return torch.ops.dimap.unpack(bits, values, sizes)  # type: ignore[no-any-return]

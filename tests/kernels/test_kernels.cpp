@@ -7,6 +7,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <iterator>
 #include <numeric>
 #include <random>
 #include <thread>
@@ -15,6 +16,7 @@
 #include "kernels/cpu/apply.h"
 #include "kernels/cpu/decide.h"
 #include "kernels/cpu/engine.h"
+#include "kernels/cpu/pack.h"
 #include "kernels/cpu/score.h"
 
 namespace {
@@ -128,6 +130,27 @@ void check(const std::vector<std::vector<float>>& tensors, double share, const c
   for (size_t i = 0; i < data.size(); ++i) EXPECT(data[i] == zeroed[i]);
 }
 
+// There and back, at every number of weights near the edges of bytes and chunks.
+template <typename T>
+void check_packing(int64_t n, double density, std::mt19937_64& random, const cpu::Pool& pool) {
+  std::vector<T> weights(static_cast<size_t>(n)), values, back(weights.size(), T{7});
+  for (T& w : weights)
+    if (static_cast<double>(random() % 1000) < density * 1000) w = static_cast<T>(random() | 1);
+  std::copy_if(weights.begin(), weights.end(), std::back_inserter(values), [](T w) { return w != 0; });
+  const cpu::Packing packing{n, sizeof(T)};
+  const std::vector<int64_t> offsets = cpu::offsets_of_weights(weights.data(), packing, pool);
+  EXPECT(offsets.back() == static_cast<int64_t>(values.size()));
+  std::vector<uint8_t> bits(static_cast<size_t>(packing.bytes()), 0xAA);
+  std::vector<T> packed(values.size());
+  cpu::pack(weights.data(), packing, offsets, bits.data(), packed.data(), pool);
+  EXPECT(packed == values);
+  for (int64_t i = 0; i < 8 * packing.bytes(); ++i)
+    EXPECT((bits[static_cast<size_t>(i / 8)] >> i % 8 & 1) == (i < n && weights[static_cast<size_t>(i)] != 0));
+  EXPECT(cpu::offsets_of_bits(bits.data(), packing, pool) == offsets);
+  cpu::unpack(bits.data(), packed.data(), packing, offsets, back.data(), pool);
+  EXPECT(back == weights);
+}
+
 }  // namespace
 
 int main() {
@@ -161,6 +184,12 @@ int main() {
       check<DType::kFloat32>({draw(200'000, same)}, share, pool);
     }
   }
+  for (const int workers : {1, 3})
+    for (const int64_t n : {0, 1, 7, 8, 9, 65'535, 65'536, 65'537, 200'003})
+      for (const double density : {0.0, 0.003, 0.45, 1.0}) {
+        check_packing<uint32_t>(n, density, random, Threads(workers));
+        check_packing<uint16_t>(n, density, random, Threads(workers));
+      }
   std::printf("%s: %d failures\n", isa ? isa : cpu::kernels().name, failures);
   return failures != 0;
 }
