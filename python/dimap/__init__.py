@@ -18,16 +18,19 @@ from .groups import Layer, find_modules
 from .pruning import Pruning, prune, score, select
 
 if TYPE_CHECKING:
+    from .holding import Holding, hold_masks
     from .masks import apply_masks, load_masks, save_masks
     from .stream import prune_checkpoint
 
 __all__ = [
+    "Holding",
     "Layer",
     "Pruning",
     "__version__",
     "apply_masks",
     "build_info",
     "find_modules",
+    "hold_masks",
     "load_masks",
     "ops",
     "prune",
@@ -39,7 +42,9 @@ __all__ = [
 ]
 
 _LAZY = {
+    "Holding": "holding",
     "apply_masks": "masks",
+    "hold_masks": "holding",
     "load_masks": "masks",
     "prune_checkpoint": "stream",
     "save_masks": "masks",

@@ -95,6 +95,17 @@ def apply_masks(model: nn.Module | Mapping[str, Tensor], masks: Mapping[str, Ten
         raise TypeError(
             f"model must be an nn.Module or a mapping of names to tensors, got {_kind(model)}"
         )
+    check_masks(masks, weights)
+    with torch.no_grad():
+        for name, mask in masks.items():
+            weights[name].masked_fill_(~mask.to(weights[name].device), 0)
+
+
+def check_masks(masks: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
+    """Check that masks fit the weights: names, types and shapes; nothing is changed.
+
+    Raises as `apply_masks`.
+    """
     _check_masks(masks)
     if missing := [name for name in masks if name not in weights]:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
@@ -110,9 +121,6 @@ def apply_masks(model: nn.Module | Mapping[str, Tensor], masks: Mapping[str, Ten
             raise ValueError(f"the mask of {name} must have the weight's shape {want}, got {got}")
         if weight.is_meta:
             raise ValueError(f"{name} must hold weights to prune, got a tensor on the meta device")
-    with torch.no_grad():
-        for name, mask in masks.items():
-            weights[name].masked_fill_(~mask.to(weights[name].device), 0)
 
 
 def _check_masks(masks: Mapping[str, Tensor]) -> None:

@@ -1,0 +1,226 @@
+"""Masks that hold: pruned weights stay exactly zero while a model is trained.
+
+    pruning = dimap.prune(model, 0.55)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-5)
+    with dimap.hold_masks(model, pruning.masks, optimizer):
+        train(model, optimizer)          # any loop; nothing in it changes
+
+The hooks are the optimizer's: the model has none, and its parameters are its own. State dicts have
+the dense model's names, and copies, exports, compiled and distributed models are what they were.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType, TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from . import ops
+
+# What wrappers put into the names of the parameters they wrap.
+WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
+# What the operators take; other types go through PyTorch.
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Where optimizers that wrap another one keep it: timm's Lookahead, accelerate, ZeroRedundancy.
+WRAPPED = ("_base_optimizer", "optimizer", "optim")
+
+
+class Holding:
+    """What `hold_masks` returns; a context manager that lets go of the masks at its end."""
+
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        masks: Mapping[str, Tensor],
+        optimizers: Sequence[Optimizer],
+        *,
+        gradients: bool,
+    ) -> None:
+        self._masks = {name: mask.to(parameters[name].device) for name, mask in masks.items()}
+        self._held = {parameters[name]: mask for name, mask in self._masks.items()}
+        self._optimizers = [(inner, _chain(inner)[-1]) for inner in optimizers]
+        self._handles: list[Any] = []
+        self.zero_weights()
+        self.zero_state()
+        for outer, inner in self._optimizers:
+            if gradients:
+                self._handles.append(inner.register_step_pre_hook(self._before_step))
+            self._handles.append(inner.register_step_post_hook(self._after_step))
+            # Of the outermost, whose state is loaded; a wrapper may lack the means.
+            if hasattr(outer, "_optimizer_load_state_dict_post_hooks"):
+                handle = outer.register_load_state_dict_post_hook(self._after_load)
+                self._handles.append(handle)
+
+    @property
+    def masks(self) -> Mapping[str, Tensor]:
+        """Parameter name -> bool mask, True = kept; not to be changed."""
+        return MappingProxyType(self._masks)
+
+    def zero_weights(self) -> None:
+        """Set pruned weights to +0 now: after loading other weights into the model, say."""
+        _zero(self._pairs(self._held))
+
+    def zero_gradients(self) -> None:
+        """Set the gradients of pruned weights to +0 now.
+
+        Each step begins with it unless ``gradients=False``. Call it before the gradients' norm is
+        taken, so that clipping sees only the gradients that are used.
+        """
+        _zero((p.grad, mask) for p, mask in self._pairs(self._held) if _dense(p.grad))
+
+    def zero_state(self) -> None:
+        """Set what the optimizer remembers of pruned weights (momentum, say) to +0 now."""
+        states = {id(o): o for outer, _ in self._optimizers for o in _chain(outer)}
+        for optimizer in states.values():
+            mine = [p for p in getattr(optimizer, "state", {}) if p in self._held]
+            _zero(
+                (value, mask)
+                for p, mask in self._pairs(mine)
+                for value in optimizer.state[p].values()
+                if _dense(value) and value.shape == p.shape and value.is_floating_point()
+            )
+
+    def remove(self) -> None:
+        """Let go: the weights are as they are, and free from the next step on."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def __enter__(self) -> Holding:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.remove()
+
+    def _pairs(self, parameters: Iterable[nn.Parameter]) -> list[tuple[nn.Parameter, Tensor]]:
+        """Parameters with their masks, on the device where each parameter is by now."""
+        for p in parameters:
+            if self._held[p].device != p.device:
+                self._held[p] = self._held[p].to(p.device)
+        return [(p, self._held[p]) for p in parameters]
+
+    def _before_step(self, *_: object) -> None:
+        self.zero_gradients()
+
+    def _after_step(self, *_: object) -> None:
+        self.zero_weights()
+
+    def _after_load(self, *_: object) -> None:
+        self.zero_weights()
+        self.zero_state()
+
+
+def hold_masks(
+    model: nn.Module,
+    masks: Mapping[str, Tensor],
+    optimizer: Optimizer | Sequence[Optimizer],
+    *,
+    gradients: bool = True,
+) -> Holding:
+    """Keep the weights that `masks` drop at exactly +0 after every step of `optimizer`.
+
+    model: the model that is trained, plain, compiled or in DistributedDataParallel.
+    masks: parameter name (of the plain model) -> bool tensor of its shape, True = kept.
+    optimizer: one, or several that share the model. Any whose steps run hooks, as all of
+        torch.optim and timm.optim do; fused, foreach, within GradScaler.
+    gradients: also zero the gradients of pruned weights before each step, so that the optimizer's
+        memory of them (momentum, exp_avg) is zero as well.
+
+    Pruned weights are zeroed at once, and so is what the optimizer remembers of them; again when a
+    state dict is loaded into the optimizer. NaN and infinity become zero too, and no zero is
+    negative. Costs two passes over the masked weights a step.
+
+    Returns a handle with `remove()`, which also is a context manager.
+
+    Raises TypeError for wrong types and for an optimizer without hooks; ValueError where a mask
+    names no parameter of the model or has another shape, where two names of one parameter have
+    different masks, and where no optimizer has a masked parameter that is trained. All is checked
+    before anything is changed.
+    """
+    from .masks import check_masks
+
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    optimizers = [optimizer] if isinstance(optimizer, Optimizer) else optimizer
+    if not isinstance(optimizers, Sequence) or not all(
+        isinstance(each, Optimizer) for each in optimizers
+    ):
+        raise TypeError(f"optimizer must be a torch Optimizer, got {type(optimizer).__name__}")
+    for each in optimizers:
+        _chain(each)
+    parameters = _parameters(model)
+    check_masks(masks, parameters)
+    seen: dict[nn.Parameter, str] = {}
+    for name, mask in masks.items():
+        first = seen.setdefault(parameters[name], name)
+        if first != name and not torch.equal(mask, masks[first].to(mask.device)):
+            raise ValueError(f"{first} and {name} are one parameter and must have one mask")
+    trained = {p for each in optimizers for group in each.param_groups for p in group["params"]}
+    for name in masks:
+        if parameters[name].requires_grad and parameters[name] not in trained:
+            raise ValueError(
+                f"optimizer must have every masked parameter that is trained, got none for {name}: "
+                "was it made for another copy of the model?"
+            )
+    return Holding(parameters, masks, optimizers, gradients=gradients)
+
+
+def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters under the names that the plain model gives them."""
+    data_parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    while True:
+        if isinstance(model, data_parallel):
+            model = model.module
+        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
+        else:
+            break
+    parameters = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        for wrapper in WRAPPERS:
+            name = name.replace(wrapper, "")
+        parameters[name] = parameter
+    return parameters
+
+
+def _chain(optimizer: Optimizer) -> list[Optimizer]:
+    """The optimizer, what it wraps, and so on to the one whose steps run hooks."""
+    chain = [optimizer]
+    while not getattr(type(chain[-1]).step, "hooked", False):
+        inner = next((o for a in WRAPPED if (o := getattr(chain[-1], a, None)) is not None), None)
+        if not isinstance(inner, Optimizer):
+            raise TypeError(
+                "optimizer must run its step hooks, as those of torch.optim do, "
+                f"got {type(optimizer).__name__}, whose step runs none"
+            )
+        chain.append(inner)
+    return chain
+
+
+def _dense(value: object) -> bool:
+    return isinstance(value, Tensor) and value.layout == torch.strided
+
+
+def _zero(pairs: Iterable[tuple[Tensor | None, Tensor]]) -> None:
+    """Set tensors to +0 where their mask is False, all of a device at once."""
+    groups: dict[torch.device, tuple[list[Tensor], list[Tensor]]] = {}
+    for tensor, mask in pairs:
+        assert tensor is not None
+        if tensor.device.type in ("cpu", "cuda") and tensor.dtype in DTYPES:
+            tensors, masks = groups.setdefault(tensor.device, ([], []))
+            tensors.append(tensor)
+            masks.append(mask.to(tensor.device))
+        else:
+            with torch.no_grad():
+                tensor.masked_fill_(~mask.to(tensor.device), 0)
+    for tensors, masks in groups.values():
+        ops.apply_(tensors, masks)
