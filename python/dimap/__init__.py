@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from . import ops, reference
+from . import methods, ops, reference, saliency
 from ._C import __version__, build_info
 from .groups import Layer, find_modules
 from .pruning import Pruning, prune, score, select
@@ -20,9 +20,12 @@ from .pruning import Pruning, prune, score, select
 if TYPE_CHECKING:
     from .holding import Holding, hold_masks
     from .masks import apply_masks, load_masks, save_masks
+    from .schedule import CubicSchedule, GradualPruning
     from .stream import prune_checkpoint
 
 __all__ = [
+    "CubicSchedule",
+    "GradualPruning",
     "Holding",
     "Layer",
     "Pruning",
@@ -32,16 +35,20 @@ __all__ = [
     "find_modules",
     "hold_masks",
     "load_masks",
+    "methods",
     "ops",
     "prune",
     "prune_checkpoint",
     "reference",
+    "saliency",
     "save_masks",
     "score",
     "select",
 ]
 
 _LAZY = {
+    "CubicSchedule": "schedule",
+    "GradualPruning": "schedule",
     "Holding": "holding",
     "apply_masks": "masks",
     "hold_masks": "holding",

@@ -11,10 +11,13 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from ._cli_support import Debug, Json, RandomInit, Source, clear_errors, print_json, shares, sides
+from ._cli_support import IN_HELP, Debug, Json, RandomInit, clear_errors, print_json, shares, sides
+from ._command_prune_many import prune_many
 from ._progress import Bar
 from ._prune_file import prune_file
+from ._prune_many import Job, Settings
 from .checkpoint import open_checkpoint
+from .methods import METHODS
 
 
 class Scope(str, Enum):
@@ -23,6 +26,9 @@ class Scope(str, Enum):
     module = "module"
     global_ = "global"
     layer = "layer"
+    type = "type"
+    block = "block"
+    stage = "stage"
 
 
 class Normalize(str, Enum):
@@ -32,15 +38,30 @@ class Normalize(str, Enum):
     block = "block"
     stage = "stage"
     module = "module"
+    scope = "scope"
+
+
+class Method(str, Enum):
+    """The methods that need no data."""
+
+    dimap = "dimap"
+    lamp = "lamp"
+    uniform = "uniform"
+    global_magnitude = "global_magnitude"
+
+
+PATHS_HELP = f"""{IN_HELP} OUT is a file where IN is a file, a folder where it is a folder.
+
+With --out-dir, any number of IN and no OUT. A folder with model.safetensors or its index is one
+checkpoint; any other folder stands for the checkpoints directly in it; a quoted pattern, as in
+'runs/*/best.pth', for those that match. Outputs keep their names, below DIR; those of a pattern the
+folders that its wildcards matched, too."""
 
 
 def prune(
-    source: Source,
-    out: Annotated[
-        Path,
-        typer.Argument(
-            metavar="OUT", help="A file where IN is a file, a folder where it is a folder."
-        ),
+    paths: Annotated[
+        list[str],
+        typer.Argument(metavar="IN... [OUT]", help=PATHS_HELP, show_default=False),
     ],
     sparsity: Annotated[
         float | None,
@@ -50,22 +71,42 @@ def prune(
         list[str] | None,
         typer.Option(metavar="NAME=SHARE", help="Another share for one module, as in qkv=0.4."),
     ] = None,
+    method: Annotated[
+        Method, typer.Option(help="A ready-made choice of --scope and --normalize.")
+    ] = Method.dimap,
     scope: Annotated[
-        Scope,
+        Scope | None,
         typer.Option(
-            help="Where one threshold holds: module (DIMAP), global (LAMP) or layer "
-            "(uniform magnitude)."
+            help="Where one threshold holds: module (DIMAP), global (LAMP), layer (uniform "
+            "magnitude), type (FC1 and FC2 apart), block or stage. Default: the method's.",
+            show_default=False,
         ),
-    ] = Scope.module,
+    ] = None,
     normalize: Annotated[
-        Normalize, typer.Option(help="Where the squares of the weights are summed.")
-    ] = Normalize.layer,
+        Normalize | None,
+        typer.Option(
+            help="Where the squares of the weights are summed; scope means plain magnitude. "
+            "Default: the method's.",
+            show_default=False,
+        ),
+    ] = None,
     masks: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write the masks, one bit a weight.")
     ] = None,
     report: Annotated[
         Path | None, typer.Option(metavar="FILE.json", help="Write the report as JSON.")
     ] = None,
+    out_dir: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Prune every IN into DIR, and continue there if the same command ended early. "
+            "--masks and --report then name folders, too.",
+        ),
+    ] = None,
+    jobs: Annotated[
+        int, typer.Option("--jobs", "-j", min=1, help="With --out-dir: how many IN at a time.")
+    ] = 1,
     force: Annotated[bool, typer.Option("--force", help="Replace outputs that exist.")] = False,
     random_init: RandomInit = False,
     timm_model: Annotated[
@@ -84,11 +125,34 @@ def prune(
     """Set the least important weights of a checkpoint to zero and write the result to OUT.
 
     OUT appears complete or not at all. Metadata, dtypes and a folder's other files are kept.
+
+    With --out-dir many checkpoints are pruned. What is done is told in DIR/dimap-manifest.jsonl,
+    with SHA-256 of inputs and outputs: the same command continues after a crash and does again
+    only what was not done, or has changed. A checkpoint that fails is told, the others go on, and
+    the exit code is 1. Under torchrun its processes share the checkpoints.
     """
     others = shares(module or [])
     size = sides(input_size)
     if sparsity is None and not others:
         raise typer.BadParameter("give --sparsity, or --module NAME=SHARE for every module")
+    chosen = METHODS[method.value]
+    if out_dir is not None:
+        settings = Settings(
+            sparsity,
+            others,
+            scope.value if scope else chosen.scope,
+            normalize.value if normalize else chosen.normalize,
+            random_init,
+        )
+        job = Job(out_dir, settings, masks, report, timm_model, size, force, debug)
+        with clear_errors(debug):
+            prune_many(paths, job, jobs, as_json)
+        return
+    if len(paths) != 2:
+        raise typer.BadParameter("give IN and OUT, or any number of IN and --out-dir DIR")
+    if jobs > 1:
+        raise typer.BadParameter("--jobs is for --out-dir: give it, or leave --jobs out")
+    source, out = paths[0], Path(paths[1])
     start = time.monotonic()
     with (
         clear_errors(debug),
@@ -100,8 +164,8 @@ def prune(
             out,
             sparsity,
             others,
-            scope=scope.value,
-            normalize=normalize.value,
+            scope=scope.value if scope else chosen.scope,
+            normalize=normalize.value if normalize else chosen.normalize,
             masks=masks,
             report=report,
             force=force,

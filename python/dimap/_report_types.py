@@ -64,7 +64,7 @@ class LayerReport(_Counts):
         weights: how many the layer has.
         kept: how many the masks keep.
         nonzero: how many are not zero; less than `kept` where kept weights were zero already.
-        threshold: smallest kept score64 of the scope (module, layer or network) it was ranked in;
+        threshold: smallest kept score64 of the scope (module, block, …) it was ranked in;
             None where that scope keeps nothing.
         smallest_kept: smallest |w| among the kept weights, in effect the layer's magnitude cut;
             None where nothing is kept.
@@ -92,7 +92,7 @@ class LayerReport(_Counts):
 class ModuleReport(_Counts):
     """One module: sums over its `layers`. "aux" is never pruned, so its three FLOPs are equal.
 
-    `threshold` is None where the layers do not share one (scope "layer", "aux") or keep nothing.
+    `threshold` is None unless the scope is "module" or "global"; of "aux"; or where nothing is kept.
     """
 
     name: str

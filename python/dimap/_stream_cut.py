@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from . import ops
+from ._plan import Plan
 from ._safetensors_header import Entry
 from ._stream_guess import (
     BINS,
@@ -35,7 +36,6 @@ from ._stream_guess import (
     sketch,
 )
 from ._stream_io import Block, Buffer, Piece, Source, each, pieces_of, read_into
-from .pruning import _Plan
 
 GRAINS = {torch.float32: 0, torch.bfloat16: 16, torch.float16: 13}
 HEAD = 22  # columns of a table before its bins
@@ -107,7 +107,7 @@ class Cutter:
 
     def __init__(
         self,
-        plan: _Plan,
+        plan: Plan,
         keep: Sequence[int],
         sources: Sequence[Source],
         descriptors: Sequence[int],

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ._report_types import VERSION, LayerReport, ModuleReport, Report
+from ._scopes import scope_names
 from .flops import Flops, count_flops
 from .groups import AUX
 
@@ -110,7 +111,8 @@ def build_report(
         kept = sum(tally.kept[p] for p in parameters)
         density = Fraction(kept, weights) if weights else Fraction(1)
         rows = [_layer(tally, layer, density) for layer in members]
-        thresholds = {row.threshold for row in rows} if pruning.scope != "layer" else set()
+        shared = pruning.scope in ("module", "global")
+        thresholds = {row.threshold for row in rows} if shared else set()
         modules.append(
             ModuleReport(
                 name=name,
@@ -158,11 +160,13 @@ class _Tally:
     kept: dict[str, int]
     nonzero: dict[str, int]
     smallest: dict[str, float]  # smallest kept |w|, where anything is kept
+    scopes: dict[str, str]  # layer name -> the scope it was ranked in
     flops: Mapping[str, int] | None  # None: not counted
 
     @classmethod
     def of(cls, pruning: PruningLike | CountedLike, flops: Flops | None) -> _Tally:
-        tally = cls(pruning, {}, {}, {}, {}, flops.parameters if flops else None)
+        scopes = scope_names(pruning.modules, pruning.scope)
+        tally = cls(pruning, {}, {}, {}, {}, scopes, flops.parameters if flops else None)
         for p in _names(pruning):
             weights = math.prod(_shape(pruning, p))
             tally.weights[p] = tally.kept[p] = weights
@@ -209,7 +213,7 @@ def _layer(tally: _Tally, layer: LayerLike, density: Fraction) -> LayerReport:
         weights=sum(tally.weights[p] for p in names),
         kept=sum(tally.kept[p] for p in names),
         nonzero=sum(tally.nonzero[p] for p in names),
-        threshold=_threshold(tally.pruning, layer),
+        threshold=_threshold(tally, layer),
         smallest_kept=min((tally.smallest[p] for p in names if p in tally.smallest), default=None),
         flops_dense=dense,
         flops_nominal=nominal,
@@ -217,9 +221,9 @@ def _layer(tally: _Tally, layer: LayerLike, density: Fraction) -> LayerReport:
     )
 
 
-def _threshold(pruning: PruningLike | CountedLike, layer: LayerLike) -> float | None:
-    key = {"layer": layer.name, "module": layer.module}.get(pruning.scope, pruning.scope)
-    value = pruning.thresholds.get(key, math.nan) if layer.module != AUX else math.nan
+def _threshold(tally: _Tally, layer: LayerLike) -> float | None:
+    name = tally.scopes.get(layer.name)  # None: "aux"
+    value = math.nan if name is None else tally.pruning.thresholds.get(name, math.nan)
     return None if math.isnan(value) else value
 
 

@@ -24,12 +24,13 @@ from torch import Tensor, nn
 from . import ops
 from ._checkpoint_safetensors import Shards, ShardsWriter
 from ._files import replacing
+from ._plan import Normalize, Plan
+from ._scopes import Scope
 from ._stream_cut import GRAINS, Alone, Cutter, Progress, Ranks
 from ._stream_guess import keys_of
 from ._stream_io import Block, Buffer, Outputs, Piece, Source, each, opened, pieces_of
 from .checkpoint import open_checkpoint
 from .groups import AUX, Layer, Patterns
-from .pruning import Normalize, Scope, _Plan
 
 if TYPE_CHECKING:
     from .report import Report
@@ -168,7 +169,7 @@ class _Job:
             name: torch.zeros(1, dtype=t.dtype).as_strided(t.shape, (0,) * t.ndim)
             for name, t in checkpoint.tensors.items()
         }
-        self.plan = _Plan.of(state, scope, normalize, patterns)
+        self.plan = Plan.of(state, scope, normalize, patterns)
         self.keep = self.plan.keep(sparsity)
         for name, tensor in zip(self.plan.names, self.plan.tensors, strict=True):
             if tensor.dtype not in GRAINS:
@@ -364,7 +365,7 @@ def _count_nonzero(tensor: Tensor) -> int:
     return int(torch.count_nonzero(tensor))
 
 
-def _mask_file(plan: _Plan, result: StreamPruning) -> tuple[dict[str, int], bytes, int]:
+def _mask_file(plan: Plan, result: StreamPruning) -> tuple[dict[str, int], bytes, int]:
     """The place of each tensor's bits in a mask file, the file's header and length."""
     settings: dict[str, str] = {"scope": result.scope, "normalize": result.normalize}
     settings |= {f"sparsity.{name}": repr(s) for name, s in result.sparsity.items()}

@@ -1,0 +1,141 @@
+"""Gradual pruning: the sparsity rises while the model trains, in place of one shot."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from .holding import Holding, hold_masks
+from .methods import METHODS, Method
+from .pruning import select
+from .saliency import magnitude
+
+__all__ = ["CubicSchedule", "GradualPruning"]
+
+
+@dataclass(frozen=True)
+class CubicSchedule:
+    """The cubic schedule s(t) = final + (initial − final) · (1 − (t − begin) / (end − begin))³.
+
+    It removes much while there is much to spare and little near the end.
+
+    final: the sparsity from step `end` on, in [0, 1].
+    begin, end: optimizer steps, 0 <= begin < end. Before `begin` the sparsity is `initial`.
+    every: steps from one pruning to the next; `begin` and `end` are always among them.
+    initial: in [0, final].
+
+    Source: Zhu and Gupta, "To prune, or not to prune", ICLR 2018 workshop (arXiv 1710.01878), Eq. 1.
+    """
+
+    final: float
+    begin: int
+    end: int
+    every: int = 1
+    initial: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.final <= 1:
+            raise ValueError(f"final must be in [0, 1], got {self.final}")
+        if not 0 <= self.initial <= self.final:
+            raise ValueError(f"initial must be in [0, final = {self.final}], got {self.initial}")
+        if self.begin < 0:
+            raise ValueError(f"begin must be at least 0, got {self.begin}")
+        if self.end <= self.begin:
+            raise ValueError(f"end must be greater than begin = {self.begin}, got {self.end}")
+        if self.every < 1:
+            raise ValueError(f"every must be at least 1, got {self.every}")
+
+    def sparsity(self, step: int) -> float:
+        """The sparsity after `step` optimizer steps."""
+        done = min(max(step - self.begin, 0) / (self.end - self.begin), 1.0)
+        return self.final + (self.initial - self.final) * (1 - done) ** 3
+
+    def due(self, step: int) -> bool:
+        """Whether weights are pruned after `step` optimizer steps."""
+        inside = self.begin <= step < self.end
+        return step == self.end or (inside and (step - self.begin) % self.every == 0)
+
+
+class GradualPruning:
+    """Prunes a model by a schedule while it trains, and holds what is pruned at zero.
+
+        gradual = GradualPruning(model, optimizer, CubicSchedule(0.8, begin=100, end=900, every=50))
+        for x, y in loader:
+            ...
+            optimizer.step()
+            gradual.step()
+
+    model, optimizer: as in `dimap.hold_masks`.
+    options: `method`, `scope`, `normalize`, `data`, … of `dimap.select`. `data` is read at every
+        pruning: a list, not a generator.
+
+    What is pruned stays pruned. The model is the plain one: wrap or compile it for training only.
+    """
+
+    def __init__(
+        self, model: nn.Module, optimizer: Optimizer, schedule: CubicSchedule, **options: Any
+    ) -> None:
+        self.schedule = schedule
+        self.steps = 0  # so far; set it to go on from a checkpoint
+        self.sparsity = 0.0
+        self._model, self._optimizer, self._options = model, optimizer, options
+        self._holding: Holding | None = None
+        if schedule.due(0):
+            self.prune(schedule.sparsity(0))
+
+    @property
+    def masks(self) -> Mapping[str, Tensor]:
+        """Parameter name -> bool mask, True = kept; none before the first pruning."""
+        return {} if self._holding is None else self._holding.masks
+
+    def step(self) -> bool:
+        """Count one optimizer step; prune, and return True, where the schedule says so."""
+        self.steps += 1
+        if not self.schedule.due(self.steps):
+            return False
+        self.prune(self.schedule.sparsity(self.steps))
+        return True
+
+    @torch.no_grad()
+    def prune(self, sparsity: float) -> None:
+        """Prune to `sparsity` now, and hold that."""
+        options = self._options
+        if self._holding is not None:
+            method = METHODS[options.get("method", "dimap")]
+            options = {
+                "scope": options.get("scope") or method.scope,
+                "normalize": options.get("normalize")
+                or ("scope" if "saliency" in options else method.normalize),
+                "patterns": options.get("patterns"),
+                "saliency": self._saliency(method, self._holding.masks),
+            }
+        masks = select(self._model, sparsity, **options)
+        if self._holding is not None:
+            self._holding.remove()
+        self._holding = hold_masks(self._model, masks, self._optimizer)
+        self.sparsity = sparsity
+
+    def _saliency(self, method: Method, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The saliency of what is left; what is pruned ranks below a weight left with saliency 0."""
+        options = self._options
+        patterns = options.get("patterns")
+        if (given := options.get("saliency")) is not None:
+            values = {name: given[name].float() for name in masks}
+        elif method.saliency is not None:
+            data, loss = options["data"], options.get("loss")
+            values = method.saliency(self._model, data, loss, patterns=patterns)
+        else:
+            values = magnitude(self._model, patterns=patterns)
+        least = 2.0**-149
+        return {n: v.clamp_min(least).masked_fill_(~masks[n], 0) for n, v in values.items()}
+
+    def remove(self) -> None:
+        """Let go of the masks; the weights stay as they are."""
+        if self._holding is not None:
+            self._holding.remove()
+            self._holding = None

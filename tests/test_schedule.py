@@ -1,0 +1,71 @@
+"""Gradual pruning."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from dimap.schedule import CubicSchedule, GradualPruning
+from torch import nn
+
+PATTERNS = {"all": r"(?P<block>\d)\.weight"}
+
+
+def test_cubic_schedule_is_zhu_and_guptas() -> None:
+    schedule = CubicSchedule(0.8, begin=10, end=50, every=10, initial=0.2)
+    assert [schedule.sparsity(t) for t in (0, 10)] == pytest.approx([0.2, 0.2])
+    assert schedule.sparsity(30) == pytest.approx(0.8 - 0.6 * 0.5**3)
+    assert [schedule.sparsity(t) for t in (50, 90)] == [0.8, 0.8]
+    assert [t for t in range(100) if schedule.due(t)] == [10, 20, 30, 40, 50]
+
+
+def test_the_end_is_due_where_every_does_not_divide() -> None:
+    schedule = CubicSchedule(0.5, begin=0, end=7, every=3)
+    assert [t for t in range(20) if schedule.due(t)] == [0, 3, 6, 7]
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    ({"final": 1.5}, r"final must be in \[0, 1\], got 1.5"),
+    ({"final": float("nan")}, r"final must be in \[0, 1\], got nan"),
+    ({"initial": 0.9}, r"initial must be in \[0, final = 0.5\], got 0.9"),
+    ({"begin": -1}, "begin must be at least 0, got -1"),
+    ({"end": 2}, "end must be greater than begin = 2, got 2"),
+    ({"every": 0}, "every must be at least 1, got 0"),
+])  # fmt: skip
+def test_bad_schedules(arguments, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        CubicSchedule(**({"final": 0.5, "begin": 2, "end": 9} | arguments))
+
+
+@pytest.mark.parametrize("method", ["dimap", "taylor"])
+def test_sparsity_follows_the_schedule_and_masks_are_nested(method: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, 4))
+    x, y = torch.randn(32, 8), torch.randint(4, (32,))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    schedule = CubicSchedule(0.75, begin=2, end=10, every=2)
+    options = {"data": [(x, y)]} if method == "taylor" else {}
+    gradual = GradualPruning(
+        model, optimizer, schedule, method=method, scope="global", patterns=PATTERNS, **options
+    )
+    assert not gradual.masks
+    before: dict[str, torch.Tensor] = {}
+    pruned = []
+    for step in range(1, 15):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        if gradual.step():
+            pruned.append(step)
+        for name, mask in gradual.masks.items():
+            assert not model.get_parameter(name)[~mask].any()
+            assert not (mask & ~before.get(name, mask)).any()  # what was pruned stays pruned
+        before = {n: m.clone() for n, m in gradual.masks.items()}
+        total = sum(m.numel() for m in before.values())
+        kept = sum(int(m.sum()) for m in before.values())
+        at = max((t for t in pruned if t <= step), default=None)
+        assert kept == (0 if at is None else total - round(schedule.sparsity(at) * total))
+    assert pruned == [2, 4, 6, 8, 10]
+    gradual.remove()
+    nn.functional.cross_entropy(model(x), y).backward()
+    optimizer.step()
+    assert any(bool(model.get_parameter(n)[~m].any()) for n, m in before.items())
