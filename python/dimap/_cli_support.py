@@ -43,18 +43,19 @@ def clear_errors(debug: bool) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        _complain("interrupted")
+        complain("interrupted")
         raise typer.Exit(130) from None
     except (typer.Exit, typer.BadParameter, BrokenPipeError):
         raise
     except Exception as error:
         if debug:
             raise
-        _complain(_sentence(error))
+        complain(sentence(error))
         raise typer.Exit(1) from None
 
 
-def _sentence(error: Exception) -> str:
+def sentence(error: Exception) -> str:
+    """An error in one sentence, for a user."""
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     if isinstance(error, OSError) and error.errno is not None:
@@ -67,7 +68,8 @@ def _sentence(error: Exception) -> str:
     return f"{type(error).__name__}: {first} (--debug shows where)"
 
 
-def _complain(text: str) -> None:
+def complain(text: str) -> None:
+    """Say on stderr what went wrong."""
     message = Text("dimap: error: ", style="bold red").append(text, style="not bold default")
     Console(stderr=True, highlight=False).print(message, soft_wrap=True)
 

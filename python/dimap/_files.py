@@ -62,7 +62,7 @@ def replacing(path: Path, *, folder: bool = False, force: bool = False) -> Itera
                 os.replace(temporary, path)
             _sync_folder(path.parent)
     except BaseException:
-        _remove(temporary)
+        remove(temporary)
         raise
     finally:
         if lock is not None:
@@ -98,7 +98,7 @@ def _remove_leftovers(path: Path) -> None:
     for child in left:
         lock = _lock(child)
         if lock is not None:
-            _remove(child)
+            remove(child)
             os.close(lock)
 
 
@@ -188,10 +188,12 @@ def _exchange(new: Path, path: Path) -> None:
         if os.path.lexists(old) and not os.path.lexists(path):
             os.rename(old, path)
         raise
-    _remove(old)
+    remove(old)
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """Remove a file, a link or a folder, if that can be done."""
+    """Remove a file, a link or a folder, if that can be done."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
