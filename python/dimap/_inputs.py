@@ -111,7 +111,8 @@ def _is_checkpoint(path: Path) -> bool:
 
 
 def _within(path: Path, folder: Path) -> bool:
-    return folder.resolve() in path.resolve().parents
+    place = path.resolve()
+    return folder.resolve() in (place, *place.parents)
 
 
 def _check_no_shard(path: Path) -> None:

@@ -111,9 +111,12 @@ def _serve(pipe: Connection, job: Job, threads: int) -> None:
     clean_up_on_signals()
     torch.set_num_threads(threads)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    with suppress(EOFError, BrokenPipeError):
-        while True:
-            pipe.send(prune_one(job, *pipe.recv()))
+    try:
+        with suppress(EOFError, BrokenPipeError):
+            while True:
+                pipe.send(prune_one(job, *pipe.recv()))
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it is ending already
 
 
 def _end_with_parent() -> None:
