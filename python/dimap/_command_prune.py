@@ -13,6 +13,7 @@ from rich.text import Text
 
 from ._cli_support import IN_HELP, Debug, Json, RandomInit, clear_errors, print_json, shares, sides
 from ._command_prune_many import prune_many
+from ._distributed import launched
 from ._progress import Bar
 from ._prune_file import prune_file
 from ._prune_many import Job, Settings
@@ -129,7 +130,9 @@ def prune(
     With --out-dir many checkpoints are pruned. What is done is told in DIR/dimap-manifest.jsonl,
     with SHA-256 of inputs and outputs: the same command continues after a crash and does again
     only what was not done, or has changed. A checkpoint that fails is told, the others go on, and
-    the exit code is 1. Under torchrun its processes share the checkpoints.
+    the exit code is 1.
+
+    Under torchrun its processes share the checkpoints, or the one checkpoint.
     """
     others = shares(module or [])
     size = sides(input_size)
@@ -156,7 +159,8 @@ def prune(
     start = time.monotonic()
     with (
         clear_errors(debug),
-        Bar("opening") as bar,
+        launched() as ranks,
+        Bar("opening", wanted=ranks.rank == 0) as bar,
         open_checkpoint(source, random_init=random_init) as checkpoint,
     ):
         built = prune_file(
@@ -172,7 +176,10 @@ def prune(
             timm_model=timm_model,
             input_size=size,
             bar=bar,
+            ranks=ranks,
         )
+    if ranks.rank > 0:
+        return  # the first one tells
     seconds = time.monotonic() - start
     if as_json:
         files = {"in": source, "out": str(out), "masks": masks and str(masks)}

@@ -20,9 +20,9 @@ class Bar:
             ...
     """
 
-    def __init__(self, description: str) -> None:
+    def __init__(self, description: str, *, wanted: bool = True) -> None:
         console = Console(stderr=True)
-        self._wanted = console.is_terminal and not console.is_dumb_terminal
+        self._wanted = wanted and console.is_terminal and not console.is_dumb_terminal
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),

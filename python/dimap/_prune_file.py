@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from . import _timm
 from ._checkpoint_safetensors import Shards
+from ._distributed import Alone, Ranks
 from ._files import replacing
 from ._progress import Bar
 from .checkpoint import Checkpoint
@@ -34,21 +35,32 @@ def prune_file(
     timm_model: str | None,
     input_size: tuple[int, ...] | None,
     bar: Bar,
+    ranks: Ranks | None = None,
 ) -> Report:
     """Write the pruned checkpoint to `out`, with its masks and report where they are wanted.
 
     sparsity, shares: the share of weights to drop, and other shares for modules by name.
     timm_model: timm's name for the model, to count FLOPs, where the checkpoint does not say it.
+    ranks: the processes that do it together; the report, and FLOPs, are the first one's.
 
     All outputs appear complete or not at all.
     """
+    ranks = ranks or Alone()
+    if ranks.size > 1 and not isinstance(checkpoint, Shards):
+        raise ValueError(
+            f"IN must be safetensors to be shared among {ranks.size} ranks, got {checkpoint.path}"
+        )
     modules = find_modules(checkpoint.tensors)
     ratios = _ratios(sparsity, shares, [name for name in modules if name != AUX])
     _check_apart(checkpoint.path, out, masks, report)
     with ExitStack() as outputs:
         # Begun before the work, so that an output that cannot be written is told at once. What is
         # begun last is completed first: OUT before the small files.
-        report_file = report and outputs.enter_context(replacing(report, force=force))
+        report_file = None
+        if report is not None:
+            ranks.outputs(report)
+            if ranks.rank == 0:
+                report_file = outputs.enter_context(replacing(report, force=force))
         pruning: Pruning | StreamPruning
         if isinstance(checkpoint, Shards):
             pruning = outputs.enter_context(
@@ -61,6 +73,7 @@ def prune_file(
                     masks=masks,
                     force=force,
                     progress=bar,
+                    ranks=ranks,
                 )
             )
             state = checkpoint.tensors
@@ -77,7 +90,9 @@ def prune_file(
                 pruning.save_masks(masks_file)
         bar.step("counting")
         found = {name: state[name] for name in _parameters(modules)}
-        model, why = _model(checkpoint, found, timm_model)
+        model, why = None, "the first rank counts them"
+        if ranks.rank == 0:
+            model, why = _model(checkpoint, found, timm_model)
         built = build_report(pruning, model, input_size)
         notes = built.notes if model else (f"no FLOPs: {why}",)
         built = replace(built, notes=(*notes, *checkpoint.notes))

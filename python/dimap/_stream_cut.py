@@ -11,7 +11,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from . import ops
+from ._distributed import Ranks
 from ._plan import Plan
 from ._safetensors_header import Entry
 from ._stream_guess import (
@@ -35,37 +36,15 @@ from ._stream_guess import (
     merge,
     sketch,
 )
-from ._stream_io import Block, Buffer, Piece, Source, each, pieces_of, read_into
+from ._stream_io import Block, Buffer, Piece, Source, each, read_into
+from ._stream_part import Part
+from ._stream_types import Progress
 
 GRAINS = {torch.float32: 0, torch.bfloat16: 16, torch.float16: 13}
 HEAD = 22  # columns of a table before its bins
 ASIDE = 32_000_000  # weights set aside at most: 128 MB
 TABLES = 8 << 20  # bytes of all tables of a survey, about
 SURVEY_BINS = 4096  # at most
-
-
-class Progress(Protocol):
-    """What is told of the work as it goes on; `advance` in bytes, by any thread."""
-
-    def step(self, description: str, total: int | None = None) -> None: ...
-    def advance(self, amount: int) -> None: ...
-
-
-class Ranks(Protocol):
-    """Other processes that hold the rest of the checkpoint."""
-
-    def sum(self, table: Tensor) -> Tensor: ...
-    def gather(self, value: Any) -> list[Any]: ...
-
-
-class Alone:
-    """One process has it all."""
-
-    def sum(self, table: Tensor) -> Tensor:
-        return table
-
-    def gather(self, value: Any) -> list[Any]:
-        return [value]
 
 
 @dataclass
@@ -111,11 +90,12 @@ class Cutter:
         keep: Sequence[int],
         sources: Sequence[Source],
         descriptors: Sequence[int],
+        part: Part,
         ranks: Ranks,
         progress: Progress,
     ) -> None:
         self.plan, self.sources, self.descriptors = plan, sources, descriptors
-        self.ranks, self.progress = ranks, progress
+        self.part, self.ranks, self.progress = part, ranks, progress
         self.number = {name: i for i, name in enumerate(plan.names)}
         self.layer_of = plan.layers
         self._notes: dict[int, dict[tuple[int, int], Note]] = {}  # layer -> (tensor, start) -> note
@@ -162,7 +142,7 @@ class Cutter:
             (entry, file)
             for file, source in enumerate(self.sources)
             for entry in source.header.entries
-            if entry.name in self.number
+            if entry.name in self.number and self.part.owns(file, entry.begin)
         ]
 
         def take(item: tuple[Any, int], buffer: Buffer) -> None:
@@ -222,13 +202,16 @@ class Cutter:
         pieces = [
             piece
             for file, source in enumerate(self.sources)
-            for piece in pieces_of(file, [e for e in source.header.entries if self._open(e.name)])
+            for piece in self.part.pieces(
+                file, [e for e in source.header.entries if self._open(e.name)]
+            )
         ]
         self.progress.step("surveying", sum(piece.end - piece.begin for piece in pieces))
         each(pieces, lambda piece, buffer: self._survey_piece(piece, buffer, bins))
-        for scope in wanted:
-            assert scope.table is not None
-            scope.table = self.ranks.sum(scope.table)
+        tables = [scope.table for scope in wanted if scope.table is not None]
+        total = self.ranks.sum(torch.cat(tables)).split([len(table) for table in tables])
+        for scope, table in zip(wanted, total, strict=True):
+            scope.table = table
         noted = self.ranks.gather([scope.noted for scope in self.scopes])
         for s, scope in enumerate(self.scopes):
             scope.noted = all(flags[s] for flags in noted)
@@ -353,7 +336,8 @@ def _named(blocks: Sequence[Block]) -> Iterator[None]:
         if found is None:
             raise
         block = blocks[int(found[1])]
-        message = message.replace(f"weights[{found[1]}]", block.entry.name)
+        # What torch puts before the message (function, file and line) is left behind.
+        message = message[found.start() :].replace(f"weights[{found[1]}]", block.entry.name)
         at = re.search(r"flat index (\d+)", message)
         if at is not None:
             message = message.replace(at[0], f"flat index {int(at[1]) + block.start}")

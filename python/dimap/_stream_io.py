@@ -61,10 +61,12 @@ def blocks_of(entry: Entry) -> Iterator[Block]:
         yield Block(entry, start, n, begin, begin + n * size)
 
 
-def pieces_of(file: int, entries: Sequence[Entry]) -> Iterator[Piece]:
-    """Pieces that cover the entries, which are in the order of their bytes."""
+def pieces_of(
+    file: int, entries: Sequence[Entry], wanted: Callable[[Block], bool] = lambda block: True
+) -> Iterator[Piece]:
+    """Pieces that cover the wanted blocks of the entries, which are in the order of their bytes."""
     run: list[Block] = []
-    for block in (block for entry in entries for block in blocks_of(entry)):
+    for block in filter(wanted, (block for entry in entries for block in blocks_of(entry))):
         full = run and (
             block.begin != run[-1].end
             or block.end - run[0].begin > PIECE
@@ -137,7 +139,7 @@ def opened(paths: Sequence[Path]) -> Iterator[list[int]]:
 
 
 class Outputs:
-    """New files that are written at any place.
+    """Files that are there and empty, or being filled by other ranks, written at any place.
 
     Large files are written past the system's page cache where it knows how to: they would push
     everything else out of it, and would have to be copied and flushed later. The page at either end
@@ -150,11 +152,12 @@ class Outputs:
         self._direct: list[int | None] = []
         self._unflushed = [0] * len(paths)
         self._lock = threading.Lock()
-        flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0)
+        # Never created: rank 0 may have given up and removed them by now.
+        flags = os.O_WRONLY | os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0)
         try:
             for path, size in zip(paths, sizes, strict=True):
                 with _naming(path):
-                    self._descriptors.append(os.open(path, flags, 0o666))
+                    self._descriptors.append(os.open(path, flags))
                     os.ftruncate(self._descriptors[-1], size)
                 self._direct.append(_open_direct(path, flags) if size >= DIRECT else None)
         except BaseException:
@@ -182,6 +185,12 @@ class Outputs:
         if due:
             start_flush(self._descriptors[file])
 
+    def sync(self) -> None:
+        """Wait until all that was written is on the disk."""
+        for path, descriptor in zip(self.paths, self._descriptors, strict=True):
+            with _naming(path):
+                os.fsync(descriptor)
+
     def __enter__(self) -> Outputs:
         return self
 
@@ -200,7 +209,7 @@ def _write(descriptor: int, data: memoryview, begin: int) -> None:
 
 def _open_direct(path: Path, flags: int) -> int | None:
     try:
-        return os.open(path, (flags | os.O_DIRECT) & ~os.O_CREAT)
+        return os.open(path, flags | os.O_DIRECT)
     except (OSError, AttributeError):  # not every file system knows it, nor every system
         return None
 
