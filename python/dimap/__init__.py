@@ -18,6 +18,7 @@ from .groups import Layer, find_modules
 from .pruning import Pruning, prune, score, select
 
 if TYPE_CHECKING:
+    from .finetuning import finetune
     from .holding import Holding, hold_masks
     from .masks import apply_masks, load_masks, save_masks
     from .schedule import CubicSchedule, GradualPruning
@@ -33,6 +34,7 @@ __all__ = [
     "apply_masks",
     "build_info",
     "find_modules",
+    "finetune",
     "hold_masks",
     "load_masks",
     "methods",
@@ -51,6 +53,7 @@ _LAZY = {
     "GradualPruning": "schedule",
     "Holding": "holding",
     "apply_masks": "masks",
+    "finetune": "finetuning",
     "hold_masks": "holding",
     "load_masks": "masks",
     "prune_checkpoint": "stream",

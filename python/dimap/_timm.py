@@ -52,15 +52,19 @@ def skeleton(architecture: str, config: Mapping[str, Any]) -> nn.Module:
 
     Raises ModuleNotFoundError without timm, ValueError where timm cannot build it.
     """
+    with torch.device("meta"):
+        return _build(architecture, config)
+
+
+def _build(architecture: str, config: Mapping[str, Any]) -> nn.Module:
     timm = _import()
     build = _class(architecture)
     if build is None:
         _check_known(timm, architecture)
     try:
-        with torch.device("meta"):
-            if build is None:
-                return cast(nn.Module, timm.create_model(architecture, **config))
-            return build(**config)
+        if build is None:
+            return cast(nn.Module, timm.create_model(architecture, **config))
+        return build(**config)
     except Exception as error:
         raise ValueError(
             f"timm must be able to build {architecture} with {dict(config)}, got: {error}"
@@ -76,15 +80,8 @@ def with_weights(
 
     Raises as `skeleton`, and ValueError where a name or shape is not the model's.
     """
+    config = _with_classes(architecture, config, state)
     model = skeleton(architecture, config)
-    head = getattr(model, "pretrained_cfg", {}).get("classifier")
-    weight = state.get(f"{head}.weight")
-    if (
-        weight is not None
-        and weight.ndim
-        and weight.shape[0] != getattr(model, "num_classes", None)
-    ):
-        model = skeleton(architecture, {**config, "num_classes": weight.shape[0]})
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     for name, tensor in state.items():
         if shapes.get(name) != tuple(tensor.shape):
@@ -95,6 +92,55 @@ def with_weights(
             )
     model.requires_grad_(False).load_state_dict(state, strict=False, assign=True)
     return model
+
+
+def with_all_weights(
+    architecture: str,
+    config: Mapping[str, Any],
+    state: Mapping[str, Tensor],
+    name: str,
+    seed: int,
+) -> nn.Module:
+    """The model in float32 on the CPU, ready to be trained, with all of its tensors from `state`.
+
+    A classifier of another size is built as the state dict has it.
+
+    name: what holds `state`, for errors. seed: for what a model draws when it is built.
+
+    Raises as `skeleton`, and ValueError where names or shapes are not those of the model.
+    """
+    config = _with_classes(architecture, config, state)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = _build(architecture, config).float()
+    wanted = {n: tuple(t.shape) for n, t in model.state_dict().items()}
+    got = {n: tuple(t.shape) for n, t in state.items()}
+    for odd in [
+        *(n for n in wanted if wanted[n] != got.get(n)),
+        *(n for n in got if n not in wanted),
+    ]:
+        raise ValueError(
+            f"{name} must hold the weights of timm's {architecture}, which has "
+            f"{wanted.get(odd, 'no such tensor')} for {odd}, got {got.get(odd, 'no such tensor')}"
+        )
+    model.load_state_dict(dict(state))
+    return model
+
+
+def _with_classes(
+    architecture: str, config: Mapping[str, Any], state: Mapping[str, Tensor]
+) -> dict[str, Any]:
+    """The arguments, with as many classes as the classifier in `state` tells apart."""
+    model = skeleton(architecture, config)
+    head = getattr(model, "pretrained_cfg", {}).get("classifier")
+    weight = state.get(f"{head}.weight")
+    if (
+        weight is not None
+        and weight.ndim
+        and weight.shape[0] != getattr(model, "num_classes", None)
+    ):
+        return {**config, "num_classes": weight.shape[0]}
+    return dict(config)
 
 
 def described(path: str, metadata: Mapping[str, str]) -> tuple[str, dict[str, Any]] | None:

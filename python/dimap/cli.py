@@ -19,6 +19,8 @@ from ._cli_support import (
     clear_errors,
     print_json,
 )
+from ._command_finetune import finetune
+from ._command_plot import plot
 from ._command_prune import prune
 from ._inspect import inspect as inspect_checkpoint
 from ._progress import Bar
@@ -33,6 +35,8 @@ app = typer.Typer(
 
 # Each other command has a file of its own, _command_NAME.py, and one line here.
 app.command()(prune)
+app.command()(plot)
+app.command()(finetune)
 
 
 @app.command()
