@@ -16,8 +16,10 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -63,6 +65,16 @@ def load_masks(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     Raises OSError where the file cannot be read; ValueError where it is damaged, is no mask file,
     or is of a version that this dimap does not know.
     """
+    with open_masks(path) as masks:
+        return dict(masks)
+
+
+@contextmanager
+def open_masks(path: str | os.PathLike[str]) -> Iterator[Mapping[str, Tensor]]:
+    """`load_masks` for files larger than memory: each mask is read when it is asked for.
+
+    Raises as `load_masks`; what is wrong with one mask, when that one is read.
+    """
     path = Path(path)
     with open_safetensors(path) as file:
         metadata = file.metadata() or {}
@@ -75,7 +87,22 @@ def load_masks(path: str | os.PathLike[str]) -> dict[str, Tensor]:
             raise ValueError(
                 f"{path} must have one shape for each mask, got a mismatch at {odd[0]}"
             )
-        return {n: _unpack(path, n, file.get_tensor(n), shape) for n, shape in shapes.items()}
+        yield _MaskFile(path, file, shapes)
+
+
+class _MaskFile(Mapping[str, Tensor]):
+    def __init__(self, path: Path, file: Any, shapes: Mapping[str, list[int]]) -> None:
+        self._path, self._file, self._shapes = path, file, shapes
+
+    def __getitem__(self, name: str) -> Tensor:
+        shape = self._shapes[name]
+        return _unpack(self._path, name, self._file.get_tensor(name), shape)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shapes)
+
+    def __len__(self) -> int:
+        return len(self._shapes)
 
 
 def apply_masks(model: nn.Module | Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> None:

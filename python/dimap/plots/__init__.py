@@ -4,12 +4,24 @@ Every function returns a matplotlib Figure, and writes it where `path` is given,
 ending. Nothing global is changed, and matplotlib is imported only when a picture is drawn.
 
 >>> plots.kept_ratios(pruning.report(), "kept.png")
+>>> plots.weight_histograms(model, "weights.png", masks=masks)
+>>> plots.mask_picture(pruning, "layers.2.blocks.5.attn.qkv", "mask.png")
 >>> plots.accuracy_curves(rows, "accuracy.svg")
 """
 
 from __future__ import annotations
 
 from ._curves import accuracy_curves, load_rows
+from ._histograms import weight_histograms
 from ._kept import kept_ratios
+from ._mask import mask_picture
+from ._style import check_path
 
-__all__ = ["accuracy_curves", "kept_ratios", "load_rows"]
+__all__ = [
+    "accuracy_curves",
+    "check_path",
+    "kept_ratios",
+    "load_rows",
+    "mask_picture",
+    "weight_histograms",
+]

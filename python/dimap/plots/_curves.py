@@ -70,6 +70,7 @@ def accuracy_curves(
 
     Returns the matplotlib Figure. Raises ValueError or TypeError that name the row and the entry.
     """
+    style.check_path(path)
     panels = read_rows(rows)
     count = max(1, len(panels))
     figure = style.new_figure(style.WIDTH if count > 1 else 0.8 * style.WIDTH, 3.6)

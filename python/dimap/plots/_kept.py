@@ -43,6 +43,7 @@ def kept_ratios(
     Reads one tensor at a time. Raises TypeError or ValueError as `dimap.find_modules`, and
     ValueError where masks are of another model.
     """
+    style.check_path(path)
     layers = counts_of(model, masks, patterns)
     if not layers:
         raise ValueError("the report must have a layer, got none")

@@ -22,7 +22,6 @@ class Source:
 
     layers: those that can be pruned, block after block.
     family: the name of the table that its names fit (see `dimap.families`); None for own patterns.
-    dense: whether `weight` gives pruned weights as they were, not as zero.
     """
 
     layers: list[Layer]

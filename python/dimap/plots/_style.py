@@ -38,11 +38,7 @@ def module_color(module: str, modules: list[str]) -> str:
 
 
 def new_figure(width: float, height: float, *, layout: str | None = "constrained") -> Figure:
-    """An empty figure of this size in inches.
-
-    Raises ModuleNotFoundError where matplotlib is missing.
-    """
-    check_matplotlib()
+    """An empty figure of this size in inches."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), dpi=DPI, layout=layout, facecolor="white")
@@ -68,6 +64,16 @@ def dress(axes: Axes, *, grid: str | None = "y") -> None:
         axes.grid(axis=grid, color=GREY, alpha=0.25, linewidth=0.6)
     for text in (axes.xaxis.label, axes.yaxis.label):
         text.set(color=INK, fontsize=TEXT)
+
+
+def check_path(path: str | os.PathLike[str] | None) -> None:
+    """Raise where a picture could not be written to `path`, before any work.
+
+    ModuleNotFoundError without matplotlib, ValueError for an ending that is not .png or .svg.
+    """
+    if path is not None:
+        file_format(path)
+    check_matplotlib()
 
 
 def file_format(path: str | os.PathLike[str]) -> str:

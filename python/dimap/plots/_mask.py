@@ -1,0 +1,187 @@
+"""A layer's mask as a picture, with query, key and value marked (Figure 6 of the paper)."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from . import _style as style
+from ._source import Source, source_of
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from ..groups import Layer, Patterns
+
+KEPT, PRUNED = style.VERMILLION, style.FAINT
+ROLES = ("query", "key", "value")
+# The last part of a tensor's name -> the parts of a layer that are stacked in it, equal in size.
+STACKED = {
+    "qkv": ROLES, "in_proj_weight": ROLES, "kv": ROLES[1:],
+    "q": ROLES[:1], "q_proj": ROLES[:1], "query": ROLES[:1],
+    "k": ROLES[1:2], "k_proj": ROLES[1:2], "key": ROLES[1:2],
+    "v": ROLES[2:], "v_proj": ROLES[2:], "value": ROLES[2:],
+}  # fmt: skip
+# Families whose fused tensors go head by head, or whose parts are not of one size.
+MIXED = ("coatnet", "convit", "efficientformer", "focalnet", "levit", "maxvit")
+
+ACROSS, TALL = 880, 460  # pixels that matrices may take, all of them side by side
+LARGEST = 16  # pixels a weight
+EDGE, GAP, LINE, BOTTOM = 34, 16, 24, 32  # pixels around them; a line of words above
+NARROWEST = 480  # pixels of a picture, for its words
+
+
+@dataclass(frozen=True)
+class Part:
+    """A matrix to draw: a tensor's mask, or its query's, key's or value's share of it.
+
+    mask: bool, [rows, columns] as drawn.
+    """
+
+    name: str
+    mask: Tensor
+
+    @property
+    def share(self) -> float:
+        """Of the weights, how much is kept."""
+        return float(self.mask.count_nonzero()) / self.mask.numel() if self.mask.numel() else 1.0
+
+
+def mask_picture(
+    model: Any,
+    layer: str,
+    path: str | os.PathLike[str] | None = None,
+    *,
+    masks: Mapping[str, Tensor] | None = None,
+    patterns: Patterns | None = None,
+    title: str | None = None,
+) -> Figure:
+    """Draw a layer's mask: kept weights in colour, pruned ones in grey.
+
+    model, masks: as in `weight_histograms`.
+    layer: its name as in reports, or the name of one of its parameters.
+    path: where to write, .png or .svg; None writes nothing.
+    title: instead of the layer's name and kept share.
+
+    A row is an output feature; of matrices taller than wide, a column is. Query, key and value
+    stand side by side, whether fused or split. A weight is a square of whole pixels; a matrix of
+    more weights than there is room for is averaged, and a pixel's tint is the share that is kept
+    in its area.
+
+    Returns the matplotlib Figure. Raises ValueError for a layer that the model does not have.
+    """
+    style.check_path(path)
+    source = source_of(model, masks, patterns)
+    found = find_layer(source, layer)
+    parts = [part for name in found.parameters for part in _parts(source, name)]
+    upright = all(part.mask.shape[0] <= 1.2 * part.mask.shape[1] for part in parts)
+    if not upright:
+        parts = [Part(part.name, part.mask.T) for part in parts]
+    images = _scaled([part.mask for part in parts])
+    across = sum(image.shape[1] for image in images) + GAP * (len(images) - 1)
+    wide = max(across + 2 * EDGE, NARROWEST)
+    top = LINE * (2 if len(parts) > 1 else 1)
+    high = top + max(image.shape[0] for image in images) + BOTTOM
+    figure = style.new_figure(wide / style.DPI, high / style.DPI, layout=None)
+    left = (wide - across) // 2
+    for number, (part, image) in enumerate(zip(parts, images, strict=True)):
+        h, w = image.shape
+        # On whole pixels, as many as the image has: nothing is sampled twice or left out.
+        axes = figure.add_axes((left / wide, (high - top - h) / high, w / wide, h / high))
+        axes.imshow(
+            image.numpy(), cmap=_colors(), vmin=0, vmax=1, aspect="auto", interpolation="none"
+        )
+        axes.set_xticks([])
+        axes.set_yticks([])
+        axes.spines[:].set_visible(False)
+        if len(parts) > 1:
+            words = f"{part.name} {100 * part.share:.1f} % kept"
+            axes.set_title(words, fontsize=style.TEXT, color=style.INK, pad=4)
+        if number == 0:
+            rows, columns = ("output", "input") if upright else ("input", "output")
+            axes.set_ylabel(f"{rows} feature", fontsize=style.TEXT - 1, color=style.INK)
+            axes.set_xlabel(f"{columns} feature", fontsize=style.TEXT - 1, color=style.INK)
+        left += w + GAP
+    weights = sum(part.mask.numel() for part in parts)
+    kept = sum(int(part.mask.count_nonzero()) for part in parts)
+    words = title or f"{found.name}: {100 * kept / max(weights, 1):.1f} % of {weights:,} kept"
+    figure.text(
+        EDGE / wide, 1 - 6 / high, words, ha="left", va="top", fontsize=style.TEXT, color=style.INK
+    )
+    figure.legend(
+        handles=_legend(), loc="lower right", ncols=2, frameon=False, fontsize=style.TEXT - 1,
+        labelcolor=style.INK, handlelength=1, borderaxespad=0.2,
+    )  # fmt: skip
+    return style.finish(figure, path)
+
+
+def find_layer(source: Source, name: str) -> Layer:
+    """The layer of this name, or with this parameter."""
+    for layer in source.layers:
+        if name == layer.name or name in layer.parameters:
+            return layer
+    near = difflib.get_close_matches(name, [layer.name for layer in source.layers], 3, 0.5)
+    hint = f"; near it are {', '.join(near)}" if near else ""
+    raise ValueError(f"layer must be a prunable layer of the model, got {name!r}{hint}")
+
+
+def _parts(source: Source, name: str) -> list[Part]:
+    mask = source.mask(name).cpu().flatten(1)
+    words = name.removesuffix(".weight").split(".")
+    roles: Sequence[str] = STACKED.get(words[-1], ())
+    if words[-2:-1] and words[-1] == "conv":  # attn.q.conv.weight
+        roles = STACKED.get(words[-2], ())
+    if (source.family or "").startswith(MIXED) or (roles and mask.shape[0] % len(roles)):
+        roles = ()
+    if not roles:
+        return [Part(words[-1], mask)]
+    return [Part(*part) for part in zip(roles, mask.chunk(len(roles)), strict=True)]
+
+
+def _scaled(masks: Sequence[Tensor]) -> list[Tensor]:
+    """All masks at one scale, that of the room there is: float32 [rows, columns], one a pixel."""
+    columns = sum(mask.shape[1] for mask in masks)
+    rows = max(mask.shape[0] for mask in masks)
+    room = ACROSS - GAP * (len(masks) - 1)
+    scale = min(room / max(columns, 1), TALL / max(rows, 1), LARGEST)
+    if scale >= 1:
+        n = int(scale)
+        return [m.float().repeat_interleave(n, 0).repeat_interleave(n, 1) for m in masks]
+    return [
+        average(m, max(1, round(m.shape[0] * scale)), max(1, round(m.shape[1] * scale)))
+        for m in masks
+    ]
+
+
+def average(mask: Tensor, rows: int, columns: int) -> Tensor:
+    """Kept share in each cell of a coarser grid: float32 [rows, columns], of the same mean.
+
+    A weight that lies across a line of the grid counts for both sides, by its area.
+    """
+    return _areas(mask.shape[0], rows) @ mask.float() @ _areas(mask.shape[1], columns).T
+
+
+def _areas(weights: int, pixels: int) -> Tensor:
+    """[pixels, weights]: how much of each pixel's length every weight takes; rows sum to 1."""
+    start = torch.arange(pixels, dtype=torch.float64).mul(weights / pixels).unsqueeze(1)
+    place = torch.arange(weights, dtype=torch.float64)
+    end = torch.minimum(start + weights / pixels, place + 1)
+    return (end - torch.maximum(start, place)).clamp_(min=0).mul(pixels / weights).float()
+
+
+def _colors() -> Any:
+    from matplotlib.colors import LinearSegmentedColormap
+
+    return LinearSegmentedColormap.from_list("kept", [PRUNED, KEPT])
+
+
+def _legend() -> list[Any]:
+    from matplotlib.patches import Patch
+
+    return [Patch(color=KEPT, label="kept"), Patch(color=PRUNED, label="pruned")]
