@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ._checkpoint_types import INDEX, SINGLE, Checkpoint, Writer, shorten
 from ._files import naming, open_safetensors
-from ._safetensors_header import read_header
+from ._safetensors_header import read_header, unique
 
 # Weights in a folder that are not the ones that are pruned.
 OTHER_WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "*.pth", "*.pt", "*.h5", "*.msgpack")
@@ -162,7 +162,7 @@ def _copy(source: Path, target: Path) -> None:
 def _read_index(path: Path) -> dict[str, str]:
     """The index's weight_map: tensor name -> name of a file beside it."""
     try:
-        index = json.loads(path.read_text(encoding="utf-8"))
+        index = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} must be JSON ({error})") from error
     weight_map = index.get("weight_map") if isinstance(index, dict) else None

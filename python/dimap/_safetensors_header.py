@@ -85,7 +85,7 @@ def parse_header(raw: bytes, size: int, where: str) -> Header:
     if len(raw) < 8 or int.from_bytes(raw[:8], "little") != len(raw) - 8:
         raise ValueError(f"{where} must have a complete header, got {len(raw)} bytes of it")
     try:
-        found = json.loads(raw[8:].decode("utf-8"), object_pairs_hook=_unique)
+        found = json.loads(raw[8:].decode("utf-8"), object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where} must have a header of JSON, got {_short(error)}") from error
     if not isinstance(found, dict):
@@ -108,7 +108,8 @@ def parse_header(raw: bytes, size: int, where: str) -> Header:
     return Header(raw, tuple(entries), metadata)
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A hook for `json`: an object as a dict; ValueError where a name is there twice."""
     found: dict[str, Any] = {}
     for name, value in pairs:
         if name in found:

@@ -113,6 +113,7 @@ def pruning_checkpoint(
         if ranks.rank == 0:
             packed = None
             if masks is not None:
+                _check_apart(Path(masks), {"IN": Path(checkpoint.path), "OUT": Path(target)})
                 packed = stack.enter_context(replacing(Path(masks), force=force))
             created = stack.enter_context(checkpoint.create(target, force=force))
             assert isinstance(created, ShardsWriter)
@@ -126,3 +127,10 @@ def pruning_checkpoint(
             writer.filled()
         yield pruned
         ranks.gather(None)  # nothing is renamed before all ranks are here
+
+
+def _check_apart(masks: Path, others: Mapping[str, Path]) -> None:
+    place = masks.resolve()
+    for name, other in others.items():
+        if other.resolve() in (place, *place.parents):
+            raise ValueError(f"masks must lie apart from {name}, got {masks}")
