@@ -104,6 +104,20 @@ def test_prune_gives_what_the_python_api_gives(run, dtype, scope):
     assert same(again, want)
 
 
+@pytest.mark.parametrize("options", [
+    {"method": "lamp"}, {"method": "uniform"}, {"method": "global_magnitude"}, {"scope": "type"},
+    {"method": "lamp", "scope": "block"}, {"method": "global_magnitude", "normalize": "layer"},
+])  # fmt: skip
+def test_methods_and_scopes_are_those_of_the_python_api(run, options):
+    save_file(swin(torch.float32), "in.safetensors")
+    torch.save(swin(torch.float32), "in.pth")
+    given = [text for name, value in options.items() for text in (f"--{name}", value)]
+    for source, out in (("in.safetensors", "out.safetensors"), ("in.pth", "out.pth")):
+        assert run("prune", source, out, "-s", 0.6, *given, "--masks", f"{out}.masks")[0] == 0
+        pruning = dimap.prune(swin(torch.float32), 0.6, **options)
+        assert same(dimap.load_masks(f"{out}.masks"), pruning.masks)
+
+
 def test_outputs_can_be_read_by_others_as_the_umask_says(run):
     run("prune", "in.safetensors", "out.safetensors", "-s", 0.5, "--masks", "m.st")
     with open("plain", "w"):
