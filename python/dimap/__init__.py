@@ -18,6 +18,7 @@ from .groups import Layer, find_modules
 from .pruning import Pruning, prune, score, select
 
 if TYPE_CHECKING:
+    from .bitmask import load_file, save_file
     from .finetuning import finetune
     from .holding import Holding, hold_masks
     from .masks import apply_masks, load_masks, save_masks
@@ -36,6 +37,7 @@ __all__ = [
     "find_modules",
     "finetune",
     "hold_masks",
+    "load_file",
     "load_masks",
     "methods",
     "ops",
@@ -43,6 +45,7 @@ __all__ = [
     "prune_checkpoint",
     "reference",
     "saliency",
+    "save_file",
     "save_masks",
     "score",
     "select",
@@ -55,8 +58,10 @@ _LAZY = {
     "apply_masks": "masks",
     "finetune": "finetuning",
     "hold_masks": "holding",
+    "load_file": "bitmask",
     "load_masks": "masks",
     "prune_checkpoint": "stream",
+    "save_file": "bitmask",
     "save_masks": "masks",
 }
 

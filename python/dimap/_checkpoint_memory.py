@@ -16,6 +16,7 @@ from torch import Tensor
 from . import _timm
 from ._checkpoint_types import Checkpoint, Writer, shorten
 from ._files import save_safetensors
+from .bitmask import write_packed
 
 PICKLED = (".pth", ".pt", ".bin")
 # Keys under which training scripts put the weights.
@@ -68,7 +69,11 @@ class _StateDictWriter(Writer):
         super().finish()
         if self._safetensors:
             state = {name: self._source.get(name) for name in self.names}
-            save_safetensors(self._target, state, self._source.metadata)
+            if self.pack:
+                source = self._source
+                write_packed(self._target, state, source.metadata, self.pack, source.path)
+            else:
+                save_safetensors(self._target, state, self._source.metadata)
             return
         try:
             with open(self._target, "wb") as file:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -100,7 +100,11 @@ class Writer(ABC):
     """Takes the tensors of a new checkpoint, one by one, in the order of `names`.
 
     A tensor must have the shape and dtype of the one that it stands for.
+
+    pack: names of those that a file made from tensors in memory stores as bits and values.
     """
+
+    pack: Collection[str] = ()
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self.names = tuple(tensors)

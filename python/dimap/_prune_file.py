@@ -31,6 +31,7 @@ def prune_file(
     normalize: Normalize,
     masks: Path | None,
     report: Path | None,
+    bitmask: bool,
     force: bool,
     timm_model: str | None,
     input_size: tuple[int, ...] | None,
@@ -40,6 +41,7 @@ def prune_file(
     """Write the pruned checkpoint to `out`, with its masks and report where they are wanted.
 
     sparsity, shares: the share of weights to drop, and other shares for modules by name.
+    bitmask: write one bit a weight and the nonzero values (docs/format.md).
     timm_model: timm's name for the model, to count FLOPs, where the checkpoint does not say it.
     ranks: the processes that do it together; the report, and FLOPs, are the first one's.
 
@@ -53,6 +55,8 @@ def prune_file(
     modules = find_modules(checkpoint.tensors)
     ratios = _ratios(sparsity, shares, [name for name in modules if name != AUX])
     _check_apart(checkpoint.path, out, masks, report)
+    if bitmask and not isinstance(checkpoint, Shards) and out.suffix != ".safetensors":
+        raise ValueError(f"the output must end in .safetensors with --format bitmask, got {out}")
     with ExitStack() as outputs:
         # Begun before the work, so that an output that cannot be written is told at once. What is
         # begun last is completed first: OUT before the small files.
@@ -71,6 +75,7 @@ def prune_file(
                     scope=scope,
                     normalize=normalize,
                     masks=masks,
+                    bitmask=bitmask,
                     force=force,
                     progress=bar,
                     ranks=ranks,
@@ -83,6 +88,7 @@ def prune_file(
             bar.step("pruning")
             state = {name: checkpoint.get(name) for name in _parameters(modules)}
             pruning = prune(state, ratios, scope=scope, normalize=normalize)
+            writer.pack = frozenset(pruning.masks if bitmask else ())
             sizes = {name: checkpoint.tensors[name].nbytes for name in writer.names}
             for name in bar.over("writing", sizes):
                 writer.put(name, state[name] if name in state else checkpoint.get(name))

@@ -42,6 +42,7 @@ class Settings:
     scope: Scope
     normalize: Normalize
     random_init: bool = False
+    bitmask: bool = False
 
 
 @dataclass(frozen=True)
@@ -197,6 +198,7 @@ def _prune(job: Job, item: Item, record: Record | None) -> Record:
                 normalize=job.settings.normalize,
                 masks=places.get("masks"),
                 report=places.get("report"),
+                bitmask=job.settings.bitmask,
                 force=replace,
                 timm_model=job.timm_model,
                 input_size=job.input_size,

@@ -80,8 +80,11 @@ def read_header(path: Path) -> Header:
     return parse_header(raw, size, str(path))
 
 
-def parse_header(raw: bytes, size: int, where: str) -> Header:
-    """`read_header` on bytes: raw is the file up to its data, size the length of the file."""
+def parse_header(raw: bytes, size: int | None, where: str) -> Header:
+    """`read_header` on bytes: raw is the file up to its data.
+
+    size: the length of the file; None where there is no file yet, only its header.
+    """
     if len(raw) < 8 or int.from_bytes(raw[:8], "little") != len(raw) - 8:
         raise ValueError(f"{where} must have a complete header, got {len(raw)} bytes of it")
     try:
@@ -103,7 +106,7 @@ def parse_header(raw: bytes, size: int, where: str) -> Header:
                 f"got {entry.begin}"
             )
         end = entry.end
-    if end != size:
+    if size is not None and end != size:
         raise ValueError(f"{where} must be {end} bytes long as its header says, got {size}")
     return Header(raw, tuple(entries), metadata)
 

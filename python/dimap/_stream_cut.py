@@ -49,14 +49,27 @@ SURVEY_BINS = 4096  # at most
 
 @dataclass
 class Note:
-    """Keys of one block inside its window: each by itself, or how many there are of each."""
+    """Keys of one block inside its window: each by itself, or how many there are of each.
+
+    window: its first key, and the one behind its last. above: how many weights lie above it.
+    """
 
     keys: Keys
-    counts: NDArray[np.int32] | None = None
+    counts: NDArray[np.int32] | None
+    window: tuple[int, int]
+    above: int
 
     def count(self, key: int) -> int:
         hit = self.keys == key
         return int(hit.sum() if self.counts is None else self.counts[hit].sum())
+
+    def kept(self, keep_from: int) -> int | None:
+        """How many keys there are from this one on, where the note tells."""
+        first, end = self.window
+        if not first <= keep_from <= end:
+            return None
+        hit = self.keys >= keep_from
+        return self.above + int(hit.sum() if self.counts is None else self.counts[hit].sum())
 
     def smallest(self, least: int) -> int | None:
         above = self.keys[self.keys >= least]
@@ -242,18 +255,20 @@ class Cutter:
             scope = self.scopes[s]
             base, shift = windows[k, :2].tolist()
             note = None
+            window, above = (base, base + (bins << shift)), int(table[k, 1])
             if shift > scope.grains[row]:
                 # A bin holds many magnitudes: what is in the window may decide.
                 inside = int(counts[k].sum())
                 if self._aside + inside > ASIDE:
                     scope.noted = False
                 elif scope.noted:
-                    note = Note(_inside(tensors[k], base, bins << shift, inside))
+                    keys = _inside(tensors[k], base, bins << shift, inside)
+                    note = Note(keys, None, window, above)
             else:
                 full = np.flatnonzero(counts[k])
                 if self._aside + len(full) <= ASIDE:
                     keys = (base + (full << shift)).astype(np.uint32)
-                    note = Note(keys, counts[k][full].astype(np.int32))
+                    note = Note(keys, counts[k][full].astype(np.int32), window, above)
             with self._lock:
                 assert scope.table is not None
                 scope.table[row] += table[k]

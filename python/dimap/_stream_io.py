@@ -89,9 +89,13 @@ class Buffer:
 
     def read(self, descriptor: int, begin: int, end: int, path: Path) -> memoryview:
         """Bytes [begin, end) of a file, as far from a page's beginning as they are in the file."""
+        read_into(descriptor, self.room(begin, end), begin, path)
+        return self.bytes
+
+    def room(self, begin: int, end: int) -> memoryview:
+        """Memory for bytes [begin, end) of a file, to be filled."""
         first = begin % PAGE
         self.bytes = self._memory[first : first + end - begin]
-        read_into(descriptor, self.bytes, begin, path)
         return self.bytes
 
     def tensor(self, block: Block, piece: Piece) -> Tensor:

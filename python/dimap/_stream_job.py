@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from . import ops
+from ._bitmask_stream import Packer
 from ._checkpoint_safetensors import Shards
 from ._distributed import Ranks
 from ._plan import Normalize, Plan
@@ -82,7 +83,9 @@ class Job:
                     f"got others on rank {rank} than on rank 0"
                 )
 
-    def run(self, targets: list[Path], masks: Path | None) -> StreamPruning:
+    def run(
+        self, targets: list[Path], masks: Path | None, *, bitmask: bool = False
+    ) -> StreamPruning:
         """Find the cuts and fill the targets, empty files that exist; `masks` too."""
         with opened([source.path for source in self.sources]) as descriptors:
             self.descriptors = descriptors
@@ -99,6 +102,7 @@ class Job:
             self.result.readings = self.cutter.readings
             self._share_quotas()
             self._find_smallest()
+            self.packer = Packer(self.sources, self._count_packed()) if bitmask else None
             self._write(targets, masks)
         self._add_up()
         self._check_counts()
@@ -178,7 +182,58 @@ class Job:
                 found.append(key)
         return [min(found)] if found else []
 
+    # What a block keeps, for the places in a bitmask file
+
+    def _count_packed(self) -> dict[tuple[str, int], int]:
+        """How many weights of each block will have any bit set: from the notes, or by looking."""
+        counts: dict[tuple[str, int], int] = {}
+        unknown: list[Piece] = []
+        number = self.cutter.number
+        for file, source in enumerate(self.sources):
+            entries = [entry for entry in source.header.entries if entry.name in number]
+            for block in (b for piece in self.part.pieces(file, entries) for b in piece.blocks):
+                i = number[block.entry.name]
+                keep_from, tie = self._cut(i)
+                note = self.cutter.notes_of(self.plan.layers[i]).get((i, block.start))
+                kept = None
+                if keep_from > 0 and tie != 0 and note is not None:  # no zero is kept
+                    kept = note.kept(keep_from)
+                if kept is None:
+                    unknown.append(Piece(file, block.begin, block.end, (block,)))
+                else:
+                    tied = self.quotas.get((i, block.start), 0)
+                    counts[block.entry.name, block.start] = kept + tied
+
+        def count(piece: Piece, buffer: Buffer) -> None:
+            buffer.read(self.descriptors[piece.file], piece.begin, piece.end, self._path(piece))
+            (block,), (tensor,), _ = self._prune_blocks(piece, buffer)
+            bits = tensor.view(torch.int32 if tensor.itemsize == 4 else torch.int16)
+            counts[block.entry.name, block.start] = int(torch.count_nonzero(bits))
+
+        each(unknown, count)
+        for others in self.ranks.gather(counts):
+            counts |= others
+        return counts
+
     # The output
+
+    def _prune_blocks(
+        self, piece: Piece, buffer: Buffer
+    ) -> tuple[list[Block], list[Tensor], list[Tensor]]:
+        """The blocks to prune of a piece in the buffer, their pruned weights, and the masks."""
+        number = self.cutter.number
+        pruned = [b for b in piece.blocks if b.entry.name in number]
+        if not pruned:
+            return [], [], []
+        tensors = [buffer.tensor(block, piece) for block in pruned]
+        numbers = [number[block.entry.name] for block in pruned]
+        cuts = torch.tensor([self._cut(i) for i in numbers])
+        places = zip(numbers, pruned, strict=True)
+        quota = [self.quotas.get((i, block.start), 0) for i, block in places]
+        each_one = range(len(pruned))  # every block is a layer and a module by itself
+        kept, _ = ops.emit(tensors, each_one, each_one, cuts, torch.tensor(quota))
+        ops.apply_(tensors, kept)
+        return pruned, tensors, kept
 
     def _write(self, targets: list[Path], masks: Path | None) -> None:
         sizes = [source.path.stat().st_size for source in self.sources]
@@ -189,13 +244,16 @@ class Job:
         ]
         self.progress.step("writing", sum(p.end - p.begin for p in pieces))
         with ExitStack() as stack:
-            self.outputs = stack.enter_context(Outputs(targets, sizes))
+            packer = self.packer
+            self.outputs = stack.enter_context(
+                packer.create(targets) if packer else Outputs(targets, sizes)
+            )
             self.masks = None
             if masks is not None:
                 self.places, header, size = _mask_file(self.plan, self.result)
                 self.masks = stack.enter_context(Outputs([masks], [size]))
                 self.masks.write(0, header, 0)
-            for file, source in enumerate(self.sources):
+            for file, source in enumerate(self.sources if packer is None else ()):
                 self.outputs.write(file, source.header.raw, 0)
             each(pieces, self._write_piece)
             if self.ranks.rank > 0:  # what rank 0 brings to the disk need not be what others wrote
@@ -209,20 +267,15 @@ class Job:
     def _write_piece(self, piece: Piece, buffer: Buffer) -> None:
         data = buffer.read(self.descriptors[piece.file], piece.begin, piece.end, self._path(piece))
         number = self.cutter.number
-        pruned = [b for b in piece.blocks if b.entry.name in number]
-        tensors = [buffer.tensor(block, piece) for block in pruned]
-        numbers = [number[block.entry.name] for block in pruned]
-        if pruned:
-            cuts = torch.tensor([self._cut(i) for i in numbers])
-            places = zip(numbers, pruned, strict=True)
-            quota = [self.quotas.get((i, block.start), 0) for i, block in places]
-            each_one = range(len(pruned))  # every block is a layer and a module by itself
-            kept, _ = ops.emit(tensors, each_one, each_one, cuts, torch.tensor(quota))
-            ops.apply_(tensors, kept)
-            for block, tensor, mask in zip(pruned, tensors, kept, strict=True):
-                buffer.put_back(block, piece, tensor)
-                self._count(block, tensor, mask)
-        self.outputs.write(piece.file, data, piece.begin)
+        pruned, tensors, kept = self._prune_blocks(piece, buffer)
+        for block, tensor, mask in zip(pruned, tensors, kept, strict=True):
+            buffer.put_back(block, piece, tensor)
+            self._count(block, tensor, mask)
+        if self.packer is None:
+            self.outputs.write(piece.file, data, piece.begin)
+        else:
+            found = {b.entry.name: t for b, t in zip(pruned, tensors, strict=True)}
+            self.packer.write(piece, buffer, found, self.outputs)
         for block in piece.blocks:
             if block.entry.name in self.result.nonzero and block.entry.name not in number:
                 nonzero = _count_nonzero(buffer.tensor(block, piece))

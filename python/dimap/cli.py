@@ -19,6 +19,7 @@ from ._cli_support import (
     clear_errors,
     print_json,
 )
+from ._command_expand import expand
 from ._command_finetune import finetune
 from ._command_plot import plot
 from ._command_prune import prune
@@ -37,6 +38,7 @@ app = typer.Typer(
 app.command()(prune)
 app.command()(plot)
 app.command()(finetune)
+app.command()(expand)
 
 
 @app.command()

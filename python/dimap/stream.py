@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ._checkpoint_safetensors import Shards, ShardsWriter
+from ._checkpoint_safetensors import Folder, Shards, ShardsWriter, write_packed_index
 from ._distributed import Alone, Ranks, group_of
 from ._files import replacing
 from ._plan import Normalize
@@ -38,6 +38,7 @@ def prune_checkpoint(
     normalize: Normalize = "layer",
     patterns: Patterns | None = None,
     masks: str | os.PathLike[str] | None = None,
+    bitmask: bool = False,
     force: bool = False,
     progress: Progress | None = None,
     group: ProcessGroup | None = None,
@@ -49,6 +50,8 @@ def prune_checkpoint(
         headers, metadata, index and other files, with weights set to zero.
     sparsity, scope, normalize, patterns: as in `dimap.select`.
     masks: a file for the masks (see `dimap.load_masks`), one bit a weight.
+    bitmask: write files of one bit a weight and the nonzero values (docs/format.md), which
+        `dimap.load_file` and `dimap expand` read.
     force: replace outputs that are there already.
     group: several processes do it together, each its part of the bytes: all of them call this with
         the same arguments and see the same files. The first one creates the outputs and returns
@@ -70,6 +73,7 @@ def prune_checkpoint(
                 normalize=normalize,
                 patterns=patterns,
                 masks=masks,
+                bitmask=bitmask,
                 force=force,
                 progress=progress,
                 ranks=ranks,
@@ -88,6 +92,7 @@ def pruning_checkpoint(
     normalize: Normalize = "layer",
     patterns: Patterns | None = None,
     masks: str | os.PathLike[str] | None = None,
+    bitmask: bool = False,
     force: bool = False,
     progress: Progress | None = None,
     ranks: Ranks | None = None,
@@ -105,9 +110,13 @@ def pruning_checkpoint(
             if not isinstance(found, Shards):
                 raise ValueError(f"a stream needs safetensors files, got {found.path}")
             checkpoint = found
+        if checkpoint.packed:
+            raise ValueError(
+                f"{checkpoint.path} must be dense, got a bitmask file: `dimap expand` makes it dense"
+            )
         told = progress if progress is not None and ranks.rank == 0 else Silent()
         job = Job(checkpoint, sparsity, scope, normalize, patterns, told, ranks)
-        job.check_agreement(scope, normalize, job.result.sparsity, masks is None)
+        job.check_agreement(scope, normalize, job.result.sparsity, masks is None, bitmask)
         made: tuple[list[Path], Path | None] | None = None
         writer: ShardsWriter | None = None
         if ranks.rank == 0:
@@ -122,8 +131,10 @@ def pruning_checkpoint(
         ranks.outputs(*(Path(path) for path in (target, masks) if path is not None))
         made = ranks.gather(made)[0]
         assert made is not None
-        pruned = job.run(*made)
+        pruned = job.run(*made, bitmask=bitmask)
         if writer is not None:
+            if bitmask and isinstance(checkpoint, Folder) and checkpoint.index is not None:
+                write_packed_index(next(iter(writer.targets)).parent)
             writer.filled()
         yield pruned
         ranks.gather(None)  # nothing is renamed before all ranks are here
