@@ -21,6 +21,13 @@ from .checkpoint import open_checkpoint
 from .methods import METHODS
 
 
+class Format(str, Enum):
+    """How pruned weights are stored."""
+
+    dense = "dense"
+    bitmask = "bitmask"
+
+
 class Scope(str, Enum):
     """Where one threshold holds."""
 
@@ -91,6 +98,14 @@ def prune(
             show_default=False,
         ),
     ] = None,
+    form: Annotated[
+        Format,
+        typer.Option(
+            "--format",
+            help="bitmask stores one bit a weight and the nonzero values; `dimap expand` and "
+            "dimap.load_file give the dense weights back bit by bit.",
+        ),
+    ] = Format.dense,
     masks: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write the masks, one bit a weight.")
     ] = None,
@@ -146,6 +161,7 @@ def prune(
             scope.value if scope else chosen.scope,
             normalize.value if normalize else chosen.normalize,
             random_init,
+            form is Format.bitmask,
         )
         job = Job(out_dir, settings, masks, report, timm_model, size, force, debug)
         with clear_errors(debug):
@@ -172,6 +188,7 @@ def prune(
             normalize=normalize.value if normalize else chosen.normalize,
             masks=masks,
             report=report,
+            bitmask=form is Format.bitmask,
             force=force,
             timm_model=timm_model,
             input_size=size,
