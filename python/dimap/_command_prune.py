@@ -110,7 +110,12 @@ def prune(
         Path | None, typer.Option(metavar="FILE", help="Write the masks, one bit a weight.")
     ] = None,
     report: Annotated[
-        Path | None, typer.Option(metavar="FILE.json", help="Write the report as JSON.")
+        Path | None,
+        typer.Option(
+            metavar="FILE.json|DIR",
+            help="Write the report as JSON; or a folder with the JSON, pictures and a web page "
+            "of its own (needs matplotlib).",
+        ),
     ] = None,
     out_dir: Annotated[
         Path | None,

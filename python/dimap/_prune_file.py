@@ -14,6 +14,7 @@ from ._checkpoint_safetensors import Shards
 from ._distributed import Alone, Ranks
 from ._files import replacing
 from ._progress import Bar
+from ._report_output import report_output
 from .checkpoint import Checkpoint
 from .groups import AUX, Layer, find_modules
 from .pruning import Normalize, Pruning, Scope, prune
@@ -60,11 +61,12 @@ def prune_file(
     with ExitStack() as outputs:
         # Begun before the work, so that an output that cannot be written is told at once. What is
         # begun last is completed first: OUT before the small files.
-        report_file = None
+        told = None
         if report is not None:
             ranks.outputs(report)
             if ranks.rank == 0:
-                report_file = outputs.enter_context(replacing(report, force=force))
+                told = outputs.enter_context(report_output(report, modules, force=force))
+                told.before(checkpoint)
         pruning: Pruning | StreamPruning
         if isinstance(checkpoint, Shards):
             pruning = outputs.enter_context(
@@ -102,8 +104,8 @@ def prune_file(
         built = build_report(pruning, model, input_size)
         notes = built.notes if model else (f"no FLOPs: {why}",)
         built = replace(built, notes=(*notes, *checkpoint.notes))
-        if report_file:
-            built.to_json(report_file)
+        if told:
+            told.write(built, pruning)
         bar.step("completing")
     return built
 

@@ -6,12 +6,14 @@ ending. Nothing global is changed, and matplotlib is imported only when a pictur
 >>> plots.kept_ratios(pruning.report(), "kept.png")
 >>> plots.weight_histograms(model, "weights.png", masks=masks)
 >>> plots.mask_picture(pruning, "layers.2.blocks.5.attn.qkv", "mask.png")
+>>> plots.write_report(pruning, "report/")
 >>> plots.accuracy_curves(rows, "accuracy.svg")
 """
 
 from __future__ import annotations
 
 from ._curves import accuracy_curves, load_rows
+from ._folder import write_report
 from ._histograms import weight_histograms
 from ._kept import kept_ratios
 from ._mask import mask_picture
@@ -24,4 +26,5 @@ __all__ = [
     "load_rows",
     "mask_picture",
     "weight_histograms",
+    "write_report",
 ]

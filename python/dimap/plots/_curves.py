@@ -85,11 +85,11 @@ def accuracy_curves(
         for name in (name for name in names if name in curves and name != DENSE):
             _draw(axes, name, curves[name], names)
         axes.set_xlabel("weights removed, %")
-        axes.set_title(panel, loc="left", fontsize=style.TEXT, color=style.INK)
+        axes.set_title(style.plain(panel), loc="left", fontsize=style.TEXT, color=style.INK)
         style.dress(axes)
-    cells[0].set_ylabel(ylabel)
+    cells[0].set_ylabel(style.plain(ylabel))
     if title:
-        figure.suptitle(title, fontsize=style.TEXT + 1, color=style.INK)
+        figure.suptitle(style.plain(title), fontsize=style.TEXT + 1, color=style.INK)
     handles: dict[str, Any] = {}
     for axes in cells:
         handles |= {label: h for h, label in zip(*axes.get_legend_handles_labels(), strict=True)}
@@ -110,7 +110,7 @@ def _draw(axes: Axes, name: str, points: list[Point], names: list[str]) -> None:
         axes.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
     first = name.lower() == "dimap"
     axes.plot(
-        x, y, color=color, marker=marker, linestyle=dashes, label=name, markersize=4.5,
+        x, y, color=color, marker=marker, linestyle=dashes, label=style.plain(name), markersize=4.5,
         linewidth=2.0 if first else 1.4, zorder=4 if first else 3,
     )  # fmt: skip
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 BINS = 101  # in view; odd, so that zero is in the middle of one
 VIEW = 3.5  # root mean squares to either side
-MOST = 2000  # bins to either side; what is further out is counted in the last one
+MOST = 150  # bins to either side; what is further out is counted in the last one
 Block = tuple["int | None", "int | None"]
 
 
@@ -65,7 +65,7 @@ def weight_histograms(
     """
     style.check_path(path)
     source = source_of(model, masks, patterns)
-    spots = choose_blocks(source, blocks)
+    spots = choose_blocks(source.layers, blocks)
     names = kinds(source.layers)
     columns = list(dict.fromkeys(names[x.name] for x in source.layers if spot_of(x) in spots))
     cells = {(spot_of(x), names[x.name]): x for x in source.layers if spot_of(x) in spots}
@@ -86,10 +86,10 @@ def weight_histograms(
             if column == 0:
                 axes.set_ylabel(place_name(*spot).replace(", ", ",\n"))
             style.dress(axes, grid=None)
-        grid[0][column].set_title(kind, fontsize=style.TEXT, color=style.INK)
+        grid[0][column].set_title(style.plain(kind), fontsize=style.TEXT, color=style.INK)
     figure.supxlabel("weight", fontsize=style.TEXT, color=style.INK)
     if title:
-        figure.suptitle(title, fontsize=style.TEXT + 1, color=style.INK)
+        figure.suptitle(style.plain(title), fontsize=style.TEXT + 1, color=style.INK)
     return style.finish(figure, path)
 
 
@@ -147,10 +147,10 @@ def spot_of(layer: Layer) -> Block:
 
 
 def choose_blocks(
-    source: Source, blocks: Sequence[int | tuple[int, int]] | None = None
+    layers: Sequence[Layer], blocks: Sequence[int | tuple[int, int]] | None = None
 ) -> list[Block]:
     """The blocks to draw, checked; by default a few through the network."""
-    spots: list[Block] = list(dict.fromkeys(map(spot_of, sorted(source.layers, key=place))))
+    spots: list[Block] = list(dict.fromkeys(map(spot_of, sorted(layers, key=place))))
     if blocks is None:
         stages = {stage for stage, _ in spots}
         if len(stages) > 1:

@@ -71,7 +71,7 @@ def kept_ratios(
             marker=MARKERS[number % len(MARKERS)],
             markerfacecolor=color if order % 2 == 0 else "white",
             linestyle=DASHES[order % len(DASHES)],
-            label=kind if module in kind else f"{module}: {kind}",
+            label=style.plain(kind if module in kind else f"{module}: {kind}"),
             linewidth=0.7,
             markersize=min(5.0, max(3.0, 72 * room * 0.8 / len(by_kind))),
             zorder=3,
@@ -84,7 +84,7 @@ def kept_ratios(
         axes.set_xlabel("layer")
     style.dress(axes)
     if title:
-        figure.suptitle(title, fontsize=style.TEXT + 1, color=style.INK)
+        figure.suptitle(style.plain(title), fontsize=style.TEXT + 1, color=style.INK)
     figure.legend(
         loc="outside upper center", ncols=min(6, len(axes.lines)), frameon=False,
         fontsize=style.TEXT - 0.5, handlelength=2.6, columnspacing=1.4, labelcolor=style.INK,

@@ -102,7 +102,7 @@ def mask_picture(
         axes.spines[:].set_visible(False)
         if len(parts) > 1:
             words = f"{part.name} {100 * part.share:.1f} % kept"
-            axes.set_title(words, fontsize=style.TEXT, color=style.INK, pad=4)
+            axes.set_title(style.plain(words), fontsize=style.TEXT, color=style.INK, pad=4)
         if number == 0:
             rows, columns = ("output", "input") if upright else ("input", "output")
             axes.set_ylabel(f"{rows} feature", fontsize=style.TEXT - 1, color=style.INK)
@@ -112,7 +112,13 @@ def mask_picture(
     kept = sum(int(part.mask.count_nonzero()) for part in parts)
     words = title or f"{found.name}: {100 * kept / max(weights, 1):.1f} % of {weights:,} kept"
     figure.text(
-        EDGE / wide, 1 - 6 / high, words, ha="left", va="top", fontsize=style.TEXT, color=style.INK
+        EDGE / wide,
+        1 - 6 / high,
+        style.plain(words),
+        ha="left",
+        va="top",
+        fontsize=style.TEXT,
+        color=style.INK,
     )
     figure.legend(
         handles=_legend(), loc="lower right", ncols=2, frameon=False, fontsize=style.TEXT - 1,

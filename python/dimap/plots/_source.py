@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .._report_tables import _leaves
@@ -25,10 +26,24 @@ class Source:
     """
 
     layers: list[Layer]
-    shapes: dict[str, tuple[int, ...]]
     weight: Callable[[str], Tensor] = field(repr=False)
     mask: Callable[[str], Tensor] = field(repr=False)
     family: str | None = None
+
+    @classmethod
+    def of(
+        cls,
+        modules: Mapping[str, list[Layer]],
+        tensors: Mapping[str, Tensor],
+        weight: Callable[[str], Tensor],
+        mask: Callable[[str], Tensor],
+        *,
+        known: bool = True,
+    ) -> Source:
+        """From what `find_modules` gave for `tensors`; known: by no patterns of the caller's own."""
+        layers = [layer for name, found in modules.items() if name != AUX for layer in found]
+        family = _family(modules, tensors) if known else None
+        return cls(sorted(layers, key=place), weight, mask, family)
 
 
 @dataclass(frozen=True)
@@ -78,10 +93,8 @@ def source_of(
                 f"got {kind}"
             )
         modules = find_modules(tensors, patterns)
-    layers = [layer for name, found in modules.items() if name != AUX for layer in found]
-    shapes = {p: tuple(tensors[p].shape) for layer in layers for p in layer.parameters}
     if masks is not None:
-        _check_masks(masks, shapes)
+        _check_masks(masks, modules)
 
     def weight(name: str) -> Tensor:
         return get(name).detach()
@@ -90,30 +103,29 @@ def source_of(
         if masks is None:
             return weight(name) != 0
         if name not in masks:  # of a pruning that left this layer out
-            return weight(name).isfinite()
-        found = masks[name]
-        if tuple(found.shape) != shapes[name]:
+            return torch.ones_like(weight(name), dtype=torch.bool)
+        found, shape = masks[name], tuple(tensors[name].shape)
+        if tuple(found.shape) != shape:
             raise ValueError(
-                f"the mask of {name} must have the weight's shape {shapes[name]}, "
-                f"got {tuple(found.shape)}"
+                f"the mask of {name} must have the weight's shape {shape}, got {tuple(found.shape)}"
             )
         return found
 
-    return Source(
-        sorted(layers, key=place),
-        shapes,
-        weight,
-        mask,
-        None if patterns else _family(modules, tensors),
-    )
+    return Source.of(modules, tensors, weight, mask, known=patterns is None)
 
 
-def _check_masks(masks: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
-    odd = [name for name in masks if name not in shapes]
-    if odd:
+def _check_masks(masks: Mapping[str, Tensor], modules: Mapping[str, Sequence[Layer]]) -> None:
+    prunable = {
+        parameter
+        for name, layers in modules.items()
+        if name != AUX
+        for layer in layers
+        for parameter in layer.parameters
+    }
+    if odd := [name for name in masks if name not in prunable]:
+        more = f" and {len(odd) - 1} more" if len(odd) > 1 else ""
         raise ValueError(
-            f"masks must be of this model's prunable weights, got one of {odd[0]}"
-            + (f" and {len(odd) - 1} more" if len(odd) > 1 else "")
+            f"masks must be of this model's prunable weights, got one of {odd[0]}{more}"
         )
 
 

@@ -76,6 +76,11 @@ def check_path(path: str | os.PathLike[str] | None) -> None:
     check_matplotlib()
 
 
+def plain(text: str) -> str:
+    """`text` as it stands: a pair of dollar signs would be taken for mathematics."""
+    return text.replace("$", r"\$")
+
+
 def file_format(path: str | os.PathLike[str]) -> str:
     """ "png" or "svg", from the end of the path; ValueError for another one."""
     ending = Path(path).suffix.lower()
@@ -95,20 +100,20 @@ def finish(figure: Figure, path: str | os.PathLike[str] | None) -> Figure:
     return figure
 
 
-def write(figure: Figure, target: Any, form: str, *, text_as_text: bool = False) -> None:
+def write(figure: Figure, target: Any, form: str, *, inline: bool = False) -> None:
     """Write to a path or a binary file: the same bytes for the same figure and matplotlib.
 
-    text_as_text: in SVG, leave words as words in the reader's font; else they are drawn as shapes.
+    inline: SVG for a page of either ink: no background, and words in the page's fonts, not shapes.
     """
     if form == "png":
         _write_png(figure, target)
         return
     import matplotlib
 
-    options = {"svg.fonttype": "none" if text_as_text else "path", "svg.hashsalt": "dimap"}
+    options = {"svg.fonttype": "none" if inline else "path", "svg.hashsalt": "dimap"}
     undated = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     with matplotlib.rc_context(options):
-        figure.savefig(target, format="svg", metadata=undated)
+        figure.savefig(target, format="svg", metadata=undated, transparent=inline)
 
 
 def _write_png(figure: Figure, target: Any) -> None:

@@ -1,0 +1,169 @@
+"""A report as one HTML page: tables and pictures, nothing loaded from anywhere."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Sequence
+from html import escape
+from typing import TYPE_CHECKING
+
+from .._report_tables import MODULES, _by_block, _leaves, _short, _tiny
+from .._report_types import LayerReport, Report
+from . import _style as style
+from ._source import place_name
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+STYLE = """
+:root { color-scheme: light dark; --ink: #1f2328; --back: #ffffff; --line: #d1d9e0; --soft: #59636e;
+        --bar: #0072b2; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e6edf3; --back: #0d1117; --line: #3d444d; --soft: #9198a1; --bar: #56b4e9; } }
+body { max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: var(--ink);
+       background: var(--back); font: 15px/1.5 system-ui, sans-serif; }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { padding: .2rem .7rem; text-align: right; white-space: nowrap; }
+th { color: var(--soft); font-weight: 600; border-bottom: 1px solid var(--line); }
+th.name, td.name { text-align: left; }
+tr.first td { border-top: 1px solid var(--line); }
+tr.total td { border-top: 1px solid var(--line); font-weight: 600; }
+td.bar { min-width: 7rem; }
+td.bar div { height: .65rem; background: var(--bar); border-radius: 2px; }
+figure { margin: 1rem 0; } figure svg, figure img { max-width: 100%; height: auto; }
+figure img { background: #ffffff; border-radius: 6px; }
+figcaption, .soft { color: var(--soft); font-size: .9rem; }
+""".strip()
+
+
+def page(report: Report, pictures: Sequence[tuple[str, str, str]]) -> str:
+    """The HTML text. pictures: (heading, caption, `inline_svg` or `inline_png`) of each."""
+    title = f"Pruning report{': ' + report.model if report.model else ''}"
+    parts = [
+        "<!DOCTYPE html>",
+        '<html lang="en">',
+        "<head>",
+        '<meta charset="utf-8">',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        f"<title>{escape(title)}</title>",
+        f"<style>{STYLE}</style>",
+        "</head>",
+        "<body>",
+        f"<h1>{escape(title)}</h1>",
+        *(f"<p>{escape(line)}</p>" for line in _summary(report)),
+        *(f'<p class="soft">{escape(note)}</p>' for note in report.notes),
+        "<h2>Modules</h2>",
+        _modules(report),
+    ]
+    for heading, caption, picture in pictures:
+        parts.append(f"<h2>{escape(heading)}</h2>") if heading else None
+        caption = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
+        parts.append(f"<figure>{picture}{caption}</figure>")
+    parts += ["<h2>Layers</h2>", _layers(report), "</body>", "</html>", ""]
+    return "\n".join(parts)
+
+
+def inline_svg(figure: Figure, number: int, alt: str) -> str:
+    """An <svg> element in the page's own font and ink; `number` keeps its ids apart from others."""
+    buffer = io.BytesIO()
+    style.write(figure, buffer, "svg", inline=True)
+    text = buffer.getvalue().decode()
+    text = text[text.index("<svg ") :].strip()
+    text = re.sub(r'\bid="', f'id="p{number}-', text)
+    text = re.sub(r'(xlink:href="#|href="#|url\(#)(?=\w)', rf"\g<1>p{number}-", text)
+    text = text.replace(style.INK, "currentColor")
+    return text.replace("<svg ", f'<svg role="img" aria-label="{escape(alt)}" ', 1)
+
+
+def inline_png(data: bytes, alt: str) -> str:
+    """An <img> element that holds the bytes of a PNG."""
+    from base64 import b64encode
+
+    return f'<img alt="{escape(alt)}" src="data:image/png;base64,{b64encode(data).decode()}">'
+
+
+def _summary(report: Report) -> list[str]:
+    ratios = ", ".join(f"{name} {100 * ratio:g} %" for name, ratio in report.sparsity.items())
+    lines = [
+        f"Asked for: {ratios}; scope {report.scope}, normalize {report.normalize}.",
+        f"{report.kept:,} of {report.weights:,} parameters are kept: "
+        f"{report.removed_percent:.2f} % are removed.",
+    ]
+    if report.flops is not None and report.flops_removed_percent is not None:
+        size = " × ".join(map(str, report.input_size or ()))
+        lines.append(
+            f"{_short(report.flops)} of {_short(report.flops_dense)} multiply-adds of one {size} "
+            f"input are left: {report.flops_removed_percent:.2f} % are removed, nominally "
+            f"{report.flops_nominal_removed_percent:.2f} %."
+        )
+    return lines
+
+
+def _modules(report: Report) -> str:
+    rows = []
+    for module in report.modules:
+        rows.append(
+            (
+                module.name, str(module.layers), f"{module.weights:,}", f"{module.kept:,}",
+                f"{module.removed_percent:.2f} %", _tiny(module.threshold),
+                _short(module.flops_dense), _short(module.flops), _short(module.flops_nominal),
+            )
+        )  # fmt: skip
+    layers = str(sum(module.layers for module in report.modules))
+    rows.append(
+        (
+            "all", layers, f"{report.weights:,}", f"{report.kept:,}",
+            f"{report.removed_percent:.2f} %", "",
+            _short(report.flops_dense), _short(report.flops), _short(report.flops_nominal),
+        )
+    )  # fmt: skip
+    used = [i for i in range(len(MODULES)) if any(row[i] for row in rows)]
+    lines = [_row("th", [MODULES[i] for i in used])]
+    for row in rows:
+        kind = ' class="total"' if row is rows[-1] else ""
+        lines.append(_row("td", [row[i] for i in used], kind))
+    return _table("modules", lines)
+
+
+def _layers(report: Report) -> str:
+    flops = any(layer.flops for layer in report.layers)
+    head = ["layer", "module", "weights", "kept", "density", "", "min |w|"]
+    lines = [_row("th", head + ["FLOPs"] * flops)]
+    members = _by_block(report.layers)
+    before: LayerReport | None = None
+    for layer, name in zip(members, _leaves([layer.name for layer in members]), strict=True):
+        first = before is None or (layer.stage, layer.block) != (before.stage, before.block)
+        where = place_name(layer.stage, layer.block)
+        cells = [
+            name, layer.module, f"{layer.weights:,}", f"{layer.kept:,}",
+            f"{100 * layer.density:.1f} %",
+            f'<div style="width: {100 * layer.density:.1f}%"></div>',
+            _tiny(layer.smallest_kept), *[_short(layer.flops)] * flops,
+        ]  # fmt: skip
+        kind = f' class="first" title="{escape(where)}"' if first else f' title="{escape(where)}"'
+        lines.append(_row("td", cells, kind, bar=5))
+        before = layer
+    return _table("layers", lines)
+
+
+def _row(tag: str, cells: Sequence[str], kind: str = "", bar: int | None = None) -> str:
+    """`cells` are escaped, but for the one at `bar`."""
+    made = []
+    for place, cell in enumerate(cells):
+        if place == bar:
+            made.append(f'<{tag} class="bar">{cell}</{tag}>')
+        else:
+            name = ' class="name"' if place == 0 else ""
+            made.append(f"<{tag}{name}>{escape(cell)}</{tag}>")
+    return f"<tr{kind}>{''.join(made)}</tr>"
+
+
+def _table(name: str, lines: Sequence[str]) -> str:
+    body = "\n".join(lines[1:])
+    return (
+        f'<div class="wide"><table id="{name}">\n<thead>{lines[0]}</thead>\n'
+        f"<tbody>\n{body}\n</tbody>\n</table></div>"
+    )
