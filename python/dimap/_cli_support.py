@@ -23,6 +23,7 @@ RandomInit = Annotated[
     bool, typer.Option("--random-init", help="Fresh weights for timm:NAME, for a dry run.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+Layers = Annotated[bool, typer.Option("--layers", help="Show every layer, too.")]
 Debug = Annotated[
     bool,
     typer.Option("--debug", envvar="DIMAP_DEBUG", help="Show the traceback of an error."),

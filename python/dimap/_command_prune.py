@@ -11,12 +11,23 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from ._cli_support import IN_HELP, Debug, Json, RandomInit, clear_errors, print_json, shares, sides
+from ._cli_support import (
+    IN_HELP,
+    Debug,
+    Json,
+    Layers,
+    RandomInit,
+    clear_errors,
+    print_json,
+    shares,
+    sides,
+)
 from ._command_prune_many import prune_many
 from ._distributed import launched
 from ._progress import Bar
 from ._prune_file import prune_file
 from ._prune_many import Job, Settings
+from ._report_tables import layers as layer_table
 from .checkpoint import open_checkpoint
 from .methods import METHODS
 
@@ -140,6 +151,7 @@ def prune(
             metavar="SIZE", help="Input for FLOPs: 224, 224x224 or 3x224x224. Default: the model's."
         ),
     ] = None,
+    layers: Layers = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -209,6 +221,8 @@ def prune(
         return
     console = Console()
     console.print(built)
+    if layers:
+        console.print(layer_table(built))
     names = ", ".join(str(path) for path in (out, masks, report) if path)
     text = Text("wrote ", style="green").append(f"{names} in {seconds:.1f} s", style="default")
     console.print(text, soft_wrap=True)

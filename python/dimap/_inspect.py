@@ -15,7 +15,7 @@ from torch import Tensor
 from ._progress import Bar
 from .checkpoint import Checkpoint
 from .families import FAMILIES, Family
-from .groups import Layer, _fit, find_modules
+from .groups import AUX, Layer, _fit, find_modules
 from .pruning import count_nonzero
 
 
@@ -92,6 +92,19 @@ class Inspection:
         for column, text in zip(table.columns, _row(self.total, layers), strict=True):
             column.footer = text
         return Group(head, table, *(Text(note, style="yellow") for note in self.notes))
+
+    def layer_table(self) -> Table:
+        """One line for each layer that can be pruned, module after module."""
+        columns = ("layer", "module", "weights", "nonzero", "sparsity", "dtype")
+        table = Table(*columns, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        for column in table.columns[2:5]:
+            column.justify = "right"
+        for module in (module for module in self.modules if module.name != AUX):
+            for layer in module.layers:
+                name, *counts = _row(layer, 0)
+                table.add_row(Text(name), module.name, *counts[1:])
+            table.add_section()
+        return table
 
 
 def _row(count: Count, layers: int) -> tuple[str, ...]:

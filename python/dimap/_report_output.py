@@ -28,8 +28,8 @@ class ReportOutput(Protocol):
 def report_output(
     path: Path, modules: Mapping[str, list[Layer]], *, force: bool
 ) -> Iterator[ReportOutput]:
-    """A file where `path` ends in .json and is no folder, else a folder; complete when it ends."""
-    if path.suffix == ".json" and not path.is_dir():
+    """A JSON file where `path` ends in .json or is a file already, else a folder; whole at the end."""
+    if (path.suffix == ".json" or path.is_file()) and not path.is_dir():
         with replacing(path, force=force) as temporary:
             yield _File(temporary)
     else:

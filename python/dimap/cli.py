@@ -13,6 +13,7 @@ from . import __version__, build_info
 from ._cli_support import (
     Debug,
     Json,
+    Layers,
     RandomInit,
     Source,
     clean_up_on_signals,
@@ -43,7 +44,11 @@ app.command()(expand)
 
 @app.command()
 def inspect(
-    source: Source, random_init: RandomInit = False, as_json: Json = False, debug: Debug = False
+    source: Source,
+    random_init: RandomInit = False,
+    layers: Layers = False,
+    as_json: Json = False,
+    debug: Debug = False,
 ) -> None:
     """Show the modules of a checkpoint, their layers and weights, and how sparse they are."""
     with (
@@ -55,7 +60,10 @@ def inspect(
     if as_json:
         print_json(found.to_dict())
     else:
-        Console().print(found)
+        console = Console()
+        console.print(found)
+        if layers:
+            console.print(found.layer_table())
 
 
 def _show_version(wanted: bool) -> None:
