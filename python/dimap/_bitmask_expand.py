@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from . import ops
-from ._bitmask_layout import Layout, size_of, unpacked
+from ._bitmask_layout import Layout, size_of, unpacked, why
 from ._bitmask_stream import Counts, bytes_of, values_of
 from ._checkpoint_safetensors import Shards, ShardsWriter
 from ._safetensors_header import Entry
@@ -81,7 +81,7 @@ def _unpack(
             except RuntimeError as error:  # the bits are no longer those that were counted
                 raise ValueError(
                     f"{paths[file]}: {block.entry.name} must match its bits and not change while "
-                    f"it is read ({str(error).splitlines()[0]})"
+                    f"it is read ({why(error)})"
                 ) from error
             part[:] = bytes_of(dense)
         outputs.write(file, data, piece.begin)

@@ -7,6 +7,7 @@ any of it is used; what does not fit, or is of another version, is refused.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Iterable, Mapping
 from math import prod
 from typing import NamedTuple
@@ -155,6 +156,11 @@ def _check(entry: Entry, values: Entry, bits: Entry | None, where: str) -> None:
             f"{where}: {entry.name} must hold at most {count} values in one dimension, "
             f"got {list(values.shape)}"
         )
+
+
+def why(error: RuntimeError) -> str:
+    """What `ops.unpack` says, without its place in the source."""
+    return re.sub(r"^\w+, \S+:\d+, ", "", str(error).split("\n")[0])
 
 
 def make_header(

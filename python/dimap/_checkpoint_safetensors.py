@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from . import ops
-from ._bitmask_layout import DENSE_KEY, read_layout
+from ._bitmask_layout import DENSE_KEY, read_layout, why
 from ._checkpoint_types import INDEX, SINGLE, Checkpoint, Writer, shorten
 from ._files import naming, open_safetensors
 from ._safetensors_header import read_header, unique
@@ -54,8 +54,7 @@ class _Shard:
         try:
             return ops.unpack(bits, values, self.tensors[name].shape)
         except RuntimeError as error:
-            reason = str(error).split("\n")[0]
-            raise ValueError(f"{self.path}: {name} must match its bits ({reason})") from error
+            raise ValueError(f"{self.path}: {name} must match its bits ({why(error)})") from error
 
 
 class Shards(Checkpoint):
