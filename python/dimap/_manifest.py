@@ -111,10 +111,14 @@ def stamps_of(path: Path) -> dict[str, tuple[int, ...]]:
     return {_relative(file, path): stamp_of(file) for file in files_of(path)}
 
 
-def hashed(path: Path, threads: int = 1) -> list[File]:
-    """The files of a checkpoint, read."""
+def hashed(paths: Sequence[Path], threads: int = 1) -> list[list[File]]:
+    """The files of every checkpoint, read, as many at a time as there are threads."""
     with ThreadPoolExecutor(max(1, threads)) as pool:
-        return list(pool.map(lambda file: _hash(file, _relative(file, path)), files_of(path)))
+        begun = [
+            [pool.submit(_hash, file, _relative(file, path)) for file in files_of(path)]
+            for path in paths
+        ]
+        return [[file.result() for file in files] for files in begun]
 
 
 def same_files(path: Path, recorded: Sequence[dict[str, Any]], threads: int = 1) -> bool:

@@ -22,7 +22,7 @@ from . import __version__
 from ._cli_support import sentence
 from ._files import remove
 from ._inputs import ENDINGS, TIMM, Item
-from ._manifest import File, Manifest, hashed, same_files, stamps_of
+from ._manifest import Manifest, hashed, same_files, stamps_of
 from ._progress import Bar
 from ._prune_file import prune_file
 from .checkpoint import open_checkpoint
@@ -212,17 +212,18 @@ def _prune(job: Job, item: Item, record: Record | None) -> Record:
             else:
                 manifest.append(item.name, "failed", **common, error=sentence(error))
         raise
-    threads = torch.get_num_threads()
-    inputs = hashed(Path(item.source), threads) if from_disk else []
+    sources = [Path(item.source)] if from_disk else []
+    files = hashed([*places.values(), *sources], torch.get_num_threads())
+    outputs = dict(zip(places, files, strict=False))
+    inputs = files[-1] if from_disk else []
     if {file.path: file.stamp for file in inputs} != before:
         for path in places.values():
             remove(path)
         raise ValueError(f"{item.source} must not change while it is read")
-    outputs: dict[str, list[File]] = {k: hashed(p, threads) for k, p in places.items()}
     counts = {"weights": report.weights, "kept": report.kept, "nonzero": report.nonzero}
-    told = {kind: [file._asdict() for file in files] for kind, files in outputs.items()}
-    files = {"input": [file._asdict() for file in inputs], "outputs": told}
-    done = {**common, **files, **counts}
+    told = {kind: [file._asdict() for file in made] for kind, made in outputs.items()}
+    read = [file._asdict() for file in inputs]
+    done = {**common, "input": read, "outputs": told, **counts}
     manifest.append(item.name, "done", **done, seconds=round(time.monotonic() - start, 3))
     return done
 

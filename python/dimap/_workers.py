@@ -94,7 +94,7 @@ class _Worker:
             self._process.join()
             code = self._process.exitcode
             how = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
-            if code == -signal.SIGKILL:
+            if code == -9:
                 how += ", as where memory runs out"
             item = task[0]
             return Outcome(item.source, item.name, "failed", error=f"its process {how}")
@@ -112,7 +112,7 @@ def _serve(pipe: Connection, job: Job, threads: int) -> None:
     torch.set_num_threads(threads)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
-        with suppress(EOFError, BrokenPipeError):
+        with suppress(EOFError, OSError):
             while True:
                 pipe.send(prune_one(job, *pipe.recv()))
     finally:
