@@ -373,9 +373,9 @@ ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 def test_a_terminated_command_resumes_to_the_same_bits(made, tmp_path) -> None:
     checkpoint, masks_file, _, images = made
-    options = ["--data", images, "--masks", masks_file, "--epochs", 4, "--batch-size", 2]
-    options += ["--workers", 0, "--device", "cpu", "--lr", 1e-3]
-    subprocess.run(command(checkpoint, *options, "--out", tmp_path / "whole"), env=ENV, check=True)
+    settings = {"epochs": 4, "batch_size": 2, "workers": 0, "lr": 1e-3}
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
+    options += ["--data", str(images), "--masks", masks_file, "--device", "cpu"]
     cut = command(checkpoint, *options, "--out", tmp_path / "cut", "--resume")
     with subprocess.Popen(cut, env=ENV, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
@@ -386,7 +386,11 @@ def test_a_terminated_command_resumes_to_the_same_bits(made, tmp_path) -> None:
         process.stderr.read()
     assert process.returncode == 128 + signal.SIGTERM
     assert not [f for f in (tmp_path / "cut").iterdir() if f.name.endswith(".dimap-tmp")]
-    subprocess.run(cut, env=ENV, check=True)
+    left = json.loads((tmp_path / "cut" / "history.json").read_text())["epochs"]
+    assert 2 <= len(left) < 5
+    arguments: Any = {**settings, "device": "cpu", "progress": False}
+    dimap.finetune(checkpoint, images, masks_file, out=tmp_path / "whole", **arguments)
+    dimap.finetune(checkpoint, images, masks_file, out=tmp_path / "cut", resume=True, **arguments)
     assert_same_run(tmp_path / "whole", tmp_path / "cut")
 
 
