@@ -12,6 +12,7 @@ import dimap
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from dimap import _stream_cut, _stream_io
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -21,6 +22,7 @@ pytest.importorskip("safetensors")
 from dimap.bitmask import expand
 from dimap.cli import app
 from dimap.stream import prune_checkpoint
+from ranks import Group
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_stream import BITS, CASES, DTYPES, assert_same, shards, vit
@@ -235,14 +237,41 @@ def test_only_pruned_tensors_are_packed_and_only_where_that_is_smaller(tmp_path)
     )
     with safe_open(tmp_path / "out.safetensors", "pt") as file:
         packed = {
-            name.removesuffix(".bitmask")
-            for name in file.keys()
-            if name.endswith(".bitmask")  # noqa: SIM118
+            name.removesuffix(".bitmask") for name in file.keys() if name.endswith(".bitmask")
         }
         assert file.get_tensor("blocks.0.mlp.fc1.weight").shape == (0,)
     assert packed == {
         f"blocks.{i}.{n}.weight" for i in (0, 1) for n in ("attn.qkv", "mlp.fc1", "mlp.fc2")
     }
+
+
+def prune_in_group(jobs):
+    """What every rank runs; small pieces, so that tensors are shared."""
+    _stream_io.PIECE = _stream_io.DIRECT = 12288
+    for source, out in jobs:
+        prune_checkpoint(source, out, 0.55, bitmask=True, group=dist.group.WORLD)
+
+
+@pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
+def test_several_processes_write_the_same(tmp_path):
+    state = vit(step=0.01)
+    save_file(state, tmp_path / "in.safetensors")
+    sources = [tmp_path / "in.safetensors", shards(tmp_path / "in", state)]
+    jobs = [(source, tmp_path / f"out{source.suffix}") for source in sources]
+    group = Group(2)
+    try:
+        group(prune_in_group, jobs)
+    finally:
+        group.close()
+    for source, out in jobs:
+        one = tmp_path / f"one{source.suffix}"
+        prune_checkpoint(source, one, 0.55, bitmask=True)
+        if source.is_dir():
+            names = sorted(p.name for p in one.iterdir())
+            assert sorted(p.name for p in out.iterdir()) == names
+            assert all((out / n).read_bytes() == (one / n).read_bytes() for n in names)
+        else:
+            assert out.read_bytes() == one.read_bytes()
 
 
 # Sizes
