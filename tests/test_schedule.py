@@ -69,3 +69,33 @@ def test_sparsity_follows_the_schedule_and_masks_are_nested(method: str) -> None
     nn.functional.cross_entropy(model(x), y).backward()
     optimizer.step()
     assert any(bool(model.get_parameter(n)[~m].any()) for n, m in before.items())
+
+
+def test_going_on_from_a_checkpoint_gives_the_same_weights() -> None:
+    x, y = torch.randn(32, 8), torch.randint(4, (32,))
+    schedule = CubicSchedule(0.75, begin=2, end=10, every=3)
+
+    def parts() -> tuple[nn.Module, torch.optim.Optimizer, GradualPruning]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 4))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        return model, optimizer, GradualPruning(model, optimizer, schedule, patterns=PATTERNS)
+
+    def train(model: nn.Module, optimizer: torch.optim.Optimizer, gradual: GradualPruning, n: int):
+        for _ in range(n):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+            gradual.step()
+
+    whole = parts()
+    train(*whole, 14)
+    for n in (1, 7):  # before the first pruning, and between two
+        first = parts()
+        train(*first, n)
+        second = parts()
+        for part, other in zip(second, first, strict=True):
+            part.load_state_dict(other.state_dict())
+        train(*second, 14 - n)
+        for (name, p), q in zip(second[0].named_parameters(), whole[0].parameters(), strict=True):
+            assert torch.equal(p, q), (n, name)

@@ -49,8 +49,8 @@ class Settings:
     images: int = 0
     test: int = 5000
     vit_size: int = 56
-    vit_train: int = 100
-    vit_test: int = 1000
+    vit_train: int = 80
+    vit_test: int = 800
 
 
 def swin(width: int, depths: list[int], heads: list[int], patch: int) -> dict[str, Any]:
@@ -67,7 +67,7 @@ def swin(width: int, depths: list[int], heads: list[int], patch: int) -> dict[st
     }
 
 
-QUICK = Settings("quick", swin(24, [2, 2, 2], [1, 2, 4], 4), epochs=5, tune_steps=80)
+QUICK = Settings("quick", swin(24, [2, 2, 2], [1, 2, 4], 4), epochs=5, tune_steps=50)
 FULL = Settings(
     "full",
     swin(96, [2, 2, 6, 2], [3, 6, 12, 24], 2),

@@ -81,8 +81,8 @@ class GradualPruning:
         self, model: nn.Module, optimizer: Optimizer, schedule: CubicSchedule, **options: Any
     ) -> None:
         self.schedule = schedule
-        self.steps = 0  # so far; set it to go on from a checkpoint
-        self.sparsity = 0.0
+        self.steps = 0  # so far
+        self.sparsity = 0.0  # now
         self._model, self._optimizer, self._options = model, optimizer, options
         self._holding: Holding | None = None
         if schedule.due(0):
@@ -133,6 +133,18 @@ class GradualPruning:
             values = magnitude(self._model, patterns=patterns)
         least = 2.0**-149
         return {n: v.clamp_min(least).masked_fill_(~masks[n], 0) for n, v in values.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint needs beside the model's and the optimizer's."""
+        masks = {name: mask.clone() for name, mask in self.masks.items()}
+        return {"steps": self.steps, "sparsity": self.sparsity, "masks": masks}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state_dict`; load the model and the optimizer before."""
+        self.remove()
+        if state["masks"]:
+            self._holding = hold_masks(self._model, state["masks"], self._optimizer)
+        self.steps, self.sparsity = state["steps"], state["sparsity"]
 
     def remove(self) -> None:
         """Let go of the masks; the weights stay as they are."""
