@@ -23,7 +23,7 @@ pytest.importorskip("timm")
 pytest.importorskip("torchvision")
 
 from dimap import _command_finetune
-from dimap.finetuning import _training, run
+from dimap.finetuning import _data, _training, run
 from dimap.finetuning._loss import distilled
 from dimap.finetuning._processes import Processes
 from dimap.finetuning.settings import Settings
@@ -208,6 +208,32 @@ def test_new_head_for_other_classes(tmp_path) -> None:
     assert load_file(result.best)["head.fc.weight"].shape[0] == 3
     again = dimap.finetune(result.best, images, out=tmp_path / "b", **{**QUICK, "epochs": 0})
     assert again.best_top1 == result.best_top1
+
+
+@pytest.mark.parametrize(
+    "policy", ["rand-m10-inc1", "v0", "original-mstd0.5", "3a", "augmix-m10", None]
+)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_every_policy_of_augmentation(policy, channels) -> None:
+    settings = Settings(auto_augment=policy, batch_size=8, workers=0, pad=2, reprob=1.0)
+    given = _data.Input((channels, 16, 16), (0.5,) * channels, (0.5,) * channels, 1.0, "bicubic")
+    torch.manual_seed(0)
+    loader = _data.loader(Squares(160), given, settings, CPU, training=True)
+    for images, labels in loader:
+        assert images.shape == (8, channels, 16, 16)
+        assert images.isfinite().all()
+        assert labels.max() < 3
+
+
+def test_padding_is_black_and_comes_first() -> None:
+    given = _data.Input((3, 24, 24), (0.5,) * 3, (0.5,) * 3, 1.0, "bicubic")
+    data = Squares(2)
+    settings = Settings(pad=2, workers=0, batch_size=2)
+    [(images, _)] = _data.loader(data, given, settings, CPU, training=False)
+    assert (images[:, :, :2] == -1).all()
+    pixels = torch.from_numpy(np.stack([np.array(image) for image in data.images]))
+    want = (pixels.permute(0, 3, 1, 2) / 127.5) - 1
+    assert torch.allclose(images[:, :, 2:-2, 2:-2], want, atol=1e-5)
 
 
 # Distillation and clipping

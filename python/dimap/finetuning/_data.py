@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch.utils.data import IterableDataset
 
 from ._processes import Processes
@@ -168,7 +168,7 @@ def loader(
 ) -> Any:
     """timm's loader: batches [n, channels, height, width] and labels [n], on the device."""
     from timm.data import create_loader
-    from torchvision.transforms import Compose
+    from torchvision.transforms import Compose, Pad
 
     made = create_loader(
         dataset,
@@ -197,9 +197,29 @@ def loader(
         persistent_workers=False,
     )
     *steps, to_array = dataset.transform.transforms
-    gray = [ToMode("L")] if given.size[0] == 1 else []
-    dataset.transform = Compose([ToMode("RGB"), *steps, *gray, to_array])
+    _mend_posterize(steps)
+    first = [ToMode("RGB"), *([Pad(settings.pad)] if settings.pad else [])]
+    last = [ToMode("L")] if given.size[0] == 1 else []
+    dataset.transform = Compose([*first, *steps, *last, to_array])
     return made
+
+
+def _mend_posterize(steps: list[Any]) -> None:
+    """Let timm's policies ask for an image of 0 bits, which Pillow refuses from version 13 on."""
+    from timm.data import auto_augment
+
+    for step in steps:
+        policies = [getattr(step, "ops", None) or [], *(getattr(step, "policy", None) or [])]
+        for operation in (each for policy in policies for each in policy):
+            if getattr(operation, "aug_fn", None) is auto_augment.posterize:
+                operation.aug_fn = posterize
+
+
+def posterize(image: Image.Image, bits_to_keep: int, **_: Any) -> Image.Image:
+    """Keep the highest bits of each value, 0 to 8 of them."""
+    if bits_to_keep < 1:
+        return Image.new(image.mode, image.size)  # black
+    return image if bits_to_keep >= 8 else ImageOps.posterize(image, bits_to_keep)
 
 
 def set_epoch(loader: Any, epoch: int) -> None:

@@ -82,6 +82,9 @@ class Settings:
         at_most=1,
     )
     interpolation: str | None = _option(None, IMAGES, "Of resizing; the model's if not given.")
+    pad: int = _option(
+        0, IMAGES, "Black pixels put around every image before all else.", at_least=0
+    )
     augment: bool = _option(True, IMAGES, "Random crops, flips, colours, erasing; mixup apart.")
     scale_min: float = _option(
         0.08, IMAGES, "Smallest share of a training image.", above=0, at_most=1
