@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from ._files import open_safetensors, replacing, save_safetensors
+from ._sharded import check_whole
 
 VERSION = "1"
 _VERSION_KEY, _SHAPES_KEY = "dimap_masks", "shapes"
@@ -46,6 +47,7 @@ def save_masks(
     appears complete or not at all.
     """
     _check_masks(masks)
+    check_whole(masks.values(), "a file of masks")
     extra = dict(metadata or {})
     for key, value in extra.items():
         if not isinstance(key, str) or not isinstance(value, str):

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from . import ops
 from ._plan import Model, Normalize, Plan, check_choice, parameters_of, renamed
 from ._scopes import Scope
+from ._sharded import check_whole, is_sharded
 from .groups import Layer, Patterns
-from .methods import rank
+from .methods import Ranking, rank
 from .saliency import Batches, Loss
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ def score(
     """
     check_choice("normalize", normalize, ("layer", "block", "stage", "module"))
     plan = Plan.of(model, "module", normalize, patterns)
+    check_whole(plan.tensors, "score")
     with renamed(plan.names):
         scores = ops.score(plan.tensors, plan.layers)
     return dict(zip(plan.names, scores, strict=True))
@@ -73,10 +75,15 @@ def select(
     data, loss: batches and loss for the methods that need them, as in `dimap.saliency.taylor`.
     patterns: see `find_modules`.
 
+    A model may be sharded: parameters that are DTensors (FSDP2). Then all processes of its mesh call
+    this together, no weight is gathered, and the masks are DTensors with the same placements; the
+    order in which ties are kept is that of the whole tensors.
+
     Returns parameter name -> bool tensor, True where the weight is kept. In each scope of N weights
     exactly ``N - round(sparsity * N)`` are kept; ties go to the earlier parameter, then to the lower
     flat index. Parameters of "aux" are not in it.
     """
+    _check_ranked(model, saliency, data)
     ranking = rank(
         model,
         sparsity,
@@ -89,8 +96,11 @@ def select(
         patterns=patterns,
     )
     plan = ranking.plan
-    with ranking.naming():
-        masks = ops.select(ranking.tensors, plan.layers, plan.scopes, ranking.keep)
+    if is_sharded(plan.tensors):
+        masks, _ = _select_sharded(ranking)
+    else:
+        with ranking.naming():
+            masks = ops.select(ranking.tensors, plan.layers, plan.scopes, ranking.keep)
     return dict(zip(plan.names, masks, strict=True))
 
 
@@ -110,6 +120,7 @@ def prune(
 
     Nothing is changed when an error is raised.
     """
+    _check_ranked(model, saliency, data)
     ranking = rank(
         model,
         sparsity,
@@ -122,10 +133,18 @@ def prune(
         patterns=patterns,
     )
     plan = ranking.plan
-    with ranking.naming():
-        masks, thresholds = ops.select_cuts(ranking.tensors, plan.layers, plan.scopes, ranking.keep)
-    with renamed(plan.names):
-        ops.apply_(plan.tensors, masks)
+    if is_sharded(plan.tensors):
+        from . import _dtensor
+
+        masks, thresholds = _select_sharded(ranking)
+        _dtensor.apply_(plan.tensors, masks)
+    else:
+        with ranking.naming():
+            masks, thresholds = ops.select_cuts(
+                ranking.tensors, plan.layers, plan.scopes, ranking.keep
+            )
+        with renamed(plan.names):
+            ops.apply_(plan.tensors, masks)
     return Pruning(
         masks=dict(zip(plan.names, masks, strict=True)),
         modules=plan.modules,
@@ -170,6 +189,7 @@ class Pruning:
     @property
     def nonzero(self) -> dict[str, int]:
         """How many weights of every parameter are not zero now."""
+        check_whole(self.parameters.values(), "nonzero")
         return {name: count_nonzero(p) for name, p in self.parameters.items()}
 
     def report(
@@ -189,6 +209,20 @@ class Pruning:
             settings["saliency"] = self.saliency
         settings |= {f"sparsity.{name}": repr(s) for name, s in self.sparsity.items()}
         save_masks(path, self.masks, settings)
+
+
+def _check_ranked(model: Model, saliency: object, data: object) -> None:
+    """Only magnitudes are ranked where they lie on several processes."""
+    given: object = model  # callers are not bound by the annotation; another check refuses the rest
+    if isinstance(given, (nn.Module, Mapping)) and not (saliency is None and data is None):
+        check_whole(parameters_of(model).values(), "data" if saliency is None else "saliency")
+
+
+def _select_sharded(ranking: Ranking) -> tuple[list[Tensor], Tensor]:
+    from . import _dtensor
+
+    plan = ranking.plan
+    return _dtensor.select_cuts(plan.names, plan.tensors, plan.layers, plan.scopes, ranking.keep)
 
 
 def count_nonzero(tensor: Tensor) -> int:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ._report_types import VERSION, LayerReport, ModuleReport, Report
 from ._scopes import scope_names
+from ._sharded import check_whole
 from .flops import Flops, count_flops
 from .groups import AUX
 
@@ -97,7 +98,8 @@ def build_report(
             the forward pass at the size it says fails, the report has no FLOPs and says why.
 
     Raises:
-        ValueError: `model` is not the model that was pruned (names or shapes differ).
+        ValueError: `model` is not the model that was pruned (names or shapes differ), or what was
+            pruned is sharded (DTensor).
         RuntimeError: the forward pass at the given `input_size` failed.
     """
     _check_same(pruning, model)
@@ -177,6 +179,7 @@ class _Tally:
                     tally.smallest[p] = pruning.smallest[p]
                 continue
             weight, mask = pruning.parameters[p].detach(), pruning.masks.get(p)
+            check_whole([weight], "a report")
             tally.nonzero[p] = int(weight.count_nonzero())
             if mask is not None:
                 tally.kept[p] = int(mask.count_nonzero())
