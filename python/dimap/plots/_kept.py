@@ -84,9 +84,9 @@ def kept_ratios(
         axes.set_xlabel("layer")
     style.dress(axes)
     if title:
-        figure.suptitle(style.plain(title), fontsize=style.TEXT + 1, color=style.INK)
+        axes.set_title(style.plain(title), fontsize=style.TEXT + 1, color=style.INK)
     figure.legend(
-        loc="outside upper center", ncols=min(6, len(axes.lines)), frameon=False,
+        loc="outside upper center", ncols=min(6, len(by_kind) + 1), frameon=False,
         fontsize=style.TEXT - 0.5, handlelength=2.6, columnspacing=1.4, labelcolor=style.INK,
     )  # fmt: skip
     return style.finish(figure, path)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
-from .._report_tables import MODULES, _by_block, _leaves, _short, _tiny
+from .._report_tables import MODULES, _by_block, _short, _tiny
 from .._report_types import LayerReport, Report
 from . import _style as style
 from ._source import place_name
@@ -33,7 +33,8 @@ tr.first td { border-top: 1px solid var(--line); }
 tr.total td { border-top: 1px solid var(--line); font-weight: 600; }
 td.bar { min-width: 7rem; }
 td.bar div { height: .65rem; background: var(--bar); border-radius: 2px; }
-figure { margin: 1rem 0; } figure svg, figure img { max-width: 100%; height: auto; }
+figure { margin: 1rem 0; } figure svg { width: 100%; height: auto; }
+figure img { max-width: 100%; height: auto; }
 figure img { background: #ffffff; border-radius: 6px; }
 figcaption, .soft { color: var(--soft); font-size: .9rem; }
 """.strip()
@@ -134,11 +135,11 @@ def _layers(report: Report) -> str:
     lines = [_row("th", head + ["FLOPs"] * flops)]
     members = _by_block(report.layers)
     before: LayerReport | None = None
-    for layer, name in zip(members, _leaves([layer.name for layer in members]), strict=True):
+    for layer in members:
         first = before is None or (layer.stage, layer.block) != (before.stage, before.block)
         where = place_name(layer.stage, layer.block)
         cells = [
-            name, layer.module, f"{layer.weights:,}", f"{layer.kept:,}",
+            layer.name, layer.module, f"{layer.weights:,}", f"{layer.kept:,}",
             f"{100 * layer.density:.1f} %",
             f'<div style="width: {100 * layer.density:.1f}%"></div>',
             _tiny(layer.smallest_kept), *[_short(layer.flops)] * flops,
