@@ -64,10 +64,14 @@ def save_images(root: Path, train: int = 20, validation: int = 7, side: int = 20
     return root
 
 
-class Squares(torch.utils.data.Dataset):
-    """The same in memory; raises `error` when image number `fails_at` is asked for in all."""
+class Interrupted(Exception):
+    """What stops a run in the middle of an epoch."""
 
-    def __init__(self, count: int, fails_at: int | None = None, seed: int = 0) -> None:
+
+class Squares(torch.utils.data.Dataset):
+    """The same in memory; asking for image 5 in epoch `fails_in` interrupts."""
+
+    def __init__(self, count: int, fails_in: int | None = None, seed: int = 0) -> None:
         rng = np.random.default_rng(seed)
         self.transform: Any = None
         self.images = []
@@ -75,15 +79,17 @@ class Squares(torch.utils.data.Dataset):
             pixels = rng.integers(0, 120, (20, 20, 3), dtype=np.uint8)
             pixels[..., i % 3] += 120
             self.images.append(Image.fromarray(pixels))
-        self.fails_at, self.asked = fails_at, 0
+        self.fails_in, self.epoch = fails_in, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, i: int) -> tuple[Any, int]:
-        self.asked += 1
-        if self.asked == self.fails_at:
-            raise KeyboardInterrupt
+        if i == 5 and self.epoch == self.fails_in:
+            raise Interrupted
         return self.transform(self.images[i]), i % 3
 
 

@@ -170,32 +170,38 @@ def loader(
     from timm.data import create_loader
     from torchvision.transforms import Compose, Pad
 
-    made = create_loader(
-        dataset,
-        input_size=given.size,
-        batch_size=settings.batch_size,
-        is_training=training,
-        no_aug=not settings.augment,
-        scale=(settings.scale_min, 1.0),
-        hflip=settings.hflip,
-        vflip=settings.vflip,
-        color_jitter=cast(Any, settings.color_jitter or None),
-        auto_augment=settings.auto_augment,
-        re_prob=settings.reprob if training else 0.0,
-        re_mode=settings.remode,
-        re_count=settings.recount,
-        interpolation="random" if training and settings.augment else given.interpolation,
-        mean=given.mean,
-        std=given.std,
-        crop_pct=given.crop_pct,
-        num_workers=settings.workers,
-        distributed=processes.world > 1,
-        pin_memory=processes.device.type == "cuda",
-        device=processes.device,
-        # Workers that lived on would go on with random numbers of earlier epochs, which a resumed
-        # run does not have.
-        persistent_workers=False,
-    )
+    try:
+        made = create_loader(
+            dataset,
+            input_size=given.size,
+            batch_size=settings.batch_size,
+            is_training=training,
+            no_aug=not settings.augment,
+            scale=(settings.scale_min, 1.0),
+            hflip=settings.hflip,
+            vflip=settings.vflip,
+            color_jitter=cast(Any, settings.color_jitter or None),
+            auto_augment=settings.auto_augment,
+            re_prob=settings.reprob if training else 0.0,
+            re_mode=settings.remode,
+            re_count=settings.recount,
+            interpolation="random" if training and settings.augment else given.interpolation,
+            mean=given.mean,
+            std=given.std,
+            crop_pct=given.crop_pct,
+            num_workers=settings.workers,
+            distributed=processes.world > 1,
+            pin_memory=processes.device.type == "cuda",
+            device=processes.device,
+            # Workers that lived on would go on with random numbers of earlier epochs, which a resumed
+            # run does not have.
+            persistent_workers=False,
+        )
+    except (AssertionError, KeyError, RuntimeError, ValueError) as error:
+        raise ValueError(
+            "timm must be able to load images with these settings, got "
+            f"{type(error).__name__}: {error}"
+        ) from error
     *steps, to_array = dataset.transform.transforms
     _mend_posterize(steps)
     first = [ToMode("RGB"), *([Pad(settings.pad)] if settings.pad else [])]

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..holding import Holding
+from ..holding import Holding, hold_masks
 from ._data import own_images
 from ._loss import distilled, make_loss, make_mixup, teach
 from ._processes import Processes, reduce_loss
 from .settings import Settings
 
+# timm's, each a function of the number of steps alone.
+SCHEDULES = ("cosine", "tanh", "step", "multistep", "poly")
 LOOK = 20  # steps from one look at the loss to the next: a look waits for the device
 
 
@@ -156,3 +158,66 @@ def grouped(loader: Any, size: int) -> Iterator[list[Any]]:
             batches = []
     if batches:
         yield batches
+
+
+def make_trainer(
+    model: nn.Module,
+    teacher: nn.Module | None,
+    masks: Mapping[str, Tensor],
+    classes: int,
+    batches: int,
+    processes: Processes,
+    settings: Settings,
+) -> Trainer:
+    """Everything that training needs, with the masks held from here on.
+
+    Raises ValueError for an optimizer or a schedule that timm does not have.
+    """
+    from timm.optim import create_optimizer_v2, list_optimizers
+    from timm.scheduler import create_scheduler_v2
+    from timm.utils import ModelEmaV3
+
+    model.to(processes.device)
+    if teacher is not None:
+        teacher.to(processes.device).eval().requires_grad_(False)
+    if settings.opt not in list_optimizers():
+        raise ValueError(f"opt must be an optimizer of timm, got {settings.opt!r}")
+    if settings.sched not in SCHEDULES:
+        raise ValueError(f"sched must be one of {', '.join(SCHEDULES)}, got {settings.sched!r}")
+    optimizer = create_optimizer_v2(
+        model,
+        opt=settings.opt,
+        lr=settings.lr,
+        weight_decay=settings.weight_decay,
+        momentum=settings.momentum,
+        layer_decay=settings.layer_decay,
+    )
+    holding = hold_masks(model, masks, optimizer)
+    scheduler = None
+    if settings.epochs:
+        scheduler, _ = create_scheduler_v2(
+            optimizer,
+            sched=settings.sched,
+            # Rising first, then the whole of the schedule: the rate does not jump between them.
+            num_epochs=settings.epochs - settings.warmup,
+            warmup_prefix=True,
+            warmup_epochs=settings.warmup,
+            warmup_lr=settings.warmup_lr,
+            min_lr=settings.min_lr,
+            step_on_epochs=False,
+            updates_per_epoch=-(-batches // settings.accumulate),
+        )
+    forward = processes.wrap(model)
+    return Trainer(
+        model=model,
+        forward=cast(nn.Module, torch.compile(forward)) if settings.compile else forward,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        scaler=torch.amp.GradScaler(processes.device.type, enabled=settings.amp == "float16"),
+        ema=ModelEmaV3(model, decay=settings.ema) if settings.ema is not None else None,
+        holding=holding,
+        teacher=teacher,
+        classes=classes,
+        processes=processes,
+        settings=settings,
+    )

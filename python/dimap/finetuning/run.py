@@ -7,18 +7,16 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from ..holding import hold_masks
 from . import _data, _model
 from ._display import Display, TensorBoard, line, writer_class
-from ._processes import Processes, join, seed_epoch
+from ._processes import join, seed_epoch
 from ._state import BEST, LAST, Folder, fingerprint
-from ._training import Trainer
-from .settings import Settings, make_settings
+from ._training import Trainer, make_trainer
+from .settings import make_settings
 
 
 @dataclass(frozen=True)
@@ -127,16 +125,16 @@ def finetune(
             **settings.to_dict(),
             "processes": processes.world,
             "data": str(data) if not isinstance(data, tuple) else "data sets",
+            "train_split": train_split,
+            "val_split": val_split,
+            "class_map": class_map,
             "masks": fingerprint(held),
             "teacher": fingerprint(taught_by.state_dict()) if taught_by is not None else None,
+            "weights": fingerprint(source.model.state_dict()),
         }
-        if folder.state is None:
-            identity["weights"] = fingerprint(source.model.state_dict())
-        elif isinstance(model, nn.Module):
-            identity["weights"] = folder.state["identity"]["weights"]  # trained in place by now
-        else:
-            identity["weights"] = fingerprint(source.model.state_dict())
         if folder.state is not None:
+            if isinstance(model, nn.Module):  # it was trained in place, maybe
+                identity["weights"] = folder.state["identity"]["weights"]
             folder.check_same(identity)
         loaders = tuple(
             _data.loader(dataset, given, settings, processes, training=training)
@@ -147,7 +145,7 @@ def finetune(
                 f"batch_size must be at most the training images of a process, got "
                 f"{settings.batch_size} for {len(images.train)} images and {processes.world} processes"
             )
-        trainer = _trainer(
+        trainer = make_trainer(
             source.model, taught_by, held, classes, len(loaders[0]), processes, settings
         )
         return _run(trainer, loaders, source.metadata, identity, folder, tensorboard, progress)
@@ -162,62 +160,6 @@ def _need_timm() -> None:
                 f"fine-tuning needs the package {package}: pip install 'dimap[finetune]'",
                 name=package,
             ) from error
-
-
-def _trainer(
-    model: nn.Module,
-    teacher: nn.Module | None,
-    masks: Mapping[str, Tensor],
-    classes: int,
-    batches: int,
-    processes: Processes,
-    settings: Settings,
-) -> Trainer:
-    """Everything that training needs, with the masks held from here on."""
-    from timm.optim import create_optimizer_v2
-    from timm.scheduler import create_scheduler_v2
-    from timm.utils import ModelEmaV3
-
-    model.to(processes.device)
-    if teacher is not None:
-        teacher.to(processes.device).eval().requires_grad_(False)
-    optimizer = create_optimizer_v2(
-        model,
-        opt=settings.opt,
-        lr=settings.lr,
-        weight_decay=settings.weight_decay,
-        momentum=settings.momentum,
-        layer_decay=settings.layer_decay,
-    )
-    holding = hold_masks(model, masks, optimizer)
-    scheduler = None
-    if settings.epochs:
-        scheduler, _ = create_scheduler_v2(
-            optimizer,
-            sched=settings.sched,
-            # Rising first, then the whole of the schedule: the rate does not jump between them.
-            num_epochs=settings.epochs - settings.warmup,
-            warmup_prefix=True,
-            warmup_epochs=settings.warmup,
-            warmup_lr=settings.warmup_lr,
-            min_lr=settings.min_lr,
-            step_on_epochs=False,
-            updates_per_epoch=-(-batches // settings.accumulate),
-        )
-    forward = processes.wrap(model)
-    return Trainer(
-        model=model,
-        forward=cast(nn.Module, torch.compile(forward)) if settings.compile else forward,
-        optimizer=optimizer,
-        scheduler=scheduler,
-        scaler=torch.amp.GradScaler(processes.device.type, enabled=settings.amp == "float16"),
-        ema=ModelEmaV3(model, decay=settings.ema) if settings.ema is not None else None,
-        holding=holding,
-        teacher=teacher,
-        classes=classes,
-        processes=processes,
-        settings=settings,
-    )
 
 
 def _run(

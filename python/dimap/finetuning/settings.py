@@ -33,7 +33,7 @@ class Settings:
         None, SCHEDULE, "Epochs in which the rate rises; half of all if not given.", at_least=0
     )
     warmup_lr: float = _option(2e-8, SCHEDULE, "Learning rate at the start.", at_least=0)
-    sched: str = _option("cosine", SCHEDULE, "Schedule, by timm's name.")
+    sched: str = _option("cosine", SCHEDULE, "Schedule: cosine, tanh, step, multistep or poly.")
 
     batch_size: int = _option(128, OPTIMIZER, "Images of one process in one batch.", at_least=1)
     accumulate: int = _option(1, OPTIMIZER, "Batches for one step of the optimizer.", at_least=1)
