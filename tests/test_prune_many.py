@@ -411,15 +411,15 @@ cli.main()
 
 
 @linux
-@pytest.mark.parametrize("moment", [1, 2, 3, 4])
+@pytest.mark.parametrize("moment", [2, 3, 4])
 def test_killed_and_continued(run, moment):
-    """Killed before a line "begun", and when an output is there but not told done."""
+    """Killed before a line "begun", or when an output is there but not told done."""
     command = [sys.executable, "-c", KILLED, str(moment), "prune", *ALL]
     ended = subprocess.run([*command, "--out-dir", "out", "-s", "0.5"], capture_output=True)
     assert ended.returncode == -signal.SIGKILL
     assert len([name for name in ALL if os.path.exists(f"out/{name}")]) == moment // 2
     before = inodes()
-    done = [line["out"] for line in lines() if line["state"] == "done"] if moment > 1 else []
+    done = [line["out"] for line in lines() if line["state"] == "done"]
     told, _ = run(*ALL)
     assert [name for name, state in states(told).items() if state == "done before"] == done
     kept = {p: i for p, i in before.items() if p.parts[1] in done}
@@ -432,7 +432,7 @@ def test_killed_and_continued(run, moment):
 WAITING = "waiting.safetensors"  # a pipe that nobody writes to
 
 
-def wait_for(condition, seconds=60):
+def wait_for(condition, seconds=180):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited for too long"
@@ -451,18 +451,13 @@ def test_several_at_a_time_and_one_process_is_killed(run, here):
     os.mkdir("out")
     job = Job(Path("out"), Settings(0.5, {}, "module", "layer"))
 
-    def kill():
-        wait_for(
-            lambda: sum(r["state"] == "done" for r in Manifest(Path("out")).read().values()) == 3
-        )
-        wait_for(begun(WAITING))
-        for process in multiprocessing.active_children():
-            process.kill()
-
-    killer = threading.Thread(target=kill)
-    killer.start()
-    outcomes = {o.source: o for o in prune_all(job, iter([(item, None) for item in items]), 2)}
-    killer.join()
+    outcomes = {}
+    for outcome in prune_all(job, iter([(item, None) for item in items]), 2):
+        outcomes[outcome.source] = outcome
+        if len(outcomes) == len(ALL):  # the other process has nothing left to do
+            wait_for(begun(WAITING))
+            for process in multiprocessing.active_children():
+                process.kill()
     assert "was ended by signal 9, as where memory runs out" in outcomes.pop(WAITING).error
     assert {o.state for o in outcomes.values()} == {"done"}
     assert same(load_file("out/a.safetensors"), pruned(1))
