@@ -594,16 +594,15 @@ def test_report_page_loads_nothing(run, tmp_path):
         Image.open(io.BytesIO(mask)).verify()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_report_folder_is_the_same_from_a_stream_and_from_memory(run, tmp_path, dtype):
-    state = swin(dtype=dtype)
+def test_pictures_are_the_same_from_a_stream_and_from_memory(run, tmp_path):
+    state = swin(dtype=torch.bfloat16)
     save_file(state, "in.safetensors")
     torch.save(state, "in.pth")
     run("prune", "in.safetensors", "a.safetensors", "-s", 0.45, "--report", "a")
     run("prune", "in.pth", "b.pth", "-s", 0.45, "--report", "b")
-    for name in FILES:
+    for name in (name for name in FILES if name.endswith(".png")):
         a, b = ((tmp_path / folder / name).read_bytes() for folder in "ab")
-        assert name == "report.json" or a == b or name == "index.html", name
+        assert a == b, name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
