@@ -1,4 +1,7 @@
-"""Processes of a gloo group that run functions of the tests: started once, used by many tests."""
+"""Processes of a gloo group that run functions of the tests: started once, used by many tests.
+
+All are forked from one process that has imported what they need, which takes seconds.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,22 @@ import socket
 import traceback
 from datetime import timedelta
 
-WAIT = 60  # seconds for any answer
+WAIT = 120  # seconds for any answer
+PRELOAD = [
+    "dimap.cli",
+    "dimap._dtensor",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor.parallel",
+]
+
+
+def start(function, *args):
+    """function(*args) in a process of its own."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    process = context.Process(target=function, args=args, daemon=True)
+    process.start()
+    return process
 
 
 def free_port():
@@ -43,15 +61,12 @@ class Group:
     """`size` ranks. Calls give one result for each rank, in their order."""
 
     def __init__(self, size):
-        context = multiprocessing.get_context("spawn")
         port = free_port()
         self.size, self.pipes, self.processes = size, [], []
         for rank in range(size):
-            mine, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, size, port, theirs), daemon=True)
-            process.start()
+            mine, theirs = multiprocessing.Pipe()
             self.pipes.append(mine)
-            self.processes.append(process)
+            self.processes.append(start(_serve, rank, size, port, theirs))
 
     def outcomes(self, function, *args):
         """(result, None), or (name of the exception, its message and traceback), of each rank."""

@@ -11,11 +11,11 @@ from contextlib import ExitStack
 import pytest
 import torch
 import torch.distributed as dist
-from dimap import _stream_cut, _stream_io, _stream_job
+from dimap import _stream_cut, _stream_io, _stream_job, cli
 from dimap._distributed import Group as Ranks
 from dimap._distributed import launched
 from dimap.stream import prune_checkpoint, pruning_checkpoint
-from ranks import Group, environment, free_port
+from ranks import Group, environment, free_port, start
 from safetensors.torch import save_file
 from test_stream import CASES, DTYPES, shards, vit
 
@@ -235,22 +235,23 @@ def test_ranks_with_other_settings(group, tmp_path):
 
 # A rank that is gone; the command
 
-COMMAND = """
-import os, signal, sys
-from dimap import _stream_job, cli
-when, number = sys.argv[1], int(sys.argv[2])
-method = {"surveying": "check_agreement", "writing": "_write_piece"}[when]
-before = getattr(_stream_job.Job, method)
-def gone(self, *args):
-    before(self, *args)
-    os.kill(os.getpid(), number)
-if number:
-    setattr(_stream_job.Job, method, gone)
-import torch.distributed
-print("ready", flush=True)
-sys.stdin.readline()
-cli.app(sys.argv[3:])
-"""
+
+def run_command(folder, rank, port, timeout, gone, when, number):
+    """`dimap prune`, without torchrun; the rank that goes does it in the middle of the work."""
+    os.environ.update(environment(rank, 3, port) | {"DIMAP_RANK_TIMEOUT": str(timeout)})
+    os.chdir(folder)
+    os.dup2(os.open(f"error {rank}", os.O_CREAT | os.O_WRONLY), 2)
+    method = {"surveying": "check_agreement", "writing": "_write_piece"}[when]
+    before = getattr(_stream_job.Job, method)
+
+    def go(self, *args):
+        before(self, *args)
+        os.kill(os.getpid(), number)
+
+    if rank == gone:
+        setattr(_stream_job.Job, method, go)
+    arguments = ["prune", IN, OUT, "-s", "0.5", "--report", "report.json"]
+    cli.app(arguments)
 
 
 @pytest.mark.parametrize(
@@ -259,33 +260,23 @@ cli.app(sys.argv[3:])
     ids=["first rank killed", "last rank killed", "a rank hangs"],
 )  # fmt: skip
 def test_a_rank_that_is_gone_stops_the_others(tmp_path, gone, when, number):
-    """Without torchrun, which would end them itself."""
-    save_file(vit(), tmp_path / "in.safetensors")
-    port, processes = free_port(), []
-    timeout = "6" if number == signal.SIGSTOP else "300"
-    for rank in range(3):
-        command = [sys.executable, "-c", COMMAND, when, str(int(number) if rank == gone else 0)]
-        command += ["prune", "in.safetensors", "out.safetensors", "-s", "0.5"]
-        command += ["--report", "report.json"]
-        env = {**os.environ, **environment(rank, 3, port), "DIMAP_RANK_TIMEOUT": timeout}
-        pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-        processes.append(subprocess.Popen(command, cwd=tmp_path, env=env, text=True, **pipes))
+    save_file(vit(), tmp_path / IN)
+    port, timeout = free_port(), 6 if number == signal.SIGSTOP else 300
+    processes = [
+        start(run_command, tmp_path, rank, port, timeout, gone, when, number) for rank in range(3)
+    ]
     try:
-        for process in processes:
-            assert process.stdout.readline() == "ready\n"
-        for process in processes:  # all at once, so that the timeout is not spent on starting
-            process.stdin.write("\n")
-            process.stdin.flush()
         for rank, process in enumerate(processes):
             if rank != gone:
-                _, error = process.communicate(timeout=60)
-                assert process.returncode == 1
+                process.join(60)
+                assert process.exitcode == 1
+                error = (tmp_path / f"error {rank}").read_text()
                 assert "all 3 ranks must answer in time, got none of another rank" in error
     finally:
         for process in processes:
             process.kill()
-            process.wait()
-    nothing_but(tmp_path, "in.safetensors")
+            process.join()
+    nothing_but(tmp_path, IN, "error 0", "error 1", "error 2")
 
 
 def test_torchrun(tmp_path):
