@@ -261,7 +261,7 @@ def run_command(folder, rank, port, timeout, gone, when, number):
 )  # fmt: skip
 def test_a_rank_that_is_gone_stops_the_others(tmp_path, gone, when, number):
     save_file(vit(), tmp_path / IN)
-    port, timeout = free_port(), 6 if number == signal.SIGSTOP else 300
+    port, timeout = free_port(), 4 if number == signal.SIGSTOP else 300
     processes = [
         start(run_command, tmp_path, rank, port, timeout, gone, when, number) for rank in range(3)
     ]

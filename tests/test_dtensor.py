@@ -249,8 +249,11 @@ def count_sharded(folder):
 # The tests
 
 
-@pytest.mark.parametrize("step", [0.0, 0.01], ids=["distinct", "ties"])
-@pytest.mark.parametrize("kind", ["rows", "columns", "replicated", "mixed"])
+@pytest.mark.parametrize(
+    ("kind", "step"),
+    [("rows", 0.0), ("rows", 0.01), ("columns", 0.01), ("replicated", 0.01), ("mixed", 0.01)],
+    ids=["rows", "rows with ties", "columns with ties", "replicated", "mixed"],
+)
 def test_masks_of_the_whole(group, kind, step):
     if group.size == 4:
         pytest.skip("two and three ranks tell")
