@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "../energy.h"
+#include "rows.h"
 
 namespace dimap::cpu {
 
@@ -64,6 +65,7 @@ struct Kernels {
   const char* name;
   DecideFn decide[3];  // by DType
   ZeroFn zero[3];
+  ScoreRowsFn score_rows;
 };
 
 extern const Kernels kPortable;

@@ -138,6 +138,7 @@ const Kernels kAvx2 = {
     "avx2",
     {decide_any<DType::kFloat32>, decide_any<DType::kBFloat16>, decide_any<DType::kFloat16>},
     {zero<DType::kFloat32>, zero<DType::kBFloat16>, zero<DType::kFloat16>},
+    score_rows_avx2,
 };
 
 }  // namespace dimap::cpu

@@ -167,6 +167,7 @@ const Kernels kAvx512 = {
     "avx512",
     {decide_any<DType::kFloat32>, decide_any<DType::kBFloat16>, decide_any<DType::kFloat16>},
     {zero<DType::kFloat32>, zero<DType::kBFloat16>, zero<DType::kFloat16>},
+    score_rows_avx512,
 };
 
 }  // namespace dimap::cpu

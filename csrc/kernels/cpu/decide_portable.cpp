@@ -19,6 +19,7 @@ const Kernels kPortable = {
     "portable",
     {decide<DType::kFloat32>, decide<DType::kBFloat16>, decide<DType::kFloat16>},
     {zero<DType::kFloat32>, zero<DType::kBFloat16>, zero<DType::kFloat16>},
+    score_rows_portable,
 };
 
 }  // namespace dimap::cpu
