@@ -7,7 +7,7 @@
 #include <utility>
 
 #include "chunks.h"
-#include "fresh_memory.h"
+#include "large_pages.h"
 
 namespace dimap::cpu {
 namespace {
@@ -117,7 +117,6 @@ void Parted::hand_back() {
     for_type(piece.tensor->dtype, [&]<DType kType>() {
       const auto* w = weights_of<kType>(piece);
       float* out = piece.scores + piece.offset;
-      populate(out, static_cast<size_t>(piece.n) * sizeof(float));
       for (int64_t i = 0; i < piece.n; ++i) {
         const uint32_t b = key_of<kType>(w[i]) >> kBucketShift;
         auto* cursor = static_cast<const float*>(cursors[b]);

@@ -5,7 +5,7 @@
 #include <stdexcept>
 #include <vector>
 
-#include "fresh_memory.h"
+#include "large_pages.h"
 #include "score_layer.h"
 #include "survey.h"
 

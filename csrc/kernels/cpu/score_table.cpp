@@ -2,7 +2,6 @@
 #include <mutex>
 #include <vector>
 
-#include "fresh_memory.h"
 #include "score_layer.h"
 
 namespace dimap::cpu {
@@ -52,7 +51,6 @@ void score_typed(std::span<const Piece> pieces, const Pool& pool) {
     const Piece& piece = pieces[p];
     const auto* w = weights_of<kType>(piece);
     float* out = piece.scores + piece.offset;
-    populate(out, static_cast<size_t>(piece.n) * sizeof(float));
     for (int64_t i = 0; i < piece.n; ++i) out[i] = table[w[i] & 0x7FFF];
   });
 }
