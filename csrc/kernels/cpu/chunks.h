@@ -10,7 +10,7 @@
 namespace dimap::cpu {
 
 struct Chunk {
-  static constexpr int64_t kWeights = 1 << 17;
+  static constexpr int64_t kWeights = 1 << 16;  // so that a position in it takes 16 bits
 
   int32_t tensor;
   int32_t layer, module;

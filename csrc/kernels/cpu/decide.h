@@ -36,7 +36,7 @@ struct Grid {
 
 struct Decided {
   uint32_t* keys = nullptr;       // set aside: key and
-  uint32_t* positions = nullptr;  // index of the weight in this call; both with room for n + kSlack
+  uint16_t* positions = nullptr;  // index of the weight in this call; both with room for n + kSlack
   int64_t aside = 0;              // how many
   int64_t kept = 0;
   int64_t atoms = 0;
@@ -55,7 +55,7 @@ struct Decided {
   }
 };
 
-// weights: [n]; mask: [n] bytes, 1 where kept or guessed so and 0 elsewhere, or null. n < 2^32.
+// weights: [n]; mask: [n] bytes, 1 where kept or guessed so and 0 elsewhere, or null. n <= 65,536.
 using DecideFn = void (*)(const void* weights, int64_t n, const Bracket& bracket, uint8_t* mask, Decided& out);
 
 // Zeroes the weights with key < keep_from, but for those equal to `tie`.

@@ -102,7 +102,7 @@ void decide(const storage_t<kType>* weights, int64_t n, const Bracket& bracket, 
       for (uint32_t bits = between; bits; bits &= bits - 1) {
         const int lane = __builtin_ctz(bits);
         out.keys[aside] = keys[lane];
-        out.positions[aside++] = static_cast<uint32_t>(i + lane);
+        out.positions[aside++] = static_cast<uint16_t>(i + lane);
       }
     }
   }

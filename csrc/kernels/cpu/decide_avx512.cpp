@@ -126,14 +126,15 @@ void decide(const storage_t<kType>* weights, int64_t n, const Bracket& bracket, 
         const auto inside = static_cast<__mmask16>(between >> (16 * j));
         const __m512i index = _mm512_add_epi32(lanes, _mm512_set1_epi32(static_cast<int>(i + 16 * j)));
         _mm512_storeu_si512(out.keys + aside, _mm512_maskz_compress_epi32(inside, key[j]));
-        _mm512_storeu_si512(out.positions + aside, _mm512_maskz_compress_epi32(inside, index));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(out.positions + aside),
+                            _mm512_cvtepi32_epi16(_mm512_maskz_compress_epi32(inside, index)));
         aside += __builtin_popcount(inside);
       }
     } else {
       for (; between; between &= between - 1) {
         const int64_t at = i + __builtin_ctzll(between);
         out.keys[aside] = key_of<kType>(weights[at]);
-        out.positions[aside++] = static_cast<uint32_t>(at);
+        out.positions[aside++] = static_cast<uint16_t>(at);
       }
     }
   }

@@ -28,7 +28,7 @@ inline void decide_range(const storage_t<kType>* weights, int64_t first, int64_t
     kept += keep;
     if (mask) mask[i] = key >= marked && !is_atom;
     out.keys[aside] = key;
-    out.positions[aside] = static_cast<uint32_t>(i);
+    out.positions[aside] = static_cast<uint16_t>(i);
     aside += set_aside;
     if (keep) {
       if (key >= grid.limit) {

@@ -9,7 +9,8 @@ namespace {
 
 // Runs the deciding loop for a cut that leaves nothing to set aside.
 Decided run(const Problem& problem, const Chunk& chunk, const Bracket& bracket, uint8_t* mask) {
-  uint32_t keys[Decided::kSlack], positions[Decided::kSlack];
+  uint32_t keys[Decided::kSlack];
+  uint16_t positions[Decided::kSlack];
   ExponentSums outliers;
   Decided out;
   out.keys = keys, out.positions = positions, out.outliers = &outliers;
@@ -67,7 +68,8 @@ class Emitter {
 
   // The reading has marked what lies above the bracket, and from its guess on; puts right what was guessed wrong.
   void mark_aside(const Chunk& chunk, const Cut& cut, uint8_t* mask) const {
-    const uint32_t *keys = reading_->keys(chunk), *positions = reading_->positions(chunk);
+    const uint32_t* keys = reading_->keys(chunk);
+    const uint16_t* positions = reading_->positions(chunk);
     const uint32_t from = cut_of(chunk, cut).keep_from, guess = reading_->brackets[chunk.layer].guess;
     const uint32_t first = std::min(from, guess), wrong = std::max(from, guess) - first;
     const uint8_t kept = from < guess;
@@ -132,7 +134,13 @@ void zero(const Problem& problem, std::span<const Cut> cuts, std::span<int64_t> 
           std::span<const uint8_t> read, const Pool& pool) {
   Emitter emitter(problem, cuts, reading, read, pool);
   emitter.share(quota);
-  emitter.for_chunks([&](const Chunk& chunk, const Cut& cut) { emitter.write_zeros(chunk, cut); });
+  // From the end: what was read last may still be in the cache.
+  const std::span<Chunk> chunks = emitter.chunks();
+  const auto n = static_cast<int64_t>(chunks.size());
+  pool.for_each(n, [&](int64_t c, int) {
+    const Chunk& chunk = chunks[static_cast<size_t>(n - 1 - c)];
+    emitter.write_zeros(chunk, cuts[chunk.layer]);
+  });
 }
 
 }  // namespace dimap::cpu

@@ -1,6 +1,7 @@
 #include "engine.h"
 
 #include <algorithm>
+#include <bit>
 #include <numeric>
 #include <stdexcept>
 
@@ -14,7 +15,9 @@ namespace {
 
 // Tuning, as data: measured with benchmarks/bench_select.py.
 constexpr struct {
-  int64_t bins = 1024;                      // of a window over what was set aside
+  int64_t bins = 1024;                      // of a window over what was set aside, at most,
+  int64_t bins_least = 64;                  // at least,
+  double bins_share = 1.0 / 16;             // and for each weight set aside
   int64_t survey_bins = 4096;               // of a window over all weights, at most
   int64_t survey_bytes = int64_t{8} << 20;  // all tables of a survey, about
   int64_t aside_share = 16;                 // at most one weight in this many is set aside, and
@@ -39,7 +42,8 @@ class Decision {
         problem_(problem),
         pool_(pool),
         reading_(problem, {}, pool),
-        read_(problem.layers()) {
+        read_(problem.layers()),
+        bins_(problem.layers()) {
     read_once(masks);
     solve_all();
     for (size_t l = 0; l < problem.layers(); ++l) read_[l] = read_[l] && suffices(l);
@@ -57,6 +61,14 @@ class Decision {
   }
 
  private:
+  // Tables of small layers must not take more room than what they count.
+  int64_t bins_of(double aside, const Bracket& bracket) const {
+    auto bins = static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(aside * kTuning.bins_share) + 1));
+    bins = std::clamp(bins, kTuning.bins_least, kTuning.bins);
+    const bool wide = (bracket.high >> 23) - (bracket.low >> 23) >= static_cast<uint32_t>(kTuning.bins_least) / 2;
+    return wide ? std::max<int64_t>(bins, kMinBins) : bins;
+  }
+
   void read_once(std::span<uint8_t* const> masks) {
     const int64_t total = std::accumulate(problem_.module_total.begin(), problem_.module_total.end(), int64_t{0});
     const int64_t budget = total / kTuning.aside_share + kTuning.aside_least;
@@ -68,6 +80,7 @@ class Decision {
       const bool whole = problem_.keep[m] == problem_.module_total[m] && problem_.keep[m] > 0;
       read_[l] = !whole && guess.aside[l] <= kTuning.layer_share * static_cast<double>(problem_.layer_total[l]) + 64;
       if (read_[l]) expected += guess.aside[l];
+      bins_[l] = bins_of(guess.aside[l], guess.brackets[l]);
     }
     reading_.brackets = std::move(guess.brackets);
     if (expected > static_cast<double>(budget) || !reading_.read(read_, masks, budget))
@@ -85,21 +98,23 @@ class Decision {
       const Bracket& b = reading_.brackets[l];
       const int unit = problem_.layer_granularity[l];
       layers[problem_.layer_module[l]].push_back(static_cast<int32_t>(l));
-      windows[l] = read_[l] ? window_over(b.low, std::max(b.low, b.high - 1), kTuning.bins, unit)
+      windows[l] = read_[l] ? window_over(b.low, std::max(b.low, b.high - 1), bins_[l], unit)
                             : window_over(0, kNonFinite - 1, survey_bins, unit);
     }
     Flags open(problem_.modules(), 1);
     std::vector<LayerTable> tables(problem_.layers());
-    std::vector<Bin> bins(problem_.layers() * static_cast<size_t>(kTuning.bins));
+    std::vector<int64_t> first(problem_.layers() + 1);
+    std::partial_sum(bins_.begin(), bins_.end(), first.begin() + 1);
+    std::vector<Bin> bins(static_cast<size_t>(first.back()));
     for (int round = 0; any(open); ++round) {
       if (round == kTuning.rounds) throw std::logic_error("dimap: the cuts did not converge");
       Flags surveyed(problem_.layers());
       for (size_t l = 0; l < problem_.layers(); ++l) surveyed[l] = open[problem_.layer_module[l]] && !read_[l];
       pool_.for_each(count, [&](int64_t l, int) {
         if (!open[problem_.layer_module[l]] || !read_[l]) return;
-        tables[l] = reading_.table(
-            static_cast<int32_t>(l), windows[l],
-            std::span(bins).subspan(static_cast<size_t>(l * kTuning.bins), static_cast<size_t>(kTuning.bins)));
+        tables[l] =
+            reading_.table(static_cast<int32_t>(l), windows[l],
+                           std::span(bins).subspan(static_cast<size_t>(first[l]), static_cast<size_t>(bins_[l])));
       });
       Survey seen;
       if (any(surveyed)) {
@@ -148,6 +163,7 @@ class Decision {
   const Pool& pool_;
   Reading reading_;
   Flags read_;
+  std::vector<int64_t> bins_;  // [layers] of a window over what was set aside
 };
 
 }  // namespace

@@ -18,7 +18,8 @@ void Aside::reserve(int64_t n) {
   if (n <= capacity_) return;
   const int64_t capacity = std::max(n, capacity_ * 3 / 2);
   const auto grow = [&](auto& array) {
-    auto* p = static_cast<uint32_t*>(std::realloc(array.get(), static_cast<size_t>(capacity) * 4));
+    using T = std::remove_pointer_t<decltype(array.get())>;
+    auto* p = static_cast<T*>(std::realloc(array.get(), static_cast<size_t>(capacity) * sizeof(T)));
     if (p == nullptr) throw std::bad_alloc();
     array.release();
     array.reset(p);
@@ -93,7 +94,8 @@ LayerTable Reading::table(int32_t layer, Window window, std::span<Bin> bins) con
   LayerSums sums;
   const Bracket inner{window.base, static_cast<uint32_t>(std::min<uint64_t>(end, kNonFinite)), Bracket::kNoAtom};
   const bool whole = inner.low <= bracket.low && inner.high >= bracket.high;
-  std::vector<uint32_t> inside, positions;
+  std::vector<uint32_t> inside;
+  std::vector<uint16_t> positions;
   for (const int32_t c : chunks_of_layer_[layer]) {
     const Chunk& chunk = chunks[c];
     const uint32_t* key = keys(chunk);

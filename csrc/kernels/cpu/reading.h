@@ -20,14 +20,15 @@ class Aside {
  public:
   void reserve(int64_t n);
   uint32_t* keys() { return keys_.get(); }
-  uint32_t* positions() { return positions_.get(); }
+  uint16_t* positions() { return positions_.get(); }
   int64_t used = 0;
 
  private:
   struct Free {
-    void operator()(uint32_t* p) const { std::free(p); }
+    void operator()(void* p) const { std::free(p); }
   };
-  std::unique_ptr<uint32_t[], Free> keys_, positions_;
+  std::unique_ptr<uint32_t[], Free> keys_;
+  std::unique_ptr<uint16_t[], Free> positions_;
   int64_t capacity_ = 0;
 };
 
@@ -68,7 +69,7 @@ class Reading {
   std::vector<Bracket> brackets;
   std::vector<LayerSums> layers;
   const uint32_t* keys(const Chunk& c) const { return aside_[c.worker]->keys() + c.begin; }
-  const uint32_t* positions(const Chunk& c) const { return aside_[c.worker]->positions() + c.begin; }
+  const uint16_t* positions(const Chunk& c) const { return aside_[c.worker]->positions() + c.begin; }
 
  private:
   const Problem& problem_;
