@@ -81,7 +81,7 @@ def test_the_report_fills_the_page(folder: Path) -> None:
     text = page.read_text()
     assert "| weights removed | 50 % | 90 % |" in text
     assert "| less `lamp` |" in text
-    for name in ("accuracy.png", "scopes.png"):
+    for name in ("paper-accuracy.png", "paper-scopes.png"):
         assert (folder / "images" / name).stat().st_size > 5000
 
 

@@ -24,11 +24,11 @@ LOOKS: dict[str, tuple[str, str, Any]] = {
 def draw(run: Run, folder: Path) -> list[Path]:
     """Write every plot that the results allow; their paths."""
     folder.mkdir(parents=True, exist_ok=True)
-    made = [folder / "accuracy.png", folder / "scopes.png"]
+    made = [folder / "paper-accuracy.png", folder / "paper-scopes.png"]
     accuracy_curves(accuracy_rows(run), made[0], title="A small Swin on Fashion-MNIST, three seeds")
     scopes(run, made[1])
     if rows := feature_rows(run):
-        made.append(folder / "features.png")
+        made.append(folder / "paper-features.png")
         accuracy_curves(
             rows,
             made[-1],
