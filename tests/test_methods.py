@@ -352,7 +352,9 @@ def test_bad_data_for_saliencies(model: Net, data, method) -> None:
         method(model, [], patterns=PATTERNS)
     with pytest.raises(ValueError, match=r"loss must give a scalar tensor, got \(8, 3\)"):
         method(model, data, lambda out, _: out, patterns=PATTERNS)
-    with pytest.raises(TypeError, match=r"model must be an nn\.Module, to have gradients, got dict"):
+    with pytest.raises(
+        TypeError, match=r"model must be an nn\.Module, to have gradients, got dict"
+    ):
         method(weights_of(model), data, patterns=PATTERNS)
     assert model.training
 

@@ -159,10 +159,10 @@ def prune(
 
     OUT appears complete or not at all. Metadata, dtypes and a folder's other files are kept.
 
-    With --out-dir many checkpoints are pruned. What is done is told in DIR/dimap-manifest.jsonl,
-    with SHA-256 of inputs and outputs: the same command continues after a crash and does again
-    only what was not done, or has changed. A checkpoint that fails is told, the others go on, and
-    the exit code is 1.
+    With --out-dir many checkpoints are pruned. DIR/dimap-manifest.jsonl tells what is done, with
+    the SHA-256 of inputs and outputs: after a crash the same command continues and does nothing
+    again. Where the settings, an IN or an OUT are other than told there, OUT is kept; --force
+    replaces it. One that fails is told and the others go on; the exit code is then 1.
 
     Under torchrun its processes share the checkpoints, or the one checkpoint.
     """
