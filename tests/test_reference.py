@@ -42,6 +42,13 @@ def test_exact_sum_against_fractions() -> None:
         assert s == float(x * x) / energy
 
 
+def test_exact_sum_where_a_term_cancels_a_partial_sum() -> None:
+    # Before the last four, the sum is 1 + 2^-52 with -2^-54 beside it; those four together are 2^-54.
+    w = torch.tensor([1.0] + 3 * [2.0**-27] + 4 * [2.0**-28])
+    (scores,) = reference.score64([w], [0])
+    assert scores[-1].item() == 2.0**-56 / (1 + 2.0**-52)
+
+
 def test_lamp_agrees_where_there_are_no_ties() -> None:
     # Lee et al. 2021: sort ascending, w² over the sum of the squares from it on.
     torch.manual_seed(0)

@@ -42,7 +42,7 @@ def _add(partials: list[float], value: float, times: int) -> None:
     for term in terms:
         i = 0
         for partial in partials:
-            x, y = max(term, partial, key=abs), min(term, partial, key=abs)
+            x, y = (term, partial) if abs(term) >= abs(partial) else (partial, term)
             term = x + y
             rest = y - (term - x)
             if rest:
