@@ -7,10 +7,12 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <functional>
 #include <iterator>
 #include <numeric>
 #include <random>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "kernels/cpu/apply.h"
@@ -69,22 +71,45 @@ void score_plainly(Layer& layer) {
 }
 
 template <DType kType>
-void check(const std::vector<std::vector<float>>& tensors, double share, const cpu::Pool& pool) {
-  using T = storage_t<kType>;
-  std::vector<std::vector<T>> data;
-  for (const auto& tensor : tensors) {
-    data.emplace_back();
-    for (const float w : tensor) {
-      const auto bits = std::bit_cast<uint32_t>(w);
-      data.back().push_back(kType == DType::kFloat32 ? static_cast<T>(bits) : static_cast<T>(bits >> 16));
-    }
-  }
+storage_t<kType> stored(float w) {
+  if constexpr (kType == DType::kFloat32) return std::bit_cast<uint32_t>(w);
+  if constexpr (kType == DType::kBFloat16) return static_cast<uint16_t>(std::bit_cast<uint32_t>(w) >> 16);
+  if constexpr (kType == DType::kFloat16)
+    return std::bit_cast<uint16_t>(static_cast<_Float16>(std::clamp(w, -65504.0f, 65504.0f)));
+}
+
+// One module, whose layers are the tensors.
+template <DType kType>
+Problem problem_of(const std::vector<std::vector<storage_t<kType>>>& data) {
   Problem problem;
   for (size_t i = 0; i < data.size(); ++i)
     problem.tensors.push_back({data[i].data(), static_cast<int64_t>(data[i].size()), kType, static_cast<int32_t>(i)});
   problem.layer_module.assign(data.size(), 0);
   problem.keep.assign(1, 0);
   problem.count();
+  return problem;
+}
+
+template <typename T>
+std::vector<T*> pointers(std::vector<std::vector<T>>& tensors) {
+  std::vector<T*> out;
+  for (auto& tensor : tensors) out.push_back(tensor.data());
+  return out;
+}
+
+bool within_one_ulp(float score, double want) {
+  return std::abs(std::bit_cast<int32_t>(score) - std::bit_cast<int32_t>(static_cast<float>(want))) <= 1;
+}
+
+template <DType kType>
+void check(const std::vector<std::vector<float>>& tensors, double share, const cpu::Pool& pool) {
+  using T = storage_t<kType>;
+  std::vector<std::vector<T>> data;
+  for (const auto& tensor : tensors) {
+    data.emplace_back();
+    for (const float w : tensor) data.back().push_back(stored<kType>(w));
+  }
+  Problem problem = problem_of<kType>(data);
   const int64_t total = problem.module_total[0];
   problem.keep[0] = static_cast<int64_t>(share * static_cast<double>(total));
 
@@ -101,25 +126,17 @@ void check(const std::vector<std::vector<float>>& tensors, double share, const c
 
   std::vector<std::vector<uint8_t>> masks;
   std::vector<std::vector<float>> scores;
-  std::vector<uint8_t*> mask_pointers;
-  std::vector<float*> score_pointers;
   for (const auto& tensor : data) {
     masks.emplace_back(tensor.size(), uint8_t{7});
     scores.emplace_back(tensor.size());
   }
-  for (auto& mask : masks) mask_pointers.push_back(mask.data());
-  for (auto& score : scores) score_pointers.push_back(score.data());
-  cpu::select(problem, mask_pointers, pool);
-  cpu::score(problem, score_pointers, pool);
+  cpu::select(problem, pointers(masks), pool);
+  cpu::score(problem, pointers(scores), pool);
   size_t at = 0;
   for (size_t i = 0; i < data.size(); ++i) {
     EXPECT(std::equal(masks[i].begin(), masks[i].end(), want.begin() + static_cast<std::ptrdiff_t>(at)));
     at += data[i].size();
-    for (size_t j = 0; j < data[i].size(); ++j) {
-      const auto a = std::bit_cast<int32_t>(scores[i][j]);
-      const auto b = std::bit_cast<int32_t>(static_cast<float>(layers[i].scores[j]));
-      EXPECT(std::abs(a - b) <= 1);
-    }
+    for (size_t j = 0; j < data[i].size(); ++j) EXPECT(within_one_ulp(scores[i][j], layers[i].scores[j]));
   }
   auto zeroed = data;
   std::vector<cpu::Applied> work;
@@ -128,6 +145,73 @@ void check(const std::vector<std::vector<float>>& tensors, double share, const c
   cpu::apply(work, pool);
   cpu::prune(problem, pool);  // writes data
   for (size_t i = 0; i < data.size(); ++i) EXPECT(data[i] == zeroed[i]);
+}
+
+// A layer that all workers share, masks that are written past the caches: too large to sort its scores, so what they
+// must be is asked of every 997th weight.
+void check_large(const std::vector<float>& weights, const cpu::Pool& pool) {
+  std::vector<std::vector<uint32_t>> data(1);
+  for (const float w : weights) data[0].push_back(stored<DType::kFloat32>(w));
+  Problem problem = problem_of<DType::kFloat32>(data);
+  const auto total = data[0].size(), keep = total * 9 / 20;
+  problem.keep[0] = static_cast<int64_t>(keep);
+  std::vector<std::vector<uint8_t>> masks(1, std::vector<uint8_t>(total, 7));
+  std::vector<std::vector<float>> scores(1, std::vector<float>(total));
+  cpu::select(problem, pointers(masks), pool);
+  cpu::score(problem, pointers(scores), pool);
+
+  std::vector<uint32_t> keys;
+  for (const uint32_t w : data[0]) keys.push_back(key_of<DType::kFloat32>(w));
+  std::vector<std::pair<uint32_t, size_t>> asked;  // key, place
+  for (size_t i = 0; i < total; i += 997) asked.emplace_back(keys[i], i);
+  std::sort(asked.rbegin(), asked.rend());
+  std::vector<uint32_t> sorted = keys;
+  std::sort(sorted.rbegin(), sorted.rend());
+  Energy energy;
+  size_t next = 0;
+  for (const auto& [key, place] : asked) {
+    for (; next < total && sorted[next] >= key; ++next) energy.add(square(sorted[next]), scale(sorted[next]));
+    EXPECT(within_one_ulp(scores[0][place], score64(key, energy.value())));
+  }
+  const uint32_t cut = sorted[keep - 1];
+  auto ties = static_cast<int64_t>(keep) -
+              (std::lower_bound(sorted.begin(), sorted.end(), cut, std::greater<>()) - sorted.begin());
+  int64_t wrong = 0;
+  for (size_t i = 0; i < total; ++i) wrong += masks[0][i] != (keys[i] > cut || (keys[i] == cut && ties-- > 0));
+  EXPECT(wrong == 0);
+  cpu::prune(problem, pool);  // writes data
+  for (size_t i = 0; i < total; ++i) wrong += (data[0][i] != 0) != (masks[0][i] && keys[i] != 0);
+  EXPECT(wrong == 0);
+}
+
+// An infinity or a NaN among the weights is found where it is, and nothing is written.
+template <DType kType>
+void check_non_finite(const std::vector<float>& weights, size_t place, float value, const cpu::Pool& pool) {
+  std::vector<std::vector<storage_t<kType>>> data(3);
+  for (const float w : weights) data[1].push_back(stored<kType>(w));
+  data[0].assign(70, stored<kType>(1.0f)), data[2] = data[1];
+  data[1][place] = kType == DType::kFloat16 ? static_cast<storage_t<kType>>(std::isnan(value) ? 0xFC01 : 0xFC00)
+                                            : stored<kType>(value);
+  Problem problem = problem_of<kType>(data);
+  std::vector<std::vector<uint8_t>> masks;
+  std::vector<std::vector<float>> scores;
+  for (const auto& tensor : data) masks.emplace_back(tensor.size()), scores.emplace_back(tensor.size());
+  const auto before = data;
+  const auto found = [&](auto&& run) {
+    try {
+      run();
+    } catch (const NonFinite& e) {
+      return e.tensor == 1 && e.index == static_cast<int64_t>(place) && e.nan == std::isnan(value);
+    }
+    return false;
+  };
+  for (const int64_t keep : {int64_t{0}, problem.module_total[0] / 2, problem.module_total[0]}) {
+    problem.keep[0] = keep;
+    EXPECT(found([&] { cpu::select(problem, pointers(masks), pool); }));
+    EXPECT(found([&] { cpu::prune(problem, pool); }));
+    EXPECT(data == before);
+  }
+  EXPECT(found([&] { cpu::score(problem, pointers(scores), pool); }));
 }
 
 // There and back, at every number of weights near the edges of bytes and chunks.
@@ -174,6 +258,7 @@ int main() {
   const auto denormal = [&] { return std::bit_cast<float>(static_cast<uint32_t>(random() % 0x700000)); };
   const auto wide = [&] { return std::ldexp(normal(random), static_cast<int>(random() % 200) - 100); };
   const auto same = [] { return -0.25f; };
+  const auto alike = [&] { return std::bit_cast<float>(static_cast<uint32_t>(0x3F800000 + random() % 300)); };
   for (const int workers : {1, 3}) {
     const Threads pool(workers);
     for (const double share : {0.45, 0.0, 1.0, 0.02, 0.98}) {
@@ -181,9 +266,19 @@ int main() {
       check<DType::kFloat32>({draw(30'000, zeros), draw(9'000, grid), draw(3'000, same)}, share, pool);
       check<DType::kFloat32>({draw(9'000, denormal), draw(9'000, wide), draw(1, same)}, share, pool);
       check<DType::kBFloat16>({draw(40'000, gauss), draw(9'000, zeros), draw(64, wide)}, share, pool);
+      check<DType::kFloat16>({draw(40'000, gauss), draw(9'000, zeros), draw(64, wide), draw(3'000, grid)}, share, pool);
       check<DType::kFloat32>({draw(200'000, same)}, share, pool);
+      check<DType::kFloat32>({draw(90'000, alike), draw(70'000, denormal), draw(70'000, wide)}, share, pool);
     }
+    for (const float value : {INFINITY, -INFINITY, NAN})
+      for (const size_t place : {size_t{0}, size_t{65'536}}) {
+        check_non_finite<DType::kFloat32>(draw(70'000, gauss), place, value, pool);
+        check_non_finite<DType::kBFloat16>(draw(70'000, gauss), place, value, pool);
+        check_non_finite<DType::kFloat16>(draw(70'000, gauss), place, value, pool);
+        check_non_finite<DType::kFloat32>(draw(place + 1, gauss), place, value, pool);
+      }
   }
+  check_large(draw((1 << 23) + 77, gauss), Threads(3));
   for (const int workers : {1, 3})
     for (const int64_t n : {0, 1, 7, 8, 9, 65'535, 65'536, 65'537, 200'003})
       for (const double density : {0.0, 0.003, 0.45, 1.0}) {
