@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <sstream>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "kernels/problem.h"
@@ -85,6 +86,29 @@ inline void check_same_device(const std::vector<Tensor>& weights) {
                     device_of(weights[0]), " like weights[0], got ", device_of(weights[i]));
 }
 
+// Whether elements of a tensor may share memory: a step of one dimension lies inside what those of smaller steps span.
+inline bool overlaps_itself(const Tensor& t) {
+  std::vector<std::pair<int64_t, int64_t>> dimensions;  // stride, size
+  for (int64_t d = 0; d < t.dim(); ++d) {
+    if (t.size(d) == 0) return false;
+    if (t.size(d) > 1) dimensions.emplace_back(t.stride(d), t.size(d));
+  }
+  std::sort(dimensions.begin(), dimensions.end());
+  int64_t span = 0;
+  for (const auto& [stride, size] : dimensions) {
+    if (stride <= span) return true;
+    span += stride * (size - 1);
+  }
+  return false;
+}
+
+inline TensorView view_of(const Tensor& t, size_t i, int64_t layer) {
+  const DType dtype = dtype_of(t, i);
+  const void* data = t.const_data_ptr();
+  STD_TORCH_CHECK(data != nullptr || t.numel() == 0, "weights[", i, "] must be in memory, got an emptied storage");
+  return {data, t.numel(), dtype, static_cast<int32_t>(layer)};
+}
+
 // Tensors and layers; every layer in module 0. Layers are numbered below the number of tensors.
 inline Problem layers_problem(const std::vector<Tensor>& weights, const std::vector<int64_t>& layers) {
   check_length("layers", layers.size(), weights.size());
@@ -92,10 +116,9 @@ inline Problem layers_problem(const std::vector<Tensor>& weights, const std::vec
   Problem problem;
   int64_t count = 0;
   for (size_t i = 0; i < weights.size(); ++i) {
-    const DType dtype = dtype_of(weights[i], i);
+    const TensorView view = view_of(weights[i], i, layers[i]);
     check_number("layers", i, layers[i], static_cast<int64_t>(weights.size()));
-    problem.tensors.push_back(
-        {weights[i].const_data_ptr(), weights[i].numel(), dtype, static_cast<int32_t>(layers[i])});
+    problem.tensors.push_back(view);
     count = std::max(count, layers[i] + 1);
   }
   problem.layer_module.assign(static_cast<size_t>(count), 0);

@@ -40,18 +40,17 @@ std::vector<Tensor> select_op(std::vector<Tensor> weights, Ints layers, Ints mod
 }
 
 void prune_op(std::vector<Tensor> weights, Ints layers, Ints modules, Ints keep) {
-  const std::vector<Tensor> inputs = contiguous(weights);
+  const std::vector<Tensor> inputs = writable(weights);
   const Problem problem = modules_problem(inputs, layers, modules, keep);
   guarded([&] { prune(problem, TorchPool()); });
-  for (size_t i = 0; i < weights.size(); ++i)
-    if (!weights[i].is_contiguous()) torch::stable::copy_(weights[i], inputs[i]);
+  write_back(weights, inputs);
 }
 
 void apply_op(std::vector<Tensor> weights, std::vector<Tensor> masks) {
   STD_TORCH_CHECK(masks.size() == weights.size(), "masks must have one entry for each of the ", weights.size(),
                   " weights, got ", masks.size());
   std::vector<Applied> work;
-  const std::vector<Tensor> inputs = contiguous(weights), bytes = contiguous(masks);
+  const std::vector<Tensor> inputs = writable(weights), bytes = contiguous(masks);
   for (size_t i = 0; i < weights.size(); ++i) {
     STD_TORCH_CHECK(bytes[i].scalar_type() == ScalarType::Bool, "masks[", i, "] must be bool, got ",
                     name_of(bytes[i].scalar_type()));
@@ -60,12 +59,12 @@ void apply_op(std::vector<Tensor> weights, std::vector<Tensor> masks) {
     STD_TORCH_CHECK(std::equal(inputs[i].sizes().begin(), inputs[i].sizes().end(), bytes[i].sizes().begin(),
                                bytes[i].sizes().end()),
                     "masks[", i, "] must have the shape of weights[", i, "]");
-    work.push_back({inputs[i].mutable_data_ptr(), static_cast<const uint8_t*>(bytes[i].const_data_ptr()),
-                    inputs[i].numel(), size_of(dtype_of(inputs[i], i))});
+    const TensorView view = view_of(inputs[i], i, 0);
+    work.push_back({inputs[i].mutable_data_ptr(), static_cast<const uint8_t*>(bytes[i].const_data_ptr()), view.numel,
+                    size_of(view.dtype)});
   }
   dimap::cpu::apply(work, TorchPool());  // qualified: not std::apply
-  for (size_t i = 0; i < weights.size(); ++i)
-    if (!weights[i].is_contiguous()) torch::stable::copy_(weights[i], inputs[i]);
+  write_back(weights, inputs);
 }
 
 }  // namespace

@@ -66,11 +66,11 @@ Tensor survey_op(std::vector<Tensor> weights, Ints layers, Tensor windows, int64
   Problem problem;
   for (size_t i = 0; i < inputs.size(); ++i) {
     check_number("layers", i, layers[i], matrix.rows);
-    const DType dtype = dtype_of(inputs[i], i);
-    STD_TORCH_CHECK(granularity(dtype) >= wire[static_cast<size_t>(layers[i])].granularity, "windows[", layers[i],
-                    "] must have a granularity of at most ", granularity(dtype), " for weights[", i, "] of ",
+    const TensorView view = view_of(inputs[i], i, layers[i]);
+    STD_TORCH_CHECK(granularity(view.dtype) >= wire[static_cast<size_t>(layers[i])].granularity, "windows[", layers[i],
+                    "] must have a granularity of at most ", granularity(view.dtype), " for weights[", i, "] of ",
                     name_of(inputs[i].scalar_type()), ", got ", wire[static_cast<size_t>(layers[i])].granularity);
-    problem.tensors.push_back({inputs[i].const_data_ptr(), inputs[i].numel(), dtype, static_cast<int32_t>(layers[i])});
+    problem.tensors.push_back(view);
   }
   check_same_device(inputs);
   problem.layer_module.assign(static_cast<size_t>(matrix.rows), 0);
@@ -156,8 +156,7 @@ std::tuple<std::vector<Tensor>, Tensor> emit_op(std::vector<Tensor> weights, Int
   for (size_t i = 0; i < inputs.size(); ++i) {
     check_number("layers", i, layers[i], matrix.rows);
     check_number("modules", i, modules[i], left.numel());
-    problem.tensors.push_back(
-        {inputs[i].const_data_ptr(), inputs[i].numel(), dtype_of(inputs[i], i), static_cast<int32_t>(layers[i])});
+    problem.tensors.push_back(view_of(inputs[i], i, layers[i]));
     problem.layer_module[static_cast<size_t>(layers[i])] = static_cast<int32_t>(modules[i]);
   }
   problem.count();

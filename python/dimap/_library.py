@@ -150,3 +150,21 @@ def _refuse_gradient(name: str) -> None:
 
 
 _refuse_gradient("score")
+
+
+_IN_PLACE = torch.library.Library("dimap", "IMPL")
+
+
+def _count_writes(name: str) -> None:
+    """Let autograd see that the operator writes its weights, as it sees of torch's own."""
+    operator = getattr(torch.ops.dimap, name).default
+
+    def kernel(keys: torch._C.DispatchKeySet, weights: Sequence[Tensor], *rest: object) -> None:
+        torch.autograd.graph.increment_version(weights)
+        operator.redispatch(keys & torch._C._after_ADInplaceOrView_keyset, weights, *rest)
+
+    _IN_PLACE.impl(name, kernel, "ADInplaceOrView", with_keyset=True)
+
+
+_count_writes("prune_")
+_count_writes("apply_")

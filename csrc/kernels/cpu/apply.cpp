@@ -10,7 +10,7 @@ constexpr int64_t kPiece = int64_t{1} << 17;
 
 template <typename T>
 void apply_piece(T* weights, const uint8_t* mask, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) weights[i] = static_cast<T>(weights[i] & (T{0} - T{mask[i]}));
+  for (int64_t i = 0; i < n; ++i) weights[i] = mask[i] ? weights[i] : T{0};
 }
 
 }  // namespace

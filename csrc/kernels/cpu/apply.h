@@ -10,7 +10,7 @@ namespace dimap::cpu {
 
 struct Applied {
   void* weights;
-  const uint8_t* mask;  // [n] bytes, 0 or 1
+  const uint8_t* mask;  // [n] bytes, 0 where not
   int64_t n;
   int64_t size;  // bytes of a weight: 2 or 4
 };

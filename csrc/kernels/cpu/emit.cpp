@@ -88,7 +88,7 @@ class Emitter {
     for_type(problem_.tensors[chunk.tensor].dtype, [&]<DType kType>() {
       const auto* weights = static_cast<const storage_t<kType>*>(data(problem_, chunk));
       int64_t left = chunk.quota;
-      for (int64_t i = 0; left > 0; ++i)
+      for (int64_t i = 0; left > 0 && i < chunk.n; ++i)
         if (key_of<kType>(weights[i]) == cut.tie) mask[i] = 1, --left;
     });
   }
