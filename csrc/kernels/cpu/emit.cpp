@@ -83,7 +83,8 @@ class Emitter {
 
   void write_mask(const Chunk& chunk, const Cut& layer, uint8_t* mask) const {
     const Cut cut = cut_of(chunk, layer);
-    run(problem_, chunk, {cut.keep_from, cut.keep_from, Bracket::kNoAtom}, mask);
+    // As a guess, not as the bracket's high end: what is kept is not summed again.
+    run(problem_, chunk, {kKeyEnd, kKeyEnd, Bracket::kNoAtom, cut.keep_from}, mask);
     if (cut.tie == Cut::kNoTie) return;
     for_type(problem_.tensors[chunk.tensor].dtype, [&]<DType kType>() {
       const auto* weights = static_cast<const storage_t<kType>*>(data(problem_, chunk));
