@@ -29,7 +29,10 @@ int available_kernels(const Kernels* out[3]) {
   out[n++] = &kPortable;
 #if defined(DIMAP_X86)
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c")) out[n++] = &kAvx2;
+  // All that cmake/DimapKernels.cmake compiles them for: virtual machines may hide some of it.
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c") && __builtin_cpu_supports("bmi") &&
+      __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("popcnt"))
+    out[n++] = &kAvx2;
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("avx512dq") && n == 2)
     out[n++] = &kAvx512;
