@@ -88,6 +88,7 @@ spills: $(VENV)/.torch  ## Compile the CUDA kernels for every architecture; fail
 bench: $(VENV)/.dimap  ## Measure, and write benchmarks/results/
 	@$(BIN)/python benchmarks/bench_select.py --save
 	@$(BIN)/python benchmarks/bench_score.py --save
+	@$(BIN)/python benchmarks/bench_engine.py --save
 	@$(BIN)/python benchmarks/table.py --write README.md
 
 clean:  ## Remove what was built (.venv too)
