@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from dimap import _library
 
 sys.path.insert(0, str(Path(__file__).parent))
 torch.set_num_threads(2)
@@ -18,3 +19,11 @@ def threads():
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module", params=["cpu", "cuda"])
+def device(request: pytest.FixtureRequest) -> str:
+    """Each device in turn: what holds on the CPU holds on a GPU, where there is one."""
+    if request.param == "cuda" and not (_library.has_cuda and torch.cuda.is_available()):
+        pytest.skip("needs a CUDA device, and dimap built for it")
+    return str(request.param)

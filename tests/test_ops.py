@@ -13,6 +13,7 @@ from torch import Tensor
 
 
 def assert_same_bits(a: Tensor, b: Tensor) -> None:
+    a, b = a.cpu(), b.cpu()
     assert a.dtype == b.dtype
     assert a.shape == b.shape
     view = torch.int32 if a.element_size() == 4 else torch.int16
@@ -21,7 +22,7 @@ def assert_same_bits(a: Tensor, b: Tensor) -> None:
 
 def assert_scores(got: Tensor, want64: Tensor) -> None:
     """Within 1 ulp of the reference rounded to float32."""
-    want = want64.float()
+    got, want = got.cpu(), want64.float()
     assert got.dtype == torch.float32
     assert got.shape == want.shape
     if got.numel():
@@ -29,29 +30,30 @@ def assert_scores(got: Tensor, want64: Tensor) -> None:
         assert int(ulps.max()) <= 1
 
 
-def check(problem: Problem, scores: list[Tensor] | None = None) -> None:
+def check(problem: Problem, device: str, scores: list[Tensor] | None = None) -> None:
     if scores is None:
         scores = reference.score64(problem.weights, problem.layers)
     masks = reference.select_by(scores, problem.modules, problem.keep)
-    before = [w.clone() for w in problem.weights]
-    for got, want in zip(ops.score(problem.weights, problem.layers), scores, strict=True):
+    weights = [w.to(device) for w in problem.weights]
+    args = (problem.layers, problem.modules, problem.keep)
+    for got, want in zip(ops.score(weights, problem.layers), scores, strict=True):
         assert_scores(got, want)
-    got_masks, thresholds = ops.select_cuts(*problem.args())
+    got_masks, thresholds = ops.select_cuts(weights, *args)
     for got, want in zip(got_masks, masks, strict=True):
         assert got.dtype == torch.bool
-        assert torch.equal(got, want)
+        assert torch.equal(got.cpu(), want)
     for m, keep in enumerate(problem.keep):
         mine = [i for i, number in enumerate(problem.modules) if number == m]
-        kept = torch.cat([scores[i][got_masks[i]] for i in mine]) if mine else torch.empty(0)
+        kept = torch.cat([scores[i][masks[i]] for i in mine]) if mine else torch.empty(0)
         assert kept.numel() == keep
         assert math.isnan(thresholds[m]) if keep == 0 else thresholds[m] == kept.min()
-    for w, b in zip(problem.weights, before, strict=True):
+    for w, b in zip(weights, problem.weights, strict=True):
         assert_same_bits(w, b)
-    pruned = [w.clone() for w in problem.weights]
-    ops.prune_(pruned, *problem.args()[1:])
-    applied = [w.clone() for w in problem.weights]
+    pruned = [w.clone() for w in weights]
+    ops.prune_(pruned, *args)
+    applied = [w.clone() for w in weights]
     ops.apply_(applied, got_masks)
-    for p, a, w, mask in zip(pruned, applied, before, masks, strict=True):
+    for p, a, w, mask in zip(pruned, applied, problem.weights, masks, strict=True):
         want = torch.where(mask, w, torch.zeros_like(w))
         assert_same_bits(p, want)
         assert_same_bits(a, want)
@@ -59,13 +61,13 @@ def check(problem: Problem, scores: list[Tensor] | None = None) -> None:
 
 @given(problem=problems())
 @settings(max_examples=250, deadline=None)
-def test_any_problem(problem: Problem) -> None:
-    check(problem)
+def test_any_problem(device: str, problem: Problem) -> None:
+    check(problem, device)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-def test_each_kind_in_large_tensors(kind: str, dtype: torch.dtype) -> None:
+def test_each_kind_in_large_tensors(kind: str, dtype: torch.dtype, device: str) -> None:
     # Large enough for samples, several chunks and the vector loops; three layers in two modules.
     weights = [
         cast(values(kind, n, seed), dtype) for seed, n in enumerate([150_001, 40_000, 60_007])
@@ -73,51 +75,52 @@ def test_each_kind_in_large_tensors(kind: str, dtype: torch.dtype) -> None:
     scores = reference.score64(weights, [0, 1, 2])
     for share in (0.45, 0.03, 0.97):
         keep = [round(share * 190_001), round(share * 60_007)]
-        check(Problem(weights, [0, 1, 2], [0, 0, 1], keep), scores)
+        check(Problem(weights, [0, 1, 2], [0, 0, 1], keep), device, scores)
 
 
-def test_layers_of_very_different_scales() -> None:
+def test_layers_of_very_different_scales(device: str) -> None:
     weights = [
         cast(values("normal", 20_000, s) * 10.0 ** (-38 + 10 * s), torch.float32) for s in range(8)
     ]
-    check(Problem(weights, list(range(8)), [0] * 8, [60_000]))
+    check(Problem(weights, list(range(8)), [0] * 8, [60_000]), device)
 
 
-def test_one_large_layer_among_hundreds_of_small_ones() -> None:
+def test_one_large_layer_among_hundreds_of_small_ones(device: str) -> None:
     weights = [values("normal", 200_000, 0).float()]
     weights += [values("normal", 100, s).float() * (1 + s) for s in range(1, 300)]
-    check(Problem(weights, list(range(300)), [0] * 300, [90_000]))
+    check(Problem(weights, list(range(300)), [0] * 300, [90_000]), device)
 
 
-def test_layers_of_several_tensors_and_types() -> None:
+def test_layers_of_several_tensors_and_types(device: str) -> None:
     weights = [cast(values("normal", 5_000 + i, i), DTYPES[i % 3]) for i in range(9)]
-    check(
-        Problem(weights, [0, 1, 2, 0, 1, 2, 0, 1, 2], [0, 1, 0, 0, 1, 0, 0, 1, 0], [9_000, 7_000])
-    )
+    layers, modules = [0, 1, 2, 0, 1, 2, 0, 1, 2], [0, 1, 0, 0, 1, 0, 0, 1, 0]
+    check(Problem(weights, layers, modules, [9_000, 7_000]), device)
 
 
-def test_weights_already_pruned_once() -> None:
+def test_weights_already_pruned_once(device: str) -> None:
     weights = [values("normal", 50_000, s).float() for s in range(3)]
     first = [30_000, 15_000]
     ops.prune_(weights, [0, 1, 2], [0, 0, 1], first)
-    check(Problem(weights, [0, 1, 2], [0, 0, 1], first))  # nothing more to drop
-    check(Problem(weights, [0, 1, 2], [0, 0, 1], [25_000, 7_000]))
-    check(Problem(weights, [0, 1, 2], [0, 0, 1], [40_000, 17_000]))  # some zeros are kept
+    check(Problem(weights, [0, 1, 2], [0, 0, 1], first), device)  # nothing more to drop
+    check(Problem(weights, [0, 1, 2], [0, 0, 1], [25_000, 7_000]), device)
+    check(Problem(weights, [0, 1, 2], [0, 0, 1], [40_000, 17_000]), device)  # some zeros are kept
 
 
-def test_every_layer_has_a_weight_that_scores_one() -> None:
+def test_every_layer_has_a_weight_that_scores_one(device: str) -> None:
     weights = [values("normal", 1_000, s).float() for s in range(20)]
-    check(Problem(weights, list(range(20)), [0] * 20, [7]))  # ties across layers: the first seven
+    check(
+        Problem(weights, list(range(20)), [0] * 20, [7]), device
+    )  # ties across layers: the first seven
 
 
-def test_ties_go_to_the_earlier_tensor_then_the_lower_index() -> None:
-    a, b = torch.tensor([1.0, 2.0, 1.0]), torch.tensor([1.0, 2.0, 1.0])
+def test_ties_go_to_the_earlier_tensor_then_the_lower_index(device: str) -> None:
+    a, b = (torch.tensor([1.0, 2.0, 1.0], device=device) for _ in range(2))
     masks = ops.select([a, b], [0, 0], [0, 0], [4])
     assert [m.tolist() for m in masks] == [[True, True, True], [False, True, False]]
 
 
-def test_zeros_are_kept_last_and_in_order() -> None:
-    w = torch.tensor([0.0, -0.0, 5.0, 0.0])
+def test_zeros_are_kept_last_and_in_order(device: str) -> None:
+    w = torch.tensor([0.0, -0.0, 5.0, 0.0], device=device)
     (mask,) = ops.select([w], [0], [0], [3])
     assert mask.tolist() == [True, True, True, False]
 
@@ -130,8 +133,8 @@ def test_no_tensors() -> None:
     ops.prune_([], [], [], [])
 
 
-def test_empty_tensors_only() -> None:
-    check(Problem([torch.empty(0), torch.empty(3, 0)], [0, 1], [0, 0], [0]))
+def test_empty_tensors_only(device: str) -> None:
+    check(Problem([torch.empty(0), torch.empty(3, 0)], [0, 1], [0, 0], [0]), device)
 
 
 @pytest.mark.parametrize("flush", [False, True])
@@ -150,10 +153,10 @@ def test_flush_to_zero_mode_changes_nothing(flush: bool) -> None:
     assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
 
 
-def test_expanded_and_strided_inputs() -> None:
-    base = values("normal", 60_000, 3).float().reshape(200, 300)
+def test_expanded_and_strided_inputs(device: str) -> None:
+    base = values("normal", 60_000, 3).float().reshape(200, 300).to(device)
     views = [base[::2, 1::3], base.t(), base[:, :1].expand(200, 50)]
     masks = ops.select(views, [0, 1, 2], [0, 0, 0], [30_000])
-    want = reference.select(views, [0, 1, 2], [0, 0, 0], [30_000])
-    assert all(torch.equal(m, w) for m, w in zip(masks, want, strict=True))
+    want = reference.select([v.cpu() for v in views], [0, 1, 2], [0, 0, 0], [30_000])
+    assert all(torch.equal(m.cpu(), w) for m, w in zip(masks, want, strict=True))
     assert all(m.is_contiguous() for m in masks)

@@ -25,16 +25,15 @@ inline void check(cudaError_t error) {
 // Makes the tensors' device current, for torch and for this library's own copy of the runtime, and finds its stream.
 class Device {
  public:
-  explicit Device(const Tensor& like) : index(static_cast<int32_t>(like.get_device_index())), guard_(index) {
+  explicit Device(const Tensor& like)
+      : index(static_cast<int32_t>(like.get_device_index())), like_(like), guard_(index) {
     check(cudaSetDevice(index));
     void* current = nullptr;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &current));
     stream = static_cast<cudaStream_t>(current);
   }
   Tensor empty(std::vector<int64_t> sizes, ScalarType type) const {
-    return torch::stable::empty(
-        sizes, type, std::nullopt,
-        torch::stable::Device(torch::headeronly::DeviceType::CUDA, static_cast<int16_t>(index)));
+    return torch::stable::new_empty(like_, sizes, type);
   }
   Tensor empty_like(const Tensor& t, ScalarType type) const {
     return empty(std::vector<int64_t>(t.sizes().begin(), t.sizes().end()), type);
@@ -49,8 +48,16 @@ class Device {
   cudaStream_t stream;
 
  private:
+  Tensor like_;
   torch::stable::accelerator::DeviceGuard guard_;
 };
+
+// The one device of all weights. A list with a tensor elsewhere comes here, too: its first may be the one on the CPU.
+inline Device device_of_all(const std::vector<Tensor>& weights) {
+  STD_TORCH_CHECK(!weights.empty(), "weights must have at least one tensor, got none");
+  check_same_device(weights);
+  return Device(weights[0]);
+}
 
 // One allocation, handed out in aligned parts.
 class Workspace {

@@ -62,8 +62,7 @@ void run(const Device& device, const Problem& problem, std::span<void* const> ma
 
 std::tuple<std::vector<Tensor>, Tensor> select_cuts_op(std::vector<Tensor> weights, Ints layers, Ints modules,
                                                        Ints keep) {
-  STD_TORCH_CHECK(!weights.empty(), "weights must have at least one tensor, got none");
-  const Device device(weights[0]);
+  const Device device = device_of_all(weights);
   const std::vector<Tensor> inputs = contiguous(weights);
   const Problem problem = modules_problem(inputs, layers, modules, keep);
   std::vector<Tensor> masks = device.empty_like(inputs, ScalarType::Bool);
@@ -82,8 +81,7 @@ void copy_back(std::vector<Tensor>& weights, const std::vector<Tensor>& inputs) 
 }
 
 void prune_op(std::vector<Tensor> weights, Ints layers, Ints modules, Ints keep) {
-  STD_TORCH_CHECK(!weights.empty(), "weights must have at least one tensor, got none");
-  const Device device(weights[0]);
+  const Device device = device_of_all(weights);
   const std::vector<Tensor> inputs = contiguous(weights);
   run(device, modules_problem(inputs, layers, modules, keep), {}, nullptr);
   copy_back(weights, inputs);
@@ -93,17 +91,17 @@ void apply_op(std::vector<Tensor> weights, std::vector<Tensor> masks) {
   STD_TORCH_CHECK(masks.size() == weights.size(), "masks must have one entry for each of the ", weights.size(),
                   " weights, got ", masks.size());
   if (weights.empty()) return;
-  const Device device(weights[0]);
-  const std::vector<Tensor> inputs = contiguous(weights), bytes = contiguous(masks);
   for (size_t i = 0; i < weights.size(); ++i) {
-    STD_TORCH_CHECK(bytes[i].scalar_type() == ScalarType::Bool, "masks[", i, "] must be bool, got ",
-                    name_of(bytes[i].scalar_type()));
-    STD_TORCH_CHECK(device_of(bytes[i]) == device_of(inputs[i]), "masks[", i, "] must be on ", device_of(inputs[i]),
-                    " like weights[", i, "], got ", device_of(bytes[i]));
-    STD_TORCH_CHECK(std::equal(inputs[i].sizes().begin(), inputs[i].sizes().end(), bytes[i].sizes().begin(),
-                               bytes[i].sizes().end()),
+    STD_TORCH_CHECK(masks[i].scalar_type() == ScalarType::Bool, "masks[", i, "] must be bool, got ",
+                    name_of(masks[i].scalar_type()));
+    STD_TORCH_CHECK(device_of(masks[i]) == device_of(weights[i]), "masks[", i, "] must be on ", device_of(weights[i]),
+                    " like weights[", i, "], got ", device_of(masks[i]));
+    STD_TORCH_CHECK(std::equal(weights[i].sizes().begin(), weights[i].sizes().end(), masks[i].sizes().begin(),
+                               masks[i].sizes().end()),
                     "masks[", i, "] must have the shape of weights[", i, "]");
   }
+  const Device device = device_of_all(weights);
+  const std::vector<Tensor> inputs = contiguous(weights), bytes = contiguous(masks);
   const Problem problem = layers_problem(inputs, Ints(weights.size(), 0));
   const HostPlan host(problem, pointers(bytes));
   Workspace space;

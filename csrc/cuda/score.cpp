@@ -105,15 +105,14 @@ void score_sorted(const Device& device, const Problem& problem, int32_t layer, s
 }
 
 std::vector<Tensor> score_op(std::vector<Tensor> weights, Ints layers) {
-  STD_TORCH_CHECK(!weights.empty(), "weights must have at least one tensor, got none");
-  const Device device(weights[0]);
+  const Device device = device_of_all(weights);
   const std::vector<Tensor> inputs = contiguous(weights);
   const Problem problem = layers_problem(inputs, layers);
   std::vector<Tensor> scores = device.empty_like(inputs, ScalarType::Float);
   const std::vector<void*> outs = pointers(scores);
   const Tensor flag = device.empty({1}, ScalarType::Int);
   auto* bad = static_cast<int32_t*>(flag.mutable_data_ptr());
-  check(clear(bad, device.stream));
+  check(cudaMemsetAsync(bad, 0, sizeof(int32_t), device.stream));
 
   std::vector<int32_t> types(problem.layers(), -1);  // a DType, or kMixed
   constexpr int32_t kMixed = 3;

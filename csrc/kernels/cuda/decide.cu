@@ -2,6 +2,7 @@
 #include <cooperative_groups.h>
 
 #include "kernels.h"
+#include "launch.h"
 #include "survey.cuh"
 
 namespace dimap::cuda {
@@ -85,39 +86,21 @@ __global__ void __launch_bounds__(kThreads, 1) survey_kernel(const __grid_consta
   survey<false>(a, shared);
 }
 
-// Blocks of a kernel that the current device holds at a time.
-template <typename Kernel>
-cudaError_t resident(Kernel kernel, int* blocks) {
-  int device = 0, processors = 0, each = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-  if (error == cudaSuccess) error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, kThreads, 0);
-  *blocks = processors * each > 0 ? processors * each : 1;
-  return error;
-}
-
-int grid_of(int64_t wanted, int most) { return static_cast<int>(wanted < 1 ? 1 : wanted < most ? wanted : most); }
-
 }  // namespace
 
 cudaError_t decide(const DecideArgs& args, cudaStream_t stream) {
-  int most = 1;
+  int64_t most = 1;
   if (const cudaError_t error = resident(decide_kernel, &most); error != cudaSuccess) return error;
-  const Plan& plan = args.solve.plan;
-  const int64_t wanted = plan.chunks > plan.module_count ? plan.chunks : plan.module_count;
-  void* parameters[] = {const_cast<DecideArgs*>(&args)};
-  return cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(decide_kernel),
-                                     dim3(static_cast<unsigned>(grid_of(wanted, most))), dim3(kThreads), parameters, 0,
-                                     stream);
+  const int64_t chunks = args.solve.plan.chunks, modules = args.solve.plan.module_count;
+  return launch_with(true, 0, decide_kernel, blocks_for(chunks > modules ? chunks : modules, most), stream, args);
 }
 
 cudaError_t survey(const Plan& plan, const LayerState* layers, Word* table, int bins, int32_t* bad,
                    cudaStream_t stream) {
-  int most = 1;
+  int64_t most = 1;
   if (const cudaError_t error = resident(survey_kernel, &most); error != cudaSuccess) return error;
-  survey_kernel<<<static_cast<unsigned>(grid_of(plan.chunks, most)), kThreads, 0, stream>>>(
-      {plan, layers, nullptr, table, bins, bad});
-  return cudaGetLastError();
+  return launch(survey_kernel, blocks_for(plan.chunks, most), stream,
+                SurveyArgs{plan, layers, nullptr, table, bins, bad});
 }
 
 }  // namespace dimap::cuda

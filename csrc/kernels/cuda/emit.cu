@@ -1,6 +1,7 @@
 // Masks, or zeroes in place, from decided cuts.
 #include "block.cuh"
 #include "kernels.h"
+#include "launch.h"
 
 namespace dimap::cuda {
 namespace {
@@ -220,14 +221,15 @@ __global__ void __launch_bounds__(kThreads, kTuning.blocks) apply_kernel(const _
   }
 }
 
-unsigned blocks_for(int64_t work) { return static_cast<unsigned>(work < 1 ? 1 : work < 1 << 14 ? work : 1 << 14); }
+constexpr int64_t kMostBlocks = 1 << 14;
 
 template <bool kZero>
 cudaError_t emit_as(const EmitArgs& a, cudaStream_t stream) {
-  emit_kernel<kZero><<<blocks_for(a.plan.chunks), kThreads, 0, stream>>>(a);
-  share_kernel<<<blocks_for(a.plan.module_count), kThreads, 0, stream>>>(a);
-  settle_kernel<kZero><<<blocks_for(a.plan.chunks), kThreads, 0, stream>>>(a);
-  return cudaGetLastError();
+  const unsigned blocks = blocks_for(a.plan.chunks, kMostBlocks);
+  cudaError_t error = launch(emit_kernel<kZero>, blocks, stream, a);
+  if (error == cudaSuccess) error = launch(share_kernel, blocks_for(a.plan.module_count, kMostBlocks), stream, a);
+  if (error == cudaSuccess) error = launch(settle_kernel<kZero>, blocks, stream, a);
+  return error;
 }
 
 }  // namespace
@@ -237,13 +239,11 @@ cudaError_t emit(const EmitArgs& args, bool zero, cudaStream_t stream) {
 }
 
 cudaError_t read_quotas(const ModuleState* modules, int64_t* quota, int32_t count, cudaStream_t stream) {
-  read_quotas_kernel<<<1, 256, 0, stream>>>(modules, quota, count);
-  return cudaGetLastError();
+  return launch(read_quotas_kernel, 1, stream, modules, quota, count);
 }
 
 cudaError_t apply(const Plan& plan, cudaStream_t stream) {
-  apply_kernel<<<blocks_for(plan.chunks), kThreads, 0, stream>>>(plan);
-  return cudaGetLastError();
+  return launch(apply_kernel, blocks_for(plan.chunks, kMostBlocks), stream, plan);
 }
 
 }  // namespace dimap::cuda

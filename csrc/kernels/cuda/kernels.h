@@ -70,8 +70,6 @@ struct SortedArgs {
 };
 cudaError_t scores_of_sorted(const SortedArgs& args, cudaStream_t stream);
 
-// *bad = 0.
-cudaError_t clear(int32_t* bad, cudaStream_t stream);
 // Fills scores with NaN where *bad is nonzero.
 cudaError_t spoil(float* scores, int64_t n, const int32_t* bad, cudaStream_t stream);
 

@@ -1,6 +1,7 @@
 // Scores: 16-bit types by an exact histogram and a table, float32 from sorted keys. Sums have a fixed order.
 #include "block.cuh"
 #include "kernels.h"
+#include "launch.h"
 
 namespace dimap::cuda {
 namespace {
@@ -8,19 +9,11 @@ namespace {
 constexpr int kMagnitudes = 1 << 15;
 constexpr int kHistogramBytes = kMagnitudes * 4;
 
-unsigned blocks_for(int64_t work, int64_t most) {
-  return static_cast<unsigned>(work < 1 ? 1 : work < most ? work : most);
-}
-
-__global__ void zero_kernel(uint32_t* words, int64_t n) {
-  for (int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < n; i += int64_t{gridDim.x} * blockDim.x)
-    words[i] = 0;
-}
+extern __shared__ uint32_t mine[];  // of histogram_kernel, [kMagnitudes]
 
 // kShared: counts go to the block's own histogram first, where the device has room for it.
 template <DType kType, bool kShared>
 __global__ void __launch_bounds__(kThreads, 1) histogram_kernel(const __grid_constant__ TableArgs a) {
-  extern __shared__ uint32_t mine[];
   const int64_t first = a.plan.chunks * blockIdx.x / gridDim.x, last = a.plan.chunks * (blockIdx.x + 1) / gridDim.x;
   if (first >= last) return;
   if constexpr (kShared) {
@@ -120,18 +113,20 @@ cudaError_t by_table(const TableArgs& a, cudaStream_t stream) {
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&room, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
   if (error != cudaSuccess) return error;
-  zero_kernel<<<1024, 256, 0, stream>>>(a.histogram, int64_t{a.plan.layer_count} * kMagnitudes);
+  error = cudaMemsetAsync(a.histogram, 0, static_cast<size_t>(a.plan.layer_count) * kHistogramBytes, stream);
+  if (error != cudaSuccess) return error;
   if (room >= kHistogramBytes) {
     error = cudaFuncSetAttribute(histogram_kernel<kType, true>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                  kHistogramBytes);
-    if (error != cudaSuccess) return error;
-    histogram_kernel<kType, true><<<blocks_for(a.plan.chunks, processors), kThreads, kHistogramBytes, stream>>>(a);
+    if (error == cudaSuccess)
+      error = launch_with(false, kHistogramBytes, histogram_kernel<kType, true>, blocks_for(a.plan.chunks, processors),
+                          stream, a);
   } else {
-    histogram_kernel<kType, false><<<blocks_for(a.plan.chunks, 4 * processors), kThreads, 0, stream>>>(a);
+    error = launch(histogram_kernel<kType, false>, blocks_for(a.plan.chunks, 4 * processors), stream, a);
   }
-  table_kernel<kType><<<blocks_for(a.plan.layer_count, 1 << 14), kThreads, 0, stream>>>(a);
-  look_up_kernel<<<blocks_for(a.plan.chunks, 1 << 14), kThreads, 0, stream>>>(a);
-  return cudaGetLastError();
+  if (error == cudaSuccess) error = launch(table_kernel<kType>, blocks_for(a.plan.layer_count, 1 << 14), stream, a);
+  if (error == cudaSuccess) error = launch(look_up_kernel, blocks_for(a.plan.chunks, 1 << 14), stream, a);
+  return error;
 }
 
 template <DType kType>
@@ -227,8 +222,6 @@ __global__ void spoil_kernel(float* scores, int64_t n, const int32_t* bad) {
     scores[i] = __int_as_float(0x7FC00000);
 }
 
-__global__ void clear_kernel(int32_t* bad) { *bad = 0; }
-
 }  // namespace
 
 cudaError_t score_by_table(const TableArgs& args, cudaStream_t stream) {
@@ -239,29 +232,22 @@ cudaError_t score_by_table(const TableArgs& args, cudaStream_t stream) {
 cudaError_t write_keys(const void* data, DType dtype, int64_t n, int32_t* keys, cudaStream_t stream) {
   if (n == 0) return cudaSuccess;
   const unsigned blocks = blocks_for(n / (4 * kThreads), 1 << 14);
-  if (dtype == DType::kFloat32) keys_kernel<DType::kFloat32><<<blocks, kThreads, 0, stream>>>(data, n, keys);
-  if (dtype == DType::kBFloat16) keys_kernel<DType::kBFloat16><<<blocks, kThreads, 0, stream>>>(data, n, keys);
-  if (dtype == DType::kFloat16) keys_kernel<DType::kFloat16><<<blocks, kThreads, 0, stream>>>(data, n, keys);
-  return cudaGetLastError();
+  if (dtype == DType::kFloat32) return launch(keys_kernel<DType::kFloat32>, blocks, stream, data, n, keys);
+  if (dtype == DType::kBFloat16) return launch(keys_kernel<DType::kBFloat16>, blocks, stream, data, n, keys);
+  return launch(keys_kernel<DType::kFloat16>, blocks, stream, data, n, keys);
 }
 
 cudaError_t scores_of_sorted(const SortedArgs& args, cudaStream_t stream) {
   if (args.n == 0) return cudaSuccess;
-  tile_kernel<<<blocks_for(tiles_of(args.n), 1 << 14), kThreads, 0, stream>>>(args);
-  tiles_kernel<<<1, kThreads, 0, stream>>>(args.tiles, tiles_of(args.n));
-  sorted_kernel<<<blocks_for(args.n / kThreads, 1 << 14), kThreads, 0, stream>>>(args);
-  return cudaGetLastError();
-}
-
-cudaError_t clear(int32_t* bad, cudaStream_t stream) {
-  clear_kernel<<<1, 1, 0, stream>>>(bad);
-  return cudaGetLastError();
+  cudaError_t error = launch(tile_kernel, blocks_for(tiles_of(args.n), 1 << 14), stream, args);
+  if (error == cudaSuccess) error = launch(tiles_kernel, 1, stream, args.tiles, tiles_of(args.n));
+  if (error == cudaSuccess) error = launch(sorted_kernel, blocks_for(args.n / kThreads, 1 << 14), stream, args);
+  return error;
 }
 
 cudaError_t spoil(float* scores, int64_t n, const int32_t* bad, cudaStream_t stream) {
   if (n == 0) return cudaSuccess;
-  spoil_kernel<<<blocks_for(n / 1024, 1024), 256, 0, stream>>>(scores, n, bad);
-  return cudaGetLastError();
+  return launch(spoil_kernel, blocks_for(n / 1024, 1024), stream, scores, n, bad);
 }
 
 }  // namespace dimap::cuda

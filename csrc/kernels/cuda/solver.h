@@ -4,6 +4,8 @@
 // then waits. On the device that is a block and its barrier, on the host a loop: tests run the same code without a GPU.
 #pragma once
 
+#include <cmath>
+
 #include "plan.h"
 
 namespace dimap::cuda {
@@ -326,7 +328,7 @@ DIMAP_HD void solve_module(Exec& exec, const SolveArgs& a, int32_t m, SolverShar
   if (a.guess) {  // 4.5 deviations of a count in a sample of neighbours that are alike
     const double total = static_cast<double>(module.total), keep = static_cast<double>(module.keep);
     const double variance = 4.0 * kTuning.sample_ratio * keep * (1 - keep / total);
-    const auto margin = static_cast<int64_t>(4.5 * sqrt(variance)) + 1;
+    const auto margin = static_cast<int64_t>(4.5 * std::sqrt(variance)) + 1;
     wanted[0] += margin;
     wanted[1] -= margin;
   }
@@ -380,7 +382,7 @@ DIMAP_HD void solve_module(Exec& exec, const SolveArgs& a, int32_t m, SolverShar
     double lowest = low, highest = high;
     if (a.guess) {  // the sample's energy is off, too
       const double taken = static_cast<double>(layer.total) / layer.ratio;
-      const double off = layer.ratio == 1 ? 0.0 : 8.0 / sqrt(taken > 1 ? taken : 1);
+      const double off = layer.ratio == 1 ? 0.0 : 8.0 / std::sqrt(taken > 1 ? taken : 1);
       lowest = low / (1 + off), highest = high * (1 + off);
     }
     const int begin = layer.head([&](int i) { return layer.low[i] > highest; });

@@ -2,6 +2,7 @@
 #include <cstring>
 
 #include "kernels.h"
+#include "launch.h"
 
 namespace dimap::cuda {
 namespace {
@@ -24,9 +25,11 @@ cudaError_t upload(void* to, const void* from, int64_t bytes, cudaStream_t strea
   for (int64_t at = 0; at < bytes; at += kPayload) {
     const int64_t part = bytes - at < kPayload ? bytes - at : kPayload;
     std::memcpy(payload.words, static_cast<const char*>(from) + at, static_cast<size_t>(part));
-    upload_kernel<<<1, 256, 0, stream>>>(reinterpret_cast<uint64_t*>(static_cast<char*>(to) + at),
-                                         static_cast<int>((part + 7) / 8), payload);
-    if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) return error;
+    if (const cudaError_t error =
+            launch(upload_kernel, 1, stream, reinterpret_cast<uint64_t*>(static_cast<char*>(to) + at),
+                   static_cast<int>((part + 7) / 8), payload);
+        error != cudaSuccess)
+      return error;
   }
   return cudaSuccess;
 }

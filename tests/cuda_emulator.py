@@ -1,0 +1,45 @@
+"""Build and load the CUDA operators for the host: see cuda/emulator/emulator.h."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+EMULATOR = ROOT / "tests" / "cuda" / "emulator"
+KERNELS = ROOT / "csrc" / "kernels" / "cuda"
+COMPILER = shutil.which("c++") or shutil.which("g++")
+
+
+def build(folder: Path, *flags: str) -> Path:
+    """Compile kernels and operators, the kernels with their checks for the host on; return the library."""
+    torch_root = Path(torch.__file__).parent
+    common = [
+        str(COMPILER), "-std=gnu++20", "-O2", "-fPIC", "-Wall", "-Wno-unknown-pragmas", "-Wno-attributes",
+        "-U_FORTIFY_SOURCE", "-include", str(EMULATOR / "emulator.h"), f"-I{EMULATOR}", f"-I{KERNELS}",
+        "-isystem", str(torch_root / "include"), "-DTORCH_TARGET_VERSION=0x020a000000000000", "-DUSE_CUDA", *flags,
+    ]  # fmt: skip
+    sources = [s for s in KERNELS.glob("*.cu") if s.name != "score.cu"]
+    sources += [*EMULATOR.glob("*.cpp"), *(ROOT / "csrc" / "cuda").glob("*.cpp")]
+    sources.append(ROOT / "csrc" / "kernels" / "solve.cpp")
+
+    def compile_one(source: Path) -> Path:
+        built = folder / f"{source.parent.name}_{source.stem}.o"
+        subprocess.run(
+            [*common, "-x", "c++", "-c", str(source), "-o", str(built)], check=True, timeout=300
+        )
+        return built
+
+    with ThreadPoolExecutor(2) as pool:
+        objects = list(pool.map(compile_one, sources))
+    library = folder / "libdimap_emulated.so"
+    libraries = [f"{torch_root}/lib/lib{name}.so" for name in ("torch", "torch_cpu")]
+    subprocess.run(
+        [str(COMPILER), "-shared", *flags, *map(str, objects), *libraries, "-pthread", "-o", str(library)],
+        check=True,
+    )  # fmt: skip
+    return library

@@ -1,0 +1,95 @@
+"""The CUDA operators, kernels and all, on an emulated device against the specification."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterator
+
+import cuda_emulator
+import pytest
+import torch
+from dimap import ops
+from hypothesis import HealthCheck, given, settings
+from problems import DTYPES, KINDS, Problem, cast, problems, values
+from test_ops import check
+
+pytestmark = pytest.mark.skipif(
+    cuda_emulator.COMPILER is None or platform.system() != "Linux", reason="needs a C++ compiler"
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def emulated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Put the emulated operators in the place of all others, and something in fresh memory."""
+    torch.ops.load_library(str(cuda_emulator.build(tmp_path_factory.mktemp("emulated"))))
+    before = torch.ops.dimap
+    torch.ops.dimap = torch.ops.dimap_emulated
+    torch.use_deterministic_algorithms(True)  # fills what is allocated
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.ops.dimap = before
+
+
+@given(problem=problems())
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_any_problem(problem: Problem) -> None:
+    check(problem, "cpu")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_kind_over_several_chunks(kind: str, dtype: torch.dtype) -> None:
+    weights = [cast(values(kind, n, n), dtype) for n in (50_001, 20_000, 33_333)]
+    check(Problem(weights, [0, 1, 2], [0, 0, 1], [30_000, 1_000]), "cpu")
+
+
+def test_layers_of_very_different_scales() -> None:
+    weights = [
+        cast(values("normal", 5_000, s) * 10.0 ** (-38 + 10 * s), torch.float32) for s in range(8)
+    ]
+    check(Problem(weights, list(range(8)), [0] * 8, [15_000]), "cpu")
+
+
+def test_layers_of_several_tensors_and_types() -> None:
+    weights = [cast(values("normal", 5_000 + i, i), DTYPES[i % 3]) for i in range(9)]
+    layers, modules = [0, 1, 2, 0, 1, 2, 0, 1, 2], [0, 1, 0, 0, 1, 0, 0, 1, 0]
+    check(Problem(weights, layers, modules, [9_000, 7_000]), "cpu")
+
+
+def test_a_thousand_tensors() -> None:
+    weights = [values("normal", 1 + n % 7, n).float() for n in range(1_000)]
+    total = sum(w.numel() for w in weights)
+    check(Problem(weights, [i % 50 for i in range(1_000)], [0] * 1_000, [total // 2]), "cpu")
+
+
+@pytest.mark.parametrize("offset", [1, 3])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_tensors_that_start_between_vectors(dtype: torch.dtype, offset: int) -> None:
+    weights = [cast(values("normal", 20_000 + offset, 1), dtype)[offset:]]
+    check(Problem(weights, [0], [0], [9_000]), "cpu")
+
+
+def test_weights_that_are_not_contiguous() -> None:
+    base = values("normal", 6_000, 3).float().reshape(20, 300)
+    check(Problem([base[::2, 1::3], base.t()], [0, 1], [0, 0], [3_000]), "cpu")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_nothing_is_changed_where_a_weight_is_not_finite(dtype: torch.dtype, value: float) -> None:
+    weights = [values("normal", n, n).to(dtype) for n in (5_000, 40_000)]
+    weights[1][39_999] = value
+    before = [w.clone() for w in weights]
+    torch.ops.dimap.prune_(weights, [0, 1], [0, 0], [30_000])
+    for w, b in zip(weights, before, strict=True):
+        assert torch.equal(w.view(torch.uint8), b.view(torch.uint8))
+    masks, thresholds = torch.ops.dimap.select_cuts(weights, [0, 1], [0, 0], [30_000])
+    assert thresholds.tolist() == [-1.0]
+    assert not any(bool(m.any()) for m in masks)
+    assert all(bool(s.isnan().all()) for s in torch.ops.dimap.score(weights, [0, 1]))
+
+
+def test_scores_are_the_same_in_every_run() -> None:
+    weights = [cast(values("cauchy", 40_000, 1), dtype) for dtype in DTYPES]
+    first, second = ops.score(weights, [0, 1, 2]), ops.score(weights, [0, 1, 2])
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
