@@ -62,7 +62,8 @@ if(_build)
   set(_kernels ${CMAKE_CURRENT_SOURCE_DIR}/csrc/kernels/cuda)
   set(_ops ${CMAKE_CURRENT_SOURCE_DIR}/csrc/cuda)
   add_library(dimap_cuda MODULE ${_ops}/ops.cpp ${_ops}/score.cpp
-                                ${_kernels}/decide.cu ${_kernels}/emit.cu ${_kernels}/score.cu ${_kernels}/upload.cu)
+                                ${_kernels}/decide.cu ${_kernels}/emit.cu ${_kernels}/read.cu
+                                ${_kernels}/score.cu ${_kernels}/upload.cu)
   # USE_CUDA: torch's stable interface declares the current CUDA stream under it.
   target_compile_definitions(dimap_cuda PRIVATE $<$<COMPILE_LANGUAGE:CXX>:${DIMAP_TORCH_DEFINITIONS};USE_CUDA>)
   target_include_directories(dimap_cuda SYSTEM PRIVATE

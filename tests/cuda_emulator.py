@@ -13,6 +13,11 @@ ROOT = Path(__file__).resolve().parent.parent
 EMULATOR = ROOT / "tests" / "cuda" / "emulator"
 KERNELS = ROOT / "csrc" / "kernels" / "cuda"
 COMPILER = shutil.which("c++") or shutil.which("g++")
+# Small pieces, samples and slots: problems of a few thousand weights take every path.
+TUNING = (
+    "{.chunk = 1 << 10, .sample_ratio = 8, .sample_least = 256, .least_aside = 32, .most_aside = 768, "
+    ".aside_budget = 1 << 17}"
+)
 
 
 def build(folder: Path, *flags: str) -> Path:
@@ -21,7 +26,8 @@ def build(folder: Path, *flags: str) -> Path:
     common = [
         str(COMPILER), "-std=gnu++20", "-O2", "-fPIC", "-Wall", "-Wno-unknown-pragmas", "-Wno-attributes",
         "-U_FORTIFY_SOURCE", "-include", str(EMULATOR / "emulator.h"), f"-I{EMULATOR}", f"-I{KERNELS}",
-        "-isystem", str(torch_root / "include"), "-DTORCH_TARGET_VERSION=0x020a000000000000", "-DUSE_CUDA", *flags,
+        "-isystem", str(torch_root / "include"), "-DTORCH_TARGET_VERSION=0x020a000000000000", "-DUSE_CUDA",
+        f"-DDIMAP_TUNING={TUNING}", *flags,
     ]  # fmt: skip
     sources = [s for s in KERNELS.glob("*.cu") if s.name != "score.cu"]
     sources += [*EMULATOR.glob("*.cpp"), *(ROOT / "csrc" / "cuda").glob("*.cpp")]

@@ -17,6 +17,15 @@ int bins_for(int64_t layers) {
   return static_cast<int>(bins);
 }
 
+// Bytes for what is set aside of a chunk: a share of the weights' bytes and a constant, for all chunks together.
+int32_t aside_stride(const Problem& problem, int64_t chunks) {
+  int64_t bytes = 0;
+  for (const TensorView& t : problem.tensors) bytes += t.numel * size_of(t.dtype);
+  const int64_t budget = bytes / kTuning.aside_share + kTuning.aside_budget;
+  const int64_t each = budget / std::max<int64_t>(chunks, 1) / 16 * 16;
+  return static_cast<int32_t>(std::clamp<int64_t>(each, kTuning.least_aside, kTuning.most_aside));
+}
+
 // Decides the cuts and writes masks or zeroes. masks: [tensors], or empty: zero in place. Thresholds: [modules] or
 // null.
 void run(const Device& device, const Problem& problem, std::span<void* const> masks, double* thresholds) {
@@ -25,38 +34,39 @@ void run(const Device& device, const Problem& problem, std::span<void* const> ma
   const int bins = bins_for(layers);
   const int64_t stride = bins + 2;
   Workspace space;
-  DecideArgs decide_args{};
+  DecideArgs args{};
   EmitArgs emit_args{};
-  SolveArgs& s = decide_args.solve;
+  SolveArgs& s = args.solve;
   char* blob = nullptr;
+  args.aside.stride = aside_stride(problem, host.chunks());
   for (int pass = 0; pass < 2; ++pass) {
     if (pass) space.allocate(device);
     blob = space.take<char>(host.bytes());
     s.layers = space.take<LayerState>(layers);
     s.modules = space.take<ModuleState>(modules);
-    decide_args.table = space.take<Word>(layers * (kHead + 3 * bins));
-    s.scratch = {space.take<double>(layers * stride),
-                 space.take<double>(layers * stride),
-                 space.take<int64_t>(layers * stride),
-                 space.take<double>(layers * kSegments),
-                 space.take<int64_t>(layers * kSegments),
-                 space.take<uint32_t>(layers),
-                 space.take<uint32_t>(layers),
-                 stride};
-    decide_args.bad = space.take<int32_t>(1);
-    emit_args.quota = space.take<int64_t>(modules);
+    s.table = space.take<Word>(layers * (kHead + 3 * bins));
+    s.scratch = {space.take<double>(layers * stride),  space.take<double>(layers * stride),
+                 space.take<int64_t>(layers * stride), space.take<uint32_t>(layers),
+                 space.take<uint32_t>(layers),         stride};
+    args.heads = space.take<Word>(layers * kHead);
+    args.bad = space.take<int32_t>(1);
+    args.quota = space.take<int64_t>(modules);
+    args.aside.slots = space.take<char>(host.chunks() * args.aside.stride);
+    args.aside.count = space.take<int32_t>(host.chunks());
     emit_args.ties = space.take<int32_t>(host.chunks());
     emit_args.kept = space.take<int32_t>(host.chunks());
   }
   s.plan = emit_args.plan = host.send(blob, device.stream);
-  s.table = decide_args.table;
   s.bins = bins;
-  s.guess = false;
-  decide_args.thresholds = thresholds;
+  s.most_aside = args.aside.stride / 6;
+  args.thresholds = thresholds;
   emit_args.layers = s.layers;
-  emit_args.bad = decide_args.bad;
-  check(decide(decide_args, device.stream));
-  check(read_quotas(s.modules, emit_args.quota, static_cast<int32_t>(modules), device.stream));
+  emit_args.quota = args.quota;
+  emit_args.aside = args.aside;
+  emit_args.bad = args.bad;
+  check(guess(args, device.stream));
+  check(read({s.plan, s.layers, s.table, args.aside, bins, args.bad}, !masks.empty(), device.stream));
+  check(finish(args, device.stream));
   check(emit(emit_args, masks.empty(), device.stream));
 }
 

@@ -107,30 +107,27 @@ int run(const Case& c, int trial, bool sampled) {
     total += layers.back().total;
   }
   const ModuleEntry module{c.keep, total, 0, 0, 0, count};
-  std::vector<LayerState> states(count, {view_over(0, kNonFinite - 1, bins, c.granularity), kKeyEnd, cuda::kNoTie, 4});
-  ModuleState result{0.0, 1.0, 0.0, 0, 0, 0};
+  std::vector<LayerState> states(count,
+                                 {view_over(0, kNonFinite - 1, bins, c.granularity), {}, kKeyEnd, cuda::kNoTie, 4});
+  ModuleState result{0.0, 1.0, 1e-15, 1.0, 0.0, 0, 0, 0};
   const int64_t stride = bins + 2, columns = kHead + 3 * bins;
-  std::vector<double> low(count * stride), high(count * stride), segment_energy(count * kSegments);
-  std::vector<int64_t> seen(count * stride), segment_count(count * kSegments);
+  std::vector<double> low(count * stride), high(count * stride);
+  std::vector<int64_t> seen(count * stride);
   std::vector<uint32_t> begin(count), end(count);
   std::vector<Word> table(count * columns);
-  SolveArgs args{{nullptr, layers.data(), &module, order.data(), 0, count, 1, 0},
-                 states.data(),
-                 &result,
-                 table.data(),
-                 {low.data(), high.data(), seen.data(), segment_energy.data(), segment_count.data(), begin.data(),
-                  end.data(), stride},
-                 bins,
-                 false};
+  SolveArgs args{
+      {nullptr, layers.data(), &module, order.data(), 0, count, 1, 0},          states.data(), &result, table.data(),
+      {low.data(), high.data(), seen.data(), begin.data(), end.data(), stride}, bins,          1 << 10, Goal::kGuess};
   HostExec exec;
   SolverShared shared{};
   int rounds = 0;
   for (int round = sampled ? -2 : 0; !result.decided; ++round, ++rounds) {
     require(rounds < 16 + 6 * count, "the solver does not end", trial);
-    args.guess = round < 0;
+    args.goal = round < 0 ? Goal::kGuess : round == 0 ? Goal::kNarrow : Goal::kDecide;
     std::fill(table.begin(), table.end(), 0);
     for (int32_t l = 0; l < count; ++l)
-      survey(c.layers[l], states[l].view, table.data() + l * columns, args.guess ? 4 : 1);
+      survey(c.layers[l], states[l].view, table.data() + l * columns, round < 0 ? 4 : 1);
+    for (int32_t l = 0; l < count; ++l) bound_layer(exec, args, l, shared);
     solve_module(exec, args, 0, shared);
   }
 

@@ -35,6 +35,14 @@ __device__ inline int32_t tensor_of(const Plan& plan, int64_t c) {
   return from;
 }
 
+// Calls f.operator()<kType>() for a tensor's type.
+template <typename F>
+__device__ __forceinline__ void for_type(int32_t dtype, F&& f) {
+  if (static_cast<DType>(dtype) == DType::kFloat32) f.template operator()<DType::kFloat32>();
+  if (static_cast<DType>(dtype) == DType::kBFloat16) f.template operator()<DType::kBFloat16>();
+  if (static_cast<DType>(dtype) == DType::kFloat16) f.template operator()<DType::kFloat16>();
+}
+
 // Calls f(key, i) for the weights of a chunk, all threads of the block together, in no order.
 template <DType kType, int kUnroll, typename F>
 __device__ __forceinline__ void for_each_key(const void* data, int n, F&& f) {

@@ -84,19 +84,45 @@ __device__ uint32_t zero_dropped(const Piece& p) {
   return ties;
 }
 
+// Puts right what the deciding read guessed of the weights it set aside: a warp for a chunk. Counts the ties.
+__global__ void __launch_bounds__(kThreads, kTuning.blocks) fix_kernel(const __grid_constant__ EmitArgs a) {
+  if (*a.bad != 0) return;
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  for (int64_t c = int64_t{blockIdx.x} * kWarps + threadIdx.x / 32; c < a.plan.chunks;
+       c += int64_t{gridDim.x} * kWarps) {
+    const int32_t count = a.aside.count[c];
+    if (count < 0) continue;
+    const Piece p = piece_of(a.plan, a.layers, c);
+    const Bracket bracket = a.layers[p.tensor.layer].bracket;
+    if (!bracket.holds) continue;
+    auto* mask = static_cast<uint8_t*>(p.tensor.out) + p.offset;
+    uint32_t ties = 0;
+    for_type(p.tensor.dtype, [&]<DType kType>() {
+      const Slot<kType> slot(a.aside, c);
+      for (int i = lane; i < count; i += 32) {
+        const uint32_t key = slot.key(i);
+        const bool keep = key >= p.keep_from;
+        if (keep != (key >= bracket.mark)) mask[slot.position(i)] = keep;
+        ties += key == p.tie;
+      }
+    });
+    ties = __reduce_add_sync(0xFFFFFFFFu, ties);
+    if (lane == 0) a.ties[c] = static_cast<int32_t>(ties), a.kept[c] = 0, a.aside.count[c] = kPutRight - count;
+  }
+}
+
+// The chunks that are not right yet, read whole.
 template <bool kZero>
 __global__ void __launch_bounds__(kThreads, kTuning.blocks) emit_kernel(const __grid_constant__ EmitArgs a) {
   const bool bad = *a.bad != 0;
   for (int64_t c = blockIdx.x; c < a.plan.chunks; c += gridDim.x) {
+    if (!kZero && !bad && a.aside.count && a.aside.count[c] <= kPutRight) continue;
     Piece p = piece_of(a.plan, a.layers, c);
     uint32_t ties = 0;
     if (bad) p.keep_from = kZero ? 0 : 0xFFFFFFFFu, p.tie = kNoTie;
-    if (!kZero || !bad) {
-      const auto dtype = static_cast<DType>(p.tensor.dtype);
-      if (dtype == DType::kFloat32) ties = kZero ? zero_dropped<DType::kFloat32>(p) : write_mask<DType::kFloat32>(p);
-      if (dtype == DType::kBFloat16) ties = kZero ? zero_dropped<DType::kBFloat16>(p) : write_mask<DType::kBFloat16>(p);
-      if (dtype == DType::kFloat16) ties = kZero ? zero_dropped<DType::kFloat16>(p) : write_mask<DType::kFloat16>(p);
-    }
+    if (!kZero || !bad)
+      for_type(p.tensor.dtype, [&]<DType kType>() { ties = kZero ? zero_dropped<kType>(p) : write_mask<kType>(p); });
+    if (threadIdx.x == 0) a.kept[c] = 0;
     if (p.tie == kNoTie) {  // the same for all threads
       if (threadIdx.x == 0) a.ties[c] = 0;
       continue;
@@ -134,25 +160,35 @@ __device__ int64_t block_scan(int64_t value, int64_t& total) {
   return before + value;
 }
 
-// Shares each module's quota among its chunks, in order: a block for a module.
+// Shares each module's quota among its chunks, in order: a block for a module. No chunk keeps ties before.
 __global__ void __launch_bounds__(kThreads) share_kernel(const __grid_constant__ EmitArgs a) {
+  constexpr int kEach = 8;  // consecutive chunks of a thread
+  if (*a.bad != 0) return;
   for (int32_t m = static_cast<int32_t>(blockIdx.x); m < a.plan.module_count; m += static_cast<int32_t>(gridDim.x)) {
     const ModuleEntry module = a.plan.modules[m];
     int64_t left = a.quota[m];
-    for (int64_t start = module.first_chunk; start < module.last_chunk; start += kThreads) {
-      const int64_t c = start + threadIdx.x;
-      int64_t ties = 0;
-      bool mine = false;
-      if (c < module.last_chunk) {
-        const int32_t layer = a.plan.tensors[tensor_of(a.plan, c)].layer;
-        mine = a.plan.layers[layer].module == m;
-        if (mine) ties = a.ties[c];
+    for (int64_t start = module.first_chunk; left > 0 && start < module.last_chunk; start += kThreads * kEach) {
+      const int64_t from = start + int64_t{threadIdx.x} * kEach;
+      const int64_t to = from + kEach < module.last_chunk ? from + kEach : module.last_chunk;
+      int32_t ties[kEach] = {};
+      int64_t mine = 0;
+      if (from < to) {
+        int32_t tensor = tensor_of(a.plan, from);
+#pragma unroll
+        for (int i = 0; i < kEach; ++i) {
+          if (from + i >= to) continue;
+          while (a.plan.tensors[tensor + 1].first_chunk <= from + i) ++tensor;
+          if (a.plan.layers[a.plan.tensors[tensor].layer].module == m) ties[i] = a.ties[from + i];
+          mine += ties[i];
+        }
       }
       int64_t total;
-      const int64_t before = block_scan(ties, total) - ties;
-      if (mine) {
-        const int64_t here = left - before;
-        a.kept[c] = static_cast<int32_t>(here <= 0 ? 0 : here < ties ? here : ties);
+      int64_t here = left - (block_scan(mine, total) - mine);
+#pragma unroll
+      for (int i = 0; i < kEach; ++i) {
+        if (ties[i] == 0) continue;
+        a.kept[from + i] = static_cast<int32_t>(here <= 0 ? 0 : here < ties[i] ? here : ties[i]);
+        here -= ties[i];
       }
       left = left > total ? left - total : 0;
     }
@@ -161,25 +197,46 @@ __global__ void __launch_bounds__(kThreads) share_kernel(const __grid_constant__
   }
 }
 
-// Keeps the first `quota` ties of a chunk and drops the others: what the first pass left.
+// Keeps all ties of a chunk (of a mask), or drops them all (of weights): the first pass has left them as they are not.
 template <DType kType, bool kZero>
-__device__ void settle(const Piece& p, int64_t ties, int64_t quota) {
+__device__ void settle_all(const EmitArgs& a, const Piece& p, int64_t c) {
   using T = storage_t<kType>;
   T* weights = const_cast<T*>(static_cast<const T*>(p.tensor.data)) + p.offset;
   uint8_t* mask = kZero ? nullptr : static_cast<uint8_t*>(p.tensor.out) + p.offset;
-  if (kZero ? quota == ties : quota == 0) return;
-  int64_t seen = 0;
-  for (int start = 0; start < p.n; start += kThreads) {
-    const int i = start + static_cast<int>(threadIdx.x);
-    const bool tie = i < p.n && key_of<kType>(weights[i]) == p.tie;
-    int64_t total;
-    const int64_t place = seen + block_scan(tie, total) - tie;
+  if (!kZero && a.aside.count && a.aside.count[c] <= kPutRight) {
+    const Slot<kType> slot(a.aside, c);
+    for (int i = static_cast<int>(threadIdx.x); i < kPutRight - a.aside.count[c]; i += kThreads)
+      if (slot.key(i) == p.tie) mask[slot.position(i)] = 1;
+    return;
+  }
+  for_each_key<kType, kTuning.emit_unroll>(weights, p.n, [&](uint32_t key, int i) {
+    if (key != p.tie) return;
+    if constexpr (kZero)
+      weights[i] = 0;
+    else
+      mask[i] = 1;
+  });
+}
+
+// Keeps the first `quota` ties of a chunk and drops the others. Each thread has a run of neighbours.
+template <DType kType, bool kZero>
+__device__ void settle_in_order(const Piece& p, int64_t quota) {
+  using T = storage_t<kType>;
+  T* weights = const_cast<T*>(static_cast<const T*>(p.tensor.data)) + p.offset;
+  uint8_t* mask = kZero ? nullptr : static_cast<uint8_t*>(p.tensor.out) + p.offset;
+  const int each = (p.n + kThreads - 1) / kThreads, from = static_cast<int>(threadIdx.x) * each;
+  const int to = from + each < p.n ? from + each : p.n;
+  int64_t mine = 0, total;
+  for (int i = from; i < to; ++i) mine += key_of<kType>(weights[i]) == p.tie;
+  int64_t place = block_scan(mine, total) - mine;
+  for (int i = from; mine > 0 && i < to; ++i) {
+    if (key_of<kType>(weights[i]) != p.tie) continue;
     if constexpr (kZero) {
-      if (tie && place >= quota) weights[i] = 0;
+      if (place >= quota) weights[i] = 0;
     } else {
-      if (tie && place < quota) mask[i] = 1;
+      if (place < quota) mask[i] = 1;
     }
-    seen += total;
+    ++place;
   }
 }
 
@@ -187,20 +244,16 @@ template <bool kZero>
 __global__ void __launch_bounds__(kThreads, kTuning.blocks) settle_kernel(const __grid_constant__ EmitArgs a) {
   if (*a.bad != 0) return;
   for (int64_t c = blockIdx.x; c < a.plan.chunks; c += gridDim.x) {
-    const int32_t ties = a.ties[c];
-    if (ties == 0) continue;
-    const int32_t quota = a.kept[c];
+    const int32_t ties = a.ties[c], kept = a.kept[c];
+    if (kept == (kZero ? ties : 0)) continue;  // no ties, too
     const Piece p = piece_of(a.plan, a.layers, c);
-    const auto dtype = static_cast<DType>(p.tensor.dtype);
-    if (dtype == DType::kFloat32) settle<DType::kFloat32, kZero>(p, ties, quota);
-    if (dtype == DType::kBFloat16) settle<DType::kBFloat16, kZero>(p, ties, quota);
-    if (dtype == DType::kFloat16) settle<DType::kFloat16, kZero>(p, ties, quota);
+    for_type(p.tensor.dtype, [&]<DType kType>() {
+      if (kept == (kZero ? 0 : ties))
+        settle_all<kType, kZero>(a, p, c);
+      else
+        settle_in_order<kType, kZero>(p, kept);
+    });
   }
-}
-
-__global__ void read_quotas_kernel(const ModuleState* modules, int64_t* quota, int32_t count) {
-  for (int32_t m = static_cast<int32_t>(threadIdx.x); m < count; m += static_cast<int32_t>(blockDim.x))
-    quota[m] = modules[m].quota;
 }
 
 template <typename T>
@@ -221,12 +274,14 @@ __global__ void __launch_bounds__(kThreads, kTuning.blocks) apply_kernel(const _
   }
 }
 
-constexpr int64_t kMostBlocks = 1 << 14;
+constexpr int64_t kMostBlocks = 2048;
 
 template <bool kZero>
 cudaError_t emit_as(const EmitArgs& a, cudaStream_t stream) {
   const unsigned blocks = blocks_for(a.plan.chunks, kMostBlocks);
-  cudaError_t error = launch(emit_kernel<kZero>, blocks, stream, a);
+  cudaError_t error = cudaSuccess;
+  if (!kZero && a.aside.count) error = launch(fix_kernel, blocks_for(a.plan.chunks / kWarps, kMostBlocks), stream, a);
+  if (error == cudaSuccess) error = launch(emit_kernel<kZero>, blocks, stream, a);
   if (error == cudaSuccess) error = launch(share_kernel, blocks_for(a.plan.module_count, kMostBlocks), stream, a);
   if (error == cudaSuccess) error = launch(settle_kernel<kZero>, blocks, stream, a);
   return error;
@@ -236,10 +291,6 @@ cudaError_t emit_as(const EmitArgs& a, cudaStream_t stream) {
 
 cudaError_t emit(const EmitArgs& args, bool zero, cudaStream_t stream) {
   return zero ? emit_as<true>(args, stream) : emit_as<false>(args, stream);
-}
-
-cudaError_t read_quotas(const ModuleState* modules, int64_t* quota, int32_t count, cudaStream_t stream) {
-  return launch(read_quotas_kernel, 1, stream, modules, quota, count);
 }
 
 cudaError_t apply(const Plan& plan, cudaStream_t stream) {

@@ -11,35 +11,52 @@ namespace dimap::cuda {
 // Copies host bytes to the device as kernel arguments: no buffer has to outlive the call, so a graph may replay it.
 cudaError_t upload(void* to, const void* from, int64_t bytes, cudaStream_t stream);
 
-// Windows of a first survey, and nothing known of the modules.
+// Deciding takes three launches: guess(), read(), finish(). Then emit().
 struct DecideArgs {
-  SolveArgs solve;     // table: zeroed by the kernel
-  Word* table;         // the same, to write
+  SolveArgs solve;
+  Aside aside;
+  Word* heads;         // [layers, kHead] room for what the deciding read summed above its windows
   int32_t* bad;        // one word
-  double* thresholds;  // [modules], or null
+  int64_t* quota;      // [modules] out: ties kept
+  double* thresholds;  // [modules] out, or null
 };
 
-// Surveys and solves until every module is decided: cuts in solve.layers, quotas in solve.modules. One cooperative
-// launch. Weights with an infinity or a NaN: `bad` is nonzero, thresholds are negative, nothing is decided.
-cudaError_t decide(const DecideArgs& args, cudaStream_t stream);
+// Guesses from a sample where each layer's cut is: windows and brackets. Clears the table and `bad`. Cooperative.
+cudaError_t guess(const DecideArgs& args, cudaStream_t stream);
 
-// One survey through the windows in `layers`, into a zeroed table.
-cudaError_t survey(const Plan& plan, const LayerState* layers, Word* table, int bins, int32_t* bad,
-                   cudaStream_t stream);
+struct ReadArgs {
+  Plan plan;
+  const LayerState* layers;
+  Word* table;
+  Aside aside;
+  int32_t bins;
+  int32_t* bad;
+};
+// Reads every weight once: surveys through the windows, sets aside what lies in the brackets that hold, and, where
+// there are masks, writes those of their layers but for what is set aside.
+cudaError_t read(const ReadArgs& args, bool masks, cudaStream_t stream);
+
+// Solves and surveys in turns until every module is decided: cuts in solve.layers, quotas, thresholds. Layers whose
+// bracket holds are surveyed by what was set aside, the others by their weights. Weights with an infinity or a NaN:
+// `bad` is nonzero, thresholds are negative, nothing is decided. Cooperative.
+cudaError_t finish(const DecideArgs& args, cudaStream_t stream);
+
+// One survey through the windows in `layers`, into a zeroed table: those bins of its rows from first_bin on.
+cudaError_t survey(const Plan& plan, const LayerState* layers, Word* table, int bins, int first_bin, bool above,
+                   int32_t* bad, cudaStream_t stream);
 
 struct EmitArgs {
   Plan plan;                 // tensors' `out`: masks; for zeroing: null
-  const LayerState* layers;  // keep_from, tie
+  const LayerState* layers;  // keep_from, tie, bracket
   int64_t* quota;            // [modules] ties kept, counted down
+  Aside aside;               // no slots: nothing was set aside
   int32_t *ties, *kept;      // [chunks] room for the ties of each chunk
   const int32_t* bad;        // nonzero: masks are all false, weights stay as they are
 };
 
-// Masks, or zeroes in place (`zero`): two passes, the second over chunks with ties only. Three launches.
+// Masks, or zeroes in place (`zero`): chunks that were set aside are put right, the others read, then ties shared out
+// in order and settled. Four launches, or three.
 cudaError_t emit(const EmitArgs& args, bool zero, cudaStream_t stream);
-
-// quota[m] from the modules' states.
-cudaError_t read_quotas(const ModuleState* modules, int64_t* quota, int32_t count, cudaStream_t stream);
 
 // Zeroes the weights whose mask byte (tensors' `out`) is 0.
 cudaError_t apply(const Plan& plan, cudaStream_t stream);

@@ -11,21 +11,32 @@ using Word = unsigned long long;  // what CUDA's 64-bit atomics take
 
 // Tuning, as data. Not yet measured on a GPU.
 struct Tuning {
-  int threads = 256;      // in a block
-  int blocks = 4;         // of emit's on a multiprocessor, at least: 64 registers a thread
-  int chunk = 1 << 14;    // weights in one piece of work
-  int most_bins = 1024;   // of a window; fewer where there are many layers
-  int unroll = 4;         // 16-byte loads in flight in a thread, where registers do not matter;
-  int emit_unroll = 2;    // where it has 64
-  int sample_ratio = 32;  // one run of 32 weights in this many is sampled, where the layer is not small
-  int sample_least = 4096;
+  int threads = 256;            // in a block
+  int blocks = 4;               // of emit's on a multiprocessor, at least: 64 registers a thread
+  int read_blocks = 2;          // of the deciding read's: 128 registers
+  int read_unroll = 4;          // its loads in flight
+  int chunk = 1 << 14;          // weights in one piece of work
+  int most_bins = 1024;         // of a window; fewer where there are many layers
+  int unroll = 4;               // 16-byte loads in flight in a thread, where registers do not matter;
+  int emit_unroll = 2;          // where it has 64
+  int sample_ratio = 32;        // one run of 32 weights in this many is sampled, where the layer is not small
+  int sample_least = 1 << 15;   // weights of a layer that are sampled, at least
+  int least_aside = 256;        // bytes for what is set aside of a chunk, and
+  int most_aside = 12 << 10;    // at most: one weight in eight of a float32 chunk
+  int aside_budget = 15 << 20;  // bytes for all chunks, and
+  int aside_share = 24;         // the weights' bytes over this
 };
+#if defined(DIMAP_TUNING)
+constexpr Tuning kTuning = DIMAP_TUNING;  // of tests: small pieces, so that small problems take every path
+#else
 constexpr Tuning kTuning{};
+#endif
 constexpr int kThreads = kTuning.threads;
+constexpr int kWarps = kThreads / 32;
 constexpr int kChunk = kTuning.chunk;
 constexpr int kLeastBins = 256;  // one window over all keys at shift 23
 static_assert(kTuning.most_bins >= kLeastBins);
-static_assert(kChunk <= 1 << 14, "the shared sums hold 2^16 weights: four chunks");
+static_assert(kChunk <= 1 << 14, "the shared sums hold 2^16 weights: four chunks; positions in a chunk 16 bits");
 
 struct TensorEntry {
   const void* data;
@@ -68,19 +79,64 @@ struct View {
 
 constexpr uint32_t kNoTie = 0xFFFFFFFFu;
 
+// What the deciding read made certain of a layer: keys from `high` on are kept, those below `low` dropped. In between
+// its mask keeps those from `mark` on, until more is known, and the weights are set aside.
+struct Bracket {
+  uint32_t low, high, mark;
+  int32_t holds;  // 0: the cut lies elsewhere, or too many weights lie inside: the layer is read again
+};
+
 struct LayerState {
   View view;
+  Bracket bracket;
   uint32_t keep_from;  // keys from here on are kept;
   uint32_t tie;        // those equal to this share the module's quota
   uint32_t ratio;      // of the sample, a power of two
 };
 
 struct ModuleState {
-  double low, high;  // enclose the threshold
+  double low, high;            // enclose the threshold
+  double hint_low, hint_high;  // should enclose it
   double threshold;
   int64_t quota;
   int32_t decided;
   int32_t reserved;
+};
+
+// What the deciding read sets aside of each chunk: keys and positions in the chunk, in no order.
+struct Aside {
+  char* slots;     // [chunks, stride] bytes
+  int32_t* count;  // [chunks] weights set aside, or what is below; null where there is no deciding read
+  int32_t stride;
+};
+constexpr int32_t kOverrun = -1;   // more than a slot holds, or nothing was set aside: look at the chunk itself
+constexpr int32_t kPutRight = -2;  // less the count: the mask is right but for ties
+
+// A chunk's slot: float32 keys and then 16-bit positions; of a 16-bit type, magnitude and position in one word.
+template <DType kType>
+struct Slot {
+  char* at;
+  int32_t capacity;
+
+  DIMAP_HD Slot(const Aside& aside, int64_t chunk)
+      : at(aside.slots + chunk * aside.stride), capacity(aside.stride / (kType == DType::kFloat32 ? 6 : 4)) {}
+  DIMAP_HD void put(uint32_t i, storage_t<kType> bits, int position) const {
+    if constexpr (kType == DType::kFloat32) {
+      reinterpret_cast<uint32_t*>(at)[i] = bits & 0x7FFFFFFFu;
+      reinterpret_cast<uint16_t*>(at + 4 * int64_t{capacity})[i] = static_cast<uint16_t>(position);
+    } else {
+      reinterpret_cast<uint32_t*>(at)[i] = (uint32_t{bits} & 0x7FFFu) << 16 | static_cast<uint32_t>(position);
+    }
+  }
+  DIMAP_HD uint32_t key(int i) const {
+    const uint32_t word = reinterpret_cast<const uint32_t*>(at)[i];
+    if constexpr (kType == DType::kFloat32) return word;
+    return key_of<kType>(static_cast<storage_t<kType>>(word >> 16));
+  }
+  DIMAP_HD int position(int i) const {
+    if constexpr (kType == DType::kFloat32) return reinterpret_cast<const uint16_t*>(at + 4 * int64_t{capacity})[i];
+    return static_cast<int>(reinterpret_cast<const uint32_t*>(at)[i] & 0xFFFFu);
+  }
 };
 
 // Why nothing was decided: a negative threshold.

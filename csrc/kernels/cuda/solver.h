@@ -10,34 +10,52 @@
 
 namespace dimap::cuda {
 
-constexpr int kProbes = 16;    // thresholds tried at a time
-constexpr int kSegments = 32;  // of a layer's intervals, for the running sums
+constexpr int kProbes = 16;      // thresholds tried at a time
+constexpr int kSegments = 256;   // of a layer's intervals, for the running sums
+constexpr int kStrides = 16;     // of segments
+constexpr int kExactParts = 32;  // of a layer's bins above those that need exact scores
 
 // Intervals of a layer, largest magnitudes first: 0 is what lies above the window, then the bins, then what lies below.
 struct Scratch {
-  double *low, *high;      // [layers, stride] bounds of the scores inside
-  int64_t* seen;           // [layers, stride] weights up to and including the interval
-  double* segment_energy;  // [layers, kSegments]
-  int64_t* segment_count;  // [layers, kSegments]
-  uint32_t *begin, *end;   // [layers] intervals that may hold the threshold
-  int64_t stride;          // bins + 2
+  double *low, *high;     // [layers, stride] bounds of the scores inside
+  int64_t* seen;          // [layers, stride] weights up to and including the interval
+  uint32_t *begin, *end;  // [layers] intervals that may hold the threshold
+  int64_t stride;         // bins + 2
 };
 
 struct SolverShared {
-  Word count[2 * kProbes];
-  Word yes[2], no[2];
-  Word kept, tied, next, current;
-  int32_t go_on, undecided;
+  union {
+    struct {
+      double energy[kSegments];
+      int64_t count[kSegments];
+      double stride_energy[kStrides];
+      int64_t stride_count[kStrides];
+    } bound;
+    struct {
+      Word count[2 * kProbes];
+      Word yes[2], no[2], from[2], step[2];
+      Word kept, tied, next, current;
+      int32_t go_on, undecided, hinted;
+    } find;
+  };
+};
+
+// What a solve is for.
+enum class Goal : int32_t {
+  kGuess,   // the table is of a sample: find windows that should hold the cuts, decide nothing
+  kNarrow,  // windows are wide: bounds may be coarse where they do not decide
+  kDecide,
 };
 
 struct SolveArgs {
   Plan plan;
   LayerState* layers;
   ModuleState* modules;
-  const Word* table;  // [layers, kHead + 3 * bins]
+  Word* table;  // [layers, kHead + 3 * bins]; the sums above a window change where exact scores are found
   Scratch scratch;
   int32_t bins;
-  bool guess;  // the table is of a sample: find windows that should hold the cuts, decide nothing
+  int32_t most_aside;  // weights of a whole chunk that a slot holds; 0: brackets are not for setting aside
+  Goal goal;
 };
 
 namespace solver {
@@ -112,7 +130,7 @@ struct Sum {
 };
 
 struct Layer {  // one layer's part of the arguments
-  const Word* row;
+  Word* row;
   View view;
   int granularity;
   int32_t number;
@@ -184,7 +202,7 @@ DIMAP_HD Layer layer_of(const SolveArgs& a, int32_t l) {
           state.view,
           a.plan.layers[l].granularity,
           l,
-          a.guess ? state.ratio : 1u,
+          a.goal == Goal::kGuess ? state.ratio : 1u,
           a.plan.layers[l].total,
           proven ? double_of(bits_of(module.high) + 1) : 0.0,
           proven && module.low > 0 ? double_of(bits_of(module.low) - 1) : 2.0,
@@ -225,50 +243,106 @@ DIMAP_HD void bound_segment(const Layer& layer, int from, int to, double energy,
   }
 }
 
-// Exact scores of the unsure intervals, each of one magnitude, into `low`.
-DIMAP_HD void exact_scores(const Layer& layer, int begin, int end) {
-  Sum sum;
-  sum.clear();
-  for (int w = 0; w < kWords; ++w)
-    if (layer.row[2 + w]) sum.add(layer.row[2 + w], 0, 32 * w);
+// Adds the exact energy of one part of the bins above the unsure intervals to the layer's row.
+template <typename Exec>
+DIMAP_HD void add_exact_part(Exec& exec, const Layer& layer, int begin, int part) {
+  const int size = (begin + kExactParts - 1) / kExactParts;
+  const int from = part * size > 1 ? part * size : 1, to = (part + 1) * size < begin ? (part + 1) * size : begin;
   uint64_t low = 0, high = 0;  // bins of one exponent, in units of 2^(2 * at - 298)
   int at = -1;
-  for (int i = 1; i < end && i < layer.intervals() - 1; ++i) {
+  auto flush = [&] {
+    const auto add = [&](int word, uint64_t term) { exec.add(layer.row + 2 + word, static_cast<Word>(term)); };
+    if (low) split_words(low, 2 * at, add);
+    if (high) split_words(high, 2 * at + 64, add);
+  };
+  for (int i = from; i < to; ++i) {
     const Word* bin = layer.bin(i);
     if (bin[0] == 0) continue;
     const int exponent = scale(layer.first(i));
     if (exponent != at) {
-      if (at >= 0) sum.add(low, high, 2 * at);
+      if (at >= 0) flush();
       low = high = 0;
       at = exponent;
     }
     low += bin[1];
     high += low < bin[1];
-    const uint64_t part = bin[2] << 24;
-    low += part;
-    high += (bin[2] >> 40) + (low < part);
-    if (i >= begin) {
-      sum.add(low, high, 2 * at);
-      low = high = 0;
-      layer.low[i] = score64(layer.first(i), sum.value());
-    }
+    const uint64_t part_of_high = bin[2] << 24;
+    low += part_of_high;
+    high += (bin[2] >> 40) + (low < part_of_high);
   }
-  if (begin == 0) {  // what lies above the window is one magnitude
-    Sum above;
-    above.clear();
-    for (int w = 0; w < kWords; ++w)
-      if (layer.row[2 + w]) above.add(layer.row[2 + w], 0, 32 * w);
-    layer.low[0] = score64(layer.first(0), above.value());
+  if (at >= 0) flush();
+}
+
+// Exact scores of the unsure intervals, each of one magnitude, into `low`. The row holds the energy above them.
+DIMAP_HD void exact_scores(const Layer& layer, int begin, int end) {
+  Sum sum;
+  sum.clear();
+  for (int w = 0; w < kWords; ++w)
+    if (layer.row[2 + w]) sum.add(layer.row[2 + w], 0, 32 * w);
+  if (begin == 0) layer.low[0] = score64(layer.first(0), sum.value());  // what lies above the window is one magnitude
+  for (int i = begin > 1 ? begin : 1; i < end && i < layer.intervals() - 1; ++i) {
+    const Word* bin = layer.bin(i);
+    if (bin[0] == 0) continue;
+    const int exponent = scale(layer.first(i));
+    sum.add(bin[1], 0, 2 * exponent);
+    sum.add(bin[2], 0, 2 * exponent + 24);
+    layer.low[i] = score64(layer.first(i), sum.value());
   }
   if (end == layer.intervals()) layer.low[end - 1] = 0.0;  // zeros: the only single magnitude below a window
 }
 
 }  // namespace solver
 
-// Solves module m: writes its cuts, or the windows to look through next.
+// Bounds of the scores in the intervals of layer l: a block for a layer, before its module is solved.
 template <typename Exec>
-DIMAP_HD void solve_module(Exec& exec, const SolveArgs& a, int32_t m, SolverShared& s) {
+DIMAP_HD void bound_layer(Exec& exec, const SolveArgs& a, int32_t l, SolverShared& shared) {
   using namespace solver;
+  auto& s = shared.bound;
+  const Layer layer = layer_of(a, l);
+  const int n = layer.intervals() - 1, size = (n + kSegments - 1) / kSegments, each = kSegments / kStrides;
+  exec.each(kSegments, [&](int64_t j) {
+    const int from = static_cast<int>(j) * size, to = from + size < n ? from + size : n;
+    double energy = 0;
+    int64_t count = 0;
+    for (int i = from; i < to; ++i) energy += layer.energy(i), count += layer.count(i);
+    s.energy[j] = energy, s.count[j] = count;
+  });
+  // To the sums before each segment: inside strides, over strides, both.
+  exec.each(kStrides, [&](int64_t k) {
+    double energy = 0;
+    int64_t count = 0;
+    for (int64_t j = k * each; j < (k + 1) * each; ++j) {
+      const double e = s.energy[j];
+      const int64_t c = s.count[j];
+      s.energy[j] = energy, s.count[j] = count;
+      energy += e, count += c;
+    }
+    s.stride_energy[k] = energy, s.stride_count[k] = count;
+  });
+  exec.one([&] {
+    double energy = 0;
+    int64_t count = 0;
+    for (int k = 0; k < kStrides; ++k) {
+      const double e = s.stride_energy[k];
+      const int64_t c = s.stride_count[k];
+      s.stride_energy[k] = energy, s.stride_count[k] = count;
+      energy += e, count += c;
+    }
+  });
+  exec.each(kSegments, [&](int64_t j) {
+    const int from = static_cast<int>(j) * size;
+    int to = from + size < n ? from + size : n;
+    if (from < n && to == n) to = n + 1;  // and what lies below the window
+    bound_segment(layer, from, to, s.stride_energy[j / each] + s.energy[j], s.stride_count[j / each] + s.count[j]);
+  });
+}
+
+// Solves module m, whose layers have their bounds: writes its cuts, or the windows to look through next.
+template <typename Exec>
+DIMAP_HD void solve_module(Exec& exec, const SolveArgs& a, int32_t m, SolverShared& shared) {
+  using namespace solver;
+  auto& s = shared.find;
+  const bool guess = a.goal == Goal::kGuess;
   const ModuleEntry module = a.plan.modules[m];
   const int32_t* order = a.plan.order + module.first_layer;
   const int64_t layers = module.layers;
@@ -276,6 +350,7 @@ DIMAP_HD void solve_module(Exec& exec, const SolveArgs& a, int32_t m, SolverShar
     exec.each(layers, [&](int64_t j) {
       LayerState& state = a.layers[order[j]];
       state.view = {kNonFinite, 23, 0, kKeyEnd, 0, 0};  // nothing to look for
+      if (guess) state.bracket = {kNonFinite, kNonFinite, kNonFinite, 1};
       state.keep_from = kKeyEnd;
       state.tie = kNoTie;
     });
@@ -283,63 +358,40 @@ DIMAP_HD void solve_module(Exec& exec, const SolveArgs& a, int32_t m, SolverShar
       ModuleState& out = a.modules[m];
       out.threshold = double_of(0x7FF8000000000000u);
       out.quota = 0;
-      out.decided = !a.guess;
+      out.decided = !guess;
     });
     return;
   }
 
-  // Running sums in segments, then bounds.
-  exec.each(layers * kSegments, [&](int64_t j) {
-    const Layer layer = layer_of(a, order[j / kSegments]);
-    const int n = layer.intervals() - 1, size = (n + kSegments - 1) / kSegments;
-    const int from = static_cast<int>(j % kSegments) * size, to = from + size < n ? from + size : n;
-    double energy = 0;
-    int64_t count = 0;
-    for (int i = from; i < to; ++i) energy += layer.energy(i), count += layer.count(i);
-    a.scratch.segment_energy[int64_t{layer.number} * kSegments + j % kSegments] = energy;
-    a.scratch.segment_count[int64_t{layer.number} * kSegments + j % kSegments] = count;
-  });
-  exec.each(layers, [&](int64_t j) {
-    double* energy = a.scratch.segment_energy + int64_t{order[j]} * kSegments;
-    int64_t* count = a.scratch.segment_count + int64_t{order[j]} * kSegments;
-    double energy_sum = 0;
-    int64_t count_sum = 0;
-    for (int i = 0; i < kSegments; ++i) {
-      const double e = energy[i];
-      const int64_t c = count[i];
-      energy[i] = energy_sum, count[i] = count_sum;
-      energy_sum += e, count_sum += c;
-    }
-  });
-  exec.each(layers * kSegments, [&](int64_t j) {
-    const Layer layer = layer_of(a, order[j / kSegments]);
-    const int n = layer.intervals() - 1, size = (n + kSegments - 1) / kSegments;
-    const int segment = static_cast<int>(j % kSegments);
-    const int from = segment * size;
-    int to = from + size < n ? from + size : n;
-    if (from < n && to == n) to = n + 1;  // and what lies below the window
-    bound_segment(layer, from, to, a.scratch.segment_energy[int64_t{layer.number} * kSegments + segment],
-                  a.scratch.segment_count[int64_t{layer.number} * kSegments + segment]);
-  });
-
-  // The keep-th largest lower bound (0) and upper bound (1), each to within 2^20 units in the last place, on the safe
-  // side.
+  // The keep-th largest lower bound (0) and upper bound (1), each as near as `close` units in the last place, on the
+  // safe side. Relative to the score that is 2^-10, 2^-18 or 2^-30.
+  const Word close = Word{1} << (guess ? 42 : a.goal == Goal::kNarrow ? 34 : 22);
   int64_t wanted[2] = {module.keep, module.keep};
-  if (a.guess) {  // 4.5 deviations of a count in a sample of neighbours that are alike
+  if (guess) {  // 4.5 deviations of a count in a sample of neighbours that are alike
     const double total = static_cast<double>(module.total), keep = static_cast<double>(module.keep);
     const double variance = 4.0 * kTuning.sample_ratio * keep * (1 - keep / total);
     const auto margin = static_cast<int64_t>(4.5 * std::sqrt(variance)) + 1;
     wanted[0] += margin;
     wanted[1] -= margin;
   }
+  // Thresholds to try: first where the threshold should be, then all over what is left.
+  auto spread = [&](int which) {
+    const ModuleState& known = a.modules[m];
+    const Word first = bits_of(known.hint_low), last = bits_of(known.hint_high);
+    const bool hinted = s.hinted && first > s.yes[which] && last < s.no[which] && last - first >= kProbes;
+    s.step[which] = hinted ? (last - first) / (kProbes - 1) : (s.no[which] - s.yes[which]) / (kProbes + 1);
+    s.from[which] = hinted ? first : s.yes[which] + s.step[which];
+  };
   exec.one([&] {
     const ModuleState& known = a.modules[m];
     for (int which = 0; which < 2; ++which) {
-      s.yes[which] = bits_of(a.guess ? 0.0 : known.low);
-      s.no[which] = bits_of(a.guess ? 1.0 : known.high) + 1;
+      s.yes[which] = bits_of(guess ? 0.0 : known.low);
+      s.no[which] = bits_of(guess ? 1.0 : known.high) + 1;
     }
     if (wanted[0] > module.total) s.no[0] = s.yes[0] = 0;
     if (wanted[1] < 1) s.yes[1] = s.no[1] = bits_of(1.0);
+    s.hinted = 1;
+    for (int which = 0; which < 2; ++which) spread(which);
     for (Word& c : s.count) c = 0;
     s.go_on = 1;
     s.undecided = 0;
@@ -350,27 +402,26 @@ DIMAP_HD void solve_module(Exec& exec, const SolveArgs& a, int32_t m, SolverShar
       const int which = static_cast<int>(j / kProbes % 2), probe = static_cast<int>(j % kProbes);
       const Layer layer = layer_of(a, order[j / (2 * kProbes)]);
       const double* bound = which ? layer.high : layer.low;
-      const double t =
-          double_of(s.yes[which] + (s.no[which] - s.yes[which]) / (kProbes + 1) * (static_cast<Word>(probe) + 1));
+      const double t = double_of(s.from[which] + s.step[which] * static_cast<Word>(probe));
       const int n = layer.head([&](int i) { return bound[i] >= t; });
       exec.add(&s.count[which * kProbes + probe], static_cast<Word>(layer.before(n)));
     });
     exec.one([&] {
-      s.go_on = 0;
+      s.go_on = s.hinted = 0;
       for (int which = 0; which < 2; ++which) {
-        const Word step = (s.no[which] - s.yes[which]) / (kProbes + 1), from = s.yes[which];
-        if (s.no[which] - s.yes[which] > Word{1} << 20) {
+        if (s.no[which] - s.yes[which] > close) {
           for (int probe = 0; probe < kProbes; ++probe) {
-            const Word t = from + step * (static_cast<Word>(probe) + 1);
+            const Word t = s.from[which] + s.step[which] * static_cast<Word>(probe);
             if (static_cast<int64_t>(s.count[which * kProbes + probe]) < wanted[which]) {
               s.no[which] = t;
               break;
             }
             s.yes[which] = t;
           }
-          if (s.no[which] - s.yes[which] > Word{1} << 20) s.go_on = 1;
+          if (s.no[which] - s.yes[which] > close) s.go_on = 1;
         }
         for (int probe = 0; probe < kProbes; ++probe) s.count[which * kProbes + probe] = 0;
+        spread(which);
       }
     });
   }
@@ -380,7 +431,7 @@ DIMAP_HD void solve_module(Exec& exec, const SolveArgs& a, int32_t m, SolverShar
   exec.each(layers, [&](int64_t j) {
     const Layer layer = layer_of(a, order[j]);
     double lowest = low, highest = high;
-    if (a.guess) {  // the sample's energy is off, too
+    if (guess) {  // the sample's energy is off, too
       const double taken = static_cast<double>(layer.total) / layer.ratio;
       const double off = layer.ratio == 1 ? 0.0 : 8.0 / std::sqrt(taken > 1 ? taken : 1);
       lowest = low / (1 + off), highest = high * (1 + off);
@@ -392,7 +443,7 @@ DIMAP_HD void solve_module(Exec& exec, const SolveArgs& a, int32_t m, SolverShar
     a.scratch.end[layer.number] = static_cast<uint32_t>(end);
     bool single = true;
     for (int i = begin; i < end; ++i) single &= layer.seen[i] == layer.before(i) || layer.first(i) == layer.last(i);
-    if (!single || a.guess) exec.add(&s.undecided, 1);
+    if (!single || guess) exec.add(&s.undecided, 1);
     exec.add(&s.kept, static_cast<Word>(layer.before(begin)));
   });
 
@@ -416,15 +467,33 @@ DIMAP_HD void solve_module(Exec& exec, const SolveArgs& a, int32_t m, SolverShar
         view.base = below_end >> view.shift << view.shift;
         if (view.base < below_end) view.base += uint32_t{1} << view.shift;
       }
-      if (!a.guess) view.below_end = below_end, view.above_first = above_first, view.proven = 1;
-      a.layers[layer.number].view = view;
+      LayerState& state = a.layers[layer.number];
+      if (guess) {
+        const double share =
+            static_cast<double>(maybe - kept) / (layer.total > 1 ? static_cast<double>(layer.total) : 1);
+        const int64_t chunk = layer.total < kChunk ? layer.total : kChunk;
+        state.bracket = {view.base, view.end(), view.base + (view.end() - view.base) / 2,
+                         share * static_cast<double>(chunk) < 0.9 * a.most_aside};
+      } else {
+        view.below_end = below_end, view.above_first = above_first, view.proven = 1;
+        if (view.base < state.bracket.low || view.end() > state.bracket.high) state.bracket.holds = 0;
+      }
+      state.view = view;
     });
     exec.one([&] {
-      if (!a.guess) a.modules[m].low = low, a.modules[m].high = high < 1.0 ? high : 1.0;
+      ModuleState& known = a.modules[m];
+      known.hint_low = low, known.hint_high = high < 1.0 ? high : 1.0;
+      if (!guess) known.low = known.hint_low, known.high = known.hint_high;
     });
     return;
   }
 
+  exec.each(layers * kExactParts, [&](int64_t j) {
+    const Layer layer = layer_of(a, order[j / kExactParts]);
+    const int begin = static_cast<int>(a.scratch.begin[layer.number]),
+              end = static_cast<int>(a.scratch.end[layer.number]);
+    if (layer.before(end) > layer.before(begin)) add_exact_part(exec, layer, begin, static_cast<int>(j % kExactParts));
+  });
   exec.each(layers, [&](int64_t j) {
     const Layer layer = layer_of(a, order[j]);
     const int begin = static_cast<int>(a.scratch.begin[layer.number]),
@@ -480,8 +549,11 @@ DIMAP_HD void solve_module(Exec& exec, const SolveArgs& a, int32_t m, SolverShar
       if (bits == group && !whole) tie = key;
       if (bits < group || (bits == group && !whole)) keep_from = keep_from > key + 1 ? keep_from : key + 1;
     }
-    a.layers[layer.number].keep_from = keep_from;
-    a.layers[layer.number].tie = tie;
+    LayerState& state = a.layers[layer.number];
+    state.keep_from = keep_from;
+    state.tie = tie;
+    if (keep_from < state.bracket.low || keep_from > state.bracket.high || (tie != kNoTie && tie < state.bracket.low))
+      state.bracket.holds = 0;
   });
   exec.one([&] {
     ModuleState& out = a.modules[m];
