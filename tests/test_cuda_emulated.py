@@ -8,10 +8,11 @@ from collections.abc import Iterator
 import cuda_emulator
 import pytest
 import torch
-from dimap import ops
+from dimap import ops, reference
 from hypothesis import HealthCheck, given, settings
 from problems import DTYPES, KINDS, Problem, cast, problems, values
 from test_ops import check
+from test_stages import run_in_pieces
 
 dimap_cpu = torch.ops.dimap
 pytestmark = pytest.mark.skipif(
@@ -99,6 +100,39 @@ def test_nothing_is_changed_where_a_weight_is_not_finite(dtype: torch.dtype, val
     assert thresholds.tolist() == [-1.0]
     assert not any(bool(m.any()) for m in masks)
     assert all(bool(s.isnan().all()) for s in torch.ops.dimap.score(weights, [0, 1]))
+
+
+@given(problem=problems())
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_stages_in_pieces(problem: Problem) -> None:
+    got = run_in_pieces(problem, [7, 300], 4096, "cpu")
+    for mask, want in zip(got, reference.select(*problem.args()), strict=True):
+        assert torch.equal(mask, want)
+
+
+def sums(table: torch.Tensor) -> list[list[int]]:
+    """A table's numbers, however they are split into words."""
+    rows = []
+    for total, above, *words in table.tolist():
+        energy = sum(word << (32 * i) for i, word in enumerate(words[:20]))
+        bins = words[20:]
+        inside = [low + (high << 24) for low, high in zip(bins[1::3], bins[2::3], strict=True)]
+        rows.append([total, above, energy, *bins[::3], *inside])
+    return rows
+
+
+def test_tables_equal_the_cpus() -> None:
+    weights = [cast(values("huge and tiny", 5_000, i), dtype) for i, dtype in enumerate(DTYPES)]
+    windows = ops.first_windows(DTYPES, 3000)
+    args = (weights, [0, 1, 2], windows, 3000)
+    assert sums(ops.survey(*args)) == sums(dimap_cpu.survey(*args))
+    windows[:, 0] += 3 << 23  # with weights above and below
+    assert sums(ops.survey(*args)) == sums(dimap_cpu.survey(*args))
+    weights[1][17] = float("nan")
+    with pytest.raises(
+        RuntimeError, match=r"weights\[1\] must be finite, got nan at flat index 17"
+    ):
+        ops.survey(*args)
 
 
 def test_scores_are_the_same_in_every_run() -> None:

@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from problems import DTYPES, Problem, problems, values
 
 
-def run_in_pieces(problem: Problem, cuts_at: list[int], bins: int) -> list[torch.Tensor]:
+def run_in_pieces(
+    problem: Problem, cuts_at: list[int], bins: int, device: str
+) -> list[torch.Tensor]:
     """Survey every tensor in pieces, add the tables up, solve, and emit piece by piece."""
     count = max(problem.layers) + 1
     rank = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -23,10 +25,10 @@ def run_in_pieces(problem: Problem, cuts_at: list[int], bins: int) -> list[torch
         module_of[layer] = module
     pieces = []  # tensor, piece
     for i, w in enumerate(problem.weights):
-        flat = w.reshape(-1)
+        flat = w.reshape(-1).to(device)
         bounds = sorted({0, flat.numel(), *(c % (flat.numel() + 1) for c in cuts_at)})
         pieces += [(i, flat[a:b]) for a, b in pairwise(bounds)]
-    windows = ops.first_windows(dtypes, bins)
+    windows = ops.first_windows(dtypes, bins).to(device)
     for _ in range(20):
         tables = [ops.survey([p], [problem.layers[i]], windows, bins) for i, p in reversed(pieces)]
         tables.append(ops.survey([], [], windows, bins))
@@ -37,11 +39,11 @@ def run_in_pieces(problem: Problem, cuts_at: list[int], bins: int) -> list[torch
     else:
         raise AssertionError("not decided in twenty surveys")
     want = ops.select_cuts(*problem.args())[1]
-    torch.testing.assert_close(thresholds, want, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(thresholds.cpu(), want, rtol=0, atol=0, equal_nan=True)
     parts: list[list[torch.Tensor]] = [[] for _ in problem.weights]
     for i, piece in pieces:
         (mask,), quota = ops.emit([piece], [problem.layers[i]], [problem.modules[i]], cuts, quota)
-        parts[i].append(mask)
+        parts[i].append(mask.cpu())
     assert not quota.any()
     empty = torch.empty(0, dtype=torch.bool)
     return [
@@ -55,25 +57,25 @@ def run_in_pieces(problem: Problem, cuts_at: list[int], bins: int) -> list[torch
     bins=st.sampled_from([256, 4096]),
 )
 @settings(max_examples=80, deadline=None)
-def test_any_split(problem: Problem, cuts_at: list[int], bins: int) -> None:
-    got = run_in_pieces(problem, cuts_at, bins)
+def test_any_split(device: str, problem: Problem, cuts_at: list[int], bins: int) -> None:
+    got = run_in_pieces(problem, cuts_at, bins, device)
     for mask, want in zip(got, reference.select(*problem.args()), strict=True):
         assert torch.equal(mask, want)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_large_tensors_in_pieces(dtype: torch.dtype) -> None:
+def test_large_tensors_in_pieces(dtype: torch.dtype, device: str) -> None:
     weights = [
         values("normal", 300_000, 0).to(dtype),
         values("cauchy", 100_000, 1).clamp(-6e4, 6e4).to(dtype),
     ]
     problem = Problem(weights, [0, 1], [0, 0], [170_000])
-    got = run_in_pieces(problem, [7, 131_072, 200_001], 4096)
+    got = run_in_pieces(problem, [7, 131_072, 200_001], 4096, device)
     assert all(torch.equal(a, b) for a, b in zip(got, ops.select(*problem.args()), strict=True))
 
 
-def test_survey_of_nothing_is_zero() -> None:
-    windows = ops.first_windows([torch.float32], 256)
+def test_survey_of_nothing_is_zero(device: str) -> None:
+    windows = ops.first_windows([torch.float32], 256).to(device)
     assert not ops.survey([], [], windows, 256).any()
 
 
@@ -84,7 +86,7 @@ def test_survey_of_nothing_is_zero() -> None:
         (torch.tensor([[1, 23, 0, *ops.NOTHING_KNOWN]]), 256, r"windows\[0\] must start at a key"),
         (torch.tensor([[0, 24, 0, *ops.NOTHING_KNOWN]]), 256, r"windows\[0\] must start at a key"),
         (torch.zeros(1, 3, dtype=torch.int64), 256, "windows must have 7 columns, got 3"),
-        (torch.zeros(1, 7), 256, "windows must be an int64 matrix on cpu, got float32"),
+        (torch.zeros(1, 7), 256, "windows must be an int64 matrix on .*, got float32"),
         (
             torch.tensor([[0, 23, 16, *ops.NOTHING_KNOWN]]),
             256,
@@ -92,11 +94,22 @@ def test_survey_of_nothing_is_zero() -> None:
         ),
     ],
 )
-def test_bad_windows(windows: torch.Tensor, bins: int, message: str) -> None:
+def test_bad_windows(windows: torch.Tensor, bins: int, message: str, device: str) -> None:
     with pytest.raises(RuntimeError, match=message):
-        ops.survey([torch.ones(3)], [0], windows, bins)
+        ops.survey([torch.ones(3, device=device)], [0], windows.to(device), bins)
 
 
-def test_emit_refuses_undecided_cuts() -> None:
+def test_emit_refuses_undecided_cuts(device: str) -> None:
+    weight, cuts, quota = torch.ones(3), torch.tensor([[-1, -1]]), torch.tensor([0])
     with pytest.raises(RuntimeError, match=r"cuts\[0\] must be decided"):
-        ops.emit([torch.ones(3)], [0], [0], torch.tensor([[-1, -1]]), torch.tensor([0]))
+        ops.emit([weight.to(device)], [0], [0], cuts.to(device), quota.to(device))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_survey_names_a_weight_that_is_not_finite(value: float, device: str) -> None:
+    weights = [torch.ones(3, device=device), torch.tensor([1.0, value], device=device)]
+    windows = ops.first_windows([torch.float32] * 2, 256).to(device)
+    with pytest.raises(
+        RuntimeError, match=rf"weights\[1\] must be finite, got {value} at flat index 1"
+    ):
+        ops.survey(weights, [0, 1], windows, 256)

@@ -44,6 +44,29 @@ class Device {
     return out;
   }
 
+  const Tensor& like() const { return like_; }
+
+  // Waits for the stream.
+  void copy_to_host(void* to, const void* from, size_t bytes) const {
+    check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, stream));
+    check(cudaStreamSynchronize(stream));
+  }
+  template <typename T>
+  std::vector<T> to_host(const Tensor& t) const {
+    const Tensor whole = torch::stable::contiguous(t);
+    std::vector<T> values(static_cast<size_t>(t.numel()));
+    copy_to_host(values.data(), whole.const_data_ptr(), values.size() * sizeof(T));
+    return values;
+  }
+  template <typename T>
+  Tensor from_host(const std::vector<T>& values, std::vector<int64_t> sizes, ScalarType type) const {
+    Tensor t = empty(std::move(sizes), type);
+    check(cudaMemcpyAsync(t.mutable_data_ptr(), values.data(), values.size() * sizeof(T), cudaMemcpyHostToDevice,
+                          stream));
+    check(cudaStreamSynchronize(stream));
+    return t;
+  }
+
   int32_t index;
   cudaStream_t stream;
 

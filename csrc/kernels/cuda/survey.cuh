@@ -26,7 +26,8 @@ struct SurveyArgs {
 // A thread's sums over the layer at hand: weights above the window as integers q = significand << (scale - unit), q <
 // 2^32.
 struct Above {
-  uint32_t base, shift, end, limit;  // of the window; first key that q does not hold
+  uint32_t base, shift, end, limit;  // of the window; first key that q does not hold,
+  uint32_t beyond;     // those below `beyond` are summed one by one
   int unit;
   Word low, high;  // sum of q²
   uint32_t count, inside, largest;
@@ -38,9 +39,11 @@ struct Above {
     unit = scale(end < kNonFinite ? end : kNonFinite - 1);
     const uint32_t exponent = static_cast<uint32_t>(unit) + 1 + 9;
     limit = exponent < 255 ? exponent << 23 : kNonFinite;
+    beyond = kNonFinite;
     low = high = 0;
     count = inside = 0;
   }
+  __device__ void sum_nothing() { limit = beyond = 0; }
 };
 
 __device__ inline void add_words(Word* words, Word value, int bit) {
@@ -55,7 +58,7 @@ __device__ __forceinline__ void see_above(uint32_t key, Above& t, Word* row) {
     t.low += q2;
     t.high += t.low < q2;
     ++t.count;
-  } else if (key < kNonFinite) {  // few are so large
+  } else if (key < t.beyond) {  // few are so large
     add_words(row + 2, square(key), 2 * scale(key));
     ++t.count;
   }
@@ -180,6 +183,7 @@ __device__ __forceinline__ void survey(const SurveyArgs& a, SurveyShared& s) {
       ratio = a.layers[layer].ratio;
       read = 0;
       t.look_through(a.layers[layer].view);
+      if (!a.above) t.sum_nothing();
     }
     const int64_t offset = (c - entry.first_chunk) * kChunk;
     const int n = static_cast<int>(entry.numel - offset < kChunk ? entry.numel - offset : kChunk);
