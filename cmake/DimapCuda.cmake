@@ -62,6 +62,7 @@ if(_build)
   set(_kernels ${CMAKE_CURRENT_SOURCE_DIR}/csrc/kernels/cuda)
   set(_ops ${CMAKE_CURRENT_SOURCE_DIR}/csrc/cuda)
   add_library(dimap_cuda MODULE ${_ops}/ops.cpp ${_ops}/score.cpp ${_ops}/stages.cpp
+                                ${CMAKE_CURRENT_SOURCE_DIR}/csrc/kernels/solve.cpp  # on the host, for the stages
                                 ${_kernels}/decide.cu ${_kernels}/emit.cu ${_kernels}/read.cu
                                 ${_kernels}/score.cu ${_kernels}/upload.cu)
   # USE_CUDA: torch's stable interface declares the current CUDA stream under it.

@@ -87,6 +87,26 @@ def test_weights_that_are_not_contiguous() -> None:
     check(Problem([base[::2, 1::3], base.t()], [0, 1], [0, 0], [3_000]), "cpu")
 
 
+def test_weights_written_in_place_that_are_not_contiguous() -> None:
+    before = values("normal", 6_000, 3).float().reshape(20, 300)
+    weight, masks = before.clone()[::2, 1::3], [before[::2, 1::3] > 0]
+    ops.apply_([weight], masks)
+    assert torch.equal(weight, before[::2, 1::3] * masks[0])
+
+
+@pytest.mark.parametrize("call", ["prune_", "apply_"])
+def test_tensors_that_overlap_themselves_are_refused_before_any_change(call: str) -> None:
+    first, base = torch.randn(100), torch.randn(1, 50)
+    before, base_before = first.clone(), base.clone()
+    weights = [first, base.expand(3, 50)]
+    masks = [torch.zeros_like(w, dtype=torch.bool) for w in weights]
+    arguments = ([0, 1], [0, 0], [10]) if call == "prune_" else (masks,)
+    with pytest.raises(RuntimeError, match=r"weights\[1\] must not overlap itself"):
+        getattr(torch.ops.dimap, call)(weights, *arguments)
+    assert torch.equal(first, before)
+    assert torch.equal(base, base_before)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_nothing_is_changed_where_a_weight_is_not_finite(dtype: torch.dtype, value: float) -> None:

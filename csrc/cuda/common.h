@@ -11,7 +11,7 @@
 #include <utility>
 #include <vector>
 
-#include "../checks.h"
+#include "../inputs.h"
 #include "../kernels/cuda/kernels.h"
 
 namespace dimap::cuda {
@@ -103,12 +103,6 @@ class Workspace {
   char* base_ = nullptr;
   int64_t used_ = 0;
 };
-
-inline std::vector<Tensor> contiguous(const std::vector<Tensor>& tensors) {
-  std::vector<Tensor> out;
-  for (const Tensor& t : tensors) out.push_back(t.is_contiguous() ? t : torch::stable::contiguous(t));
-  return out;
-}
 
 inline std::vector<void*> pointers(const std::vector<Tensor>& tensors) {
   std::vector<void*> out;

@@ -85,16 +85,11 @@ std::vector<Tensor> select_op(std::vector<Tensor> weights, Ints layers, Ints mod
   return std::get<0>(select_cuts_op(std::move(weights), std::move(layers), std::move(modules), std::move(keep)));
 }
 
-void copy_back(std::vector<Tensor>& weights, const std::vector<Tensor>& inputs) {
-  for (size_t i = 0; i < weights.size(); ++i)
-    if (!weights[i].is_contiguous()) torch::stable::copy_(weights[i], inputs[i]);
-}
-
 void prune_op(std::vector<Tensor> weights, Ints layers, Ints modules, Ints keep) {
   const Device device = device_of_all(weights);
-  const std::vector<Tensor> inputs = contiguous(weights);
+  const std::vector<Tensor> inputs = writable(weights);
   run(device, modules_problem(inputs, layers, modules, keep), {}, nullptr);
-  copy_back(weights, inputs);
+  write_back(weights, inputs);
 }
 
 void apply_op(std::vector<Tensor> weights, std::vector<Tensor> masks) {
@@ -111,14 +106,14 @@ void apply_op(std::vector<Tensor> weights, std::vector<Tensor> masks) {
                     "masks[", i, "] must have the shape of weights[", i, "]");
   }
   const Device device = device_of_all(weights);
-  const std::vector<Tensor> inputs = contiguous(weights), bytes = contiguous(masks);
+  const std::vector<Tensor> inputs = writable(weights), bytes = contiguous(masks);
   const Problem problem = layers_problem(inputs, Ints(weights.size(), 0));
   const HostPlan host(problem, pointers(bytes));
   Workspace space;
   space.take<char>(host.bytes());
   space.allocate(device);
   check(apply(host.send(space.take<char>(host.bytes()), device.stream), device.stream));
-  copy_back(weights, inputs);
+  write_back(weights, inputs);
 }
 
 }  // namespace

@@ -35,13 +35,13 @@ __device__ uint32_t write_mask(const Piece& p) {
   if (reinterpret_cast<uintptr_t>(weights) % 16 == 0 && reinterpret_cast<uintptr_t>(mask) % 8 == 0) {
     const uint4* vectors = reinterpret_cast<const uint4*>(weights);
     const int count = p.n / kLanes;
-    for (int start = static_cast<int>(threadIdx.x); start < count; start += kThreads * kTuning.emit_unroll) {
-      uint4 v[kTuning.emit_unroll];
+    for (int start = static_cast<int>(threadIdx.x); start < count; start += kThreads * kOccupancy.emit_unroll) {
+      uint4 v[kOccupancy.emit_unroll];
 #pragma unroll
-      for (int u = 0; u < kTuning.emit_unroll; ++u)
+      for (int u = 0; u < kOccupancy.emit_unroll; ++u)
         if (start + u * kThreads < count) v[u] = vectors[start + u * kThreads];
 #pragma unroll
-      for (int u = 0; u < kTuning.emit_unroll; ++u) {
+      for (int u = 0; u < kOccupancy.emit_unroll; ++u) {
         const int at = start + u * kThreads;
         if (at >= count) continue;
         const uint32_t words[4] = {v[u].x, v[u].y, v[u].z, v[u].w};
@@ -77,7 +77,7 @@ __device__ uint32_t zero_dropped(const Piece& p) {
   using T = storage_t<kType>;
   T* weights = const_cast<T*>(static_cast<const T*>(p.tensor.data)) + p.offset;
   uint32_t ties = 0;
-  for_each_key<kType, kTuning.emit_unroll>(weights, p.n, [&](uint32_t key, int i) {
+  for_each_key<kType, kOccupancy.emit_unroll>(weights, p.n, [&](uint32_t key, int i) {
     if (key < p.keep_from && key != p.tie) weights[i] = 0;
     ties += key == p.tie;
   });
@@ -85,7 +85,7 @@ __device__ uint32_t zero_dropped(const Piece& p) {
 }
 
 // Puts right what the deciding read guessed of the weights it set aside: a warp for a chunk. Counts the ties.
-__global__ void __launch_bounds__(kThreads, kTuning.blocks) fix_kernel(const __grid_constant__ EmitArgs a) {
+__global__ void __launch_bounds__(kThreads, kOccupancy.blocks) fix_kernel(const __grid_constant__ EmitArgs a) {
   if (*a.bad != 0) return;
   const int lane = static_cast<int>(threadIdx.x % 32);
   for (int64_t c = int64_t{blockIdx.x} * kWarps + threadIdx.x / 32; c < a.plan.chunks;
@@ -113,7 +113,7 @@ __global__ void __launch_bounds__(kThreads, kTuning.blocks) fix_kernel(const __g
 
 // The chunks that are not right yet, read whole.
 template <bool kZero>
-__global__ void __launch_bounds__(kThreads, kTuning.blocks) emit_kernel(const __grid_constant__ EmitArgs a) {
+__global__ void __launch_bounds__(kThreads, kOccupancy.blocks) emit_kernel(const __grid_constant__ EmitArgs a) {
   const bool bad = *a.bad != 0;
   for (int64_t c = blockIdx.x; c < a.plan.chunks; c += gridDim.x) {
     if (!kZero && !bad && a.aside.count && a.aside.count[c] <= kPutRight) continue;
@@ -209,7 +209,7 @@ __device__ void settle_all(const EmitArgs& a, const Piece& p, int64_t c) {
       if (slot.key(i) == p.tie) mask[slot.position(i)] = 1;
     return;
   }
-  for_each_key<kType, kTuning.emit_unroll>(weights, p.n, [&](uint32_t key, int i) {
+  for_each_key<kType, kOccupancy.emit_unroll>(weights, p.n, [&](uint32_t key, int i) {
     if (key != p.tie) return;
     if constexpr (kZero)
       weights[i] = 0;
@@ -241,7 +241,7 @@ __device__ void settle_in_order(const Piece& p, int64_t quota) {
 }
 
 template <bool kZero>
-__global__ void __launch_bounds__(kThreads, kTuning.blocks) settle_kernel(const __grid_constant__ EmitArgs a) {
+__global__ void __launch_bounds__(kThreads, kOccupancy.blocks) settle_kernel(const __grid_constant__ EmitArgs a) {
   if (*a.bad != 0) return;
   for (int64_t c = blockIdx.x; c < a.plan.chunks; c += gridDim.x) {
     const int32_t ties = a.ties[c], kept = a.kept[c];
@@ -264,7 +264,7 @@ __device__ void apply_chunk(const Piece& p) {
     if (mask[i] == 0) weights[i] = 0;
 }
 
-__global__ void __launch_bounds__(kThreads, kTuning.blocks) apply_kernel(const __grid_constant__ Plan plan) {
+__global__ void __launch_bounds__(kThreads, kOccupancy.blocks) apply_kernel(const __grid_constant__ Plan plan) {
   for (int64_t c = blockIdx.x; c < plan.chunks; c += gridDim.x) {
     const Piece p = piece_of(plan, nullptr, c);
     if (static_cast<DType>(p.tensor.dtype) == DType::kFloat32)

@@ -9,16 +9,11 @@ namespace dimap::cuda {
 
 using Word = unsigned long long;  // what CUDA's 64-bit atomics take
 
-// Tuning, as data. Not yet measured on a GPU.
+// Tuning, as data; not yet measured on a GPU. First what the host and the device must agree on.
 struct Tuning {
   int threads = 256;            // in a block
-  int blocks = 4;               // of emit's on a multiprocessor, at least: 64 registers a thread
-  int read_blocks = 2;          // of the deciding read's: 128 registers
-  int read_unroll = 4;          // its loads in flight
   int chunk = 1 << 14;          // weights in one piece of work
   int most_bins = 1024;         // of a window; fewer where there are many layers
-  int unroll = 4;               // 16-byte loads in flight in a thread, where registers do not matter;
-  int emit_unroll = 2;          // where it has 64
   int sample_ratio = 32;        // one run of 32 weights in this many is sampled, where the layer is not small
   int sample_least = 1 << 15;   // weights of a layer that are sampled, at least
   int least_aside = 256;        // bytes for what is set aside of a chunk, and
@@ -31,6 +26,33 @@ constexpr Tuning kTuning = DIMAP_TUNING;  // of tests: small pieces, so that sma
 #else
 constexpr Tuning kTuning{};
 #endif
+
+// Then what only the code for one architecture sees.
+struct Occupancy {
+  int architecture;  // and those after it, up to the next entry: 10 times the compute capability
+  int blocks;        // of emit's on a multiprocessor, at least: 64 registers a thread
+  int emit_unroll;   // its 16-byte loads in flight in a thread
+  int read_blocks;   // of the deciding read's: 128 registers
+  int read_unroll;   // its loads
+  int unroll;        // loads where registers do not matter
+};
+constexpr Occupancy kOccupancies[] = {
+    {80, 4, 2, 2, 4, 4},  {86, 4, 2, 2, 4, 4},  {89, 4, 2, 2, 4, 4},
+    {90, 4, 2, 2, 4, 4},  {100, 4, 2, 2, 2, 4},  // four loads of the deciding read spill registers here, and
+    {120, 4, 2, 2, 2, 4},                        // here
+};
+constexpr Occupancy occupancy_of(int architecture) {
+  Occupancy found = kOccupancies[0];
+  for (const Occupancy& o : kOccupancies)
+    if (o.architecture <= architecture) found = o;
+  return found;
+}
+#if defined(__CUDA_ARCH__)
+constexpr Occupancy kOccupancy = occupancy_of(__CUDA_ARCH__ / 10);
+#else
+constexpr Occupancy kOccupancy = occupancy_of(0);
+#endif
+
 constexpr int kThreads = kTuning.threads;
 constexpr int kWarps = kThreads / 32;
 constexpr int kChunk = kTuning.chunk;

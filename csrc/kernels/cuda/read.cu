@@ -12,7 +12,7 @@ __device__ __forceinline__ void read_chunk(const storage_t<kType>* weights, int 
                                            uint8_t* mask, const Slot<kType>& slot, uint32_t* aside, Above& t,
                                            Word* row) {
   using T = storage_t<kType>;
-  constexpr int kLanes = 16 / static_cast<int>(sizeof(T)), kUnroll = kTuning.read_unroll;
+  constexpr int kLanes = 16 / static_cast<int>(sizeof(T)), kUnroll = kOccupancy.read_unroll;
   auto decide = [&](T bits, int i) -> uint32_t {
     const uint32_t key = key_of<kType>(bits);
     t.largest = key > t.largest ? key : t.largest;
@@ -58,7 +58,7 @@ __device__ __forceinline__ void read_chunk(const storage_t<kType>* weights, int 
 
 // Each block reads the chunks of one range, in order.
 template <bool kMask>
-__global__ void __launch_bounds__(kThreads, kTuning.read_blocks) read_kernel(const __grid_constant__ ReadArgs a) {
+__global__ void __launch_bounds__(kThreads, kOccupancy.read_blocks) read_kernel(const __grid_constant__ ReadArgs a) {
   __shared__ SurveyShared s;
   const int64_t first = a.plan.chunks * blockIdx.x / gridDim.x, last = a.plan.chunks * (blockIdx.x + 1) / gridDim.x;
   clear_bins(s);
@@ -111,7 +111,7 @@ __global__ void __launch_bounds__(kThreads, kTuning.read_blocks) read_kernel(con
       if (kept) {
         for (uint32_t i = threadIdx.x; i < inside; i += kThreads) see_inside(slot.key(static_cast<int>(i)), t, s);
       } else if (bracket.holds) {
-        for_each_key<kType, kTuning.emit_unroll>(weights, n, [&](uint32_t key, int) {
+        for_each_key<kType, kOccupancy.emit_unroll>(weights, n, [&](uint32_t key, int) {
           if (key >= t.base && key < t.end) see_inside(key, t, s);
         });
       }

@@ -43,8 +43,8 @@ __global__ void __launch_bounds__(kThreads, 1) histogram_kernel(const __grid_con
     const int n = static_cast<int>(entry.numel - offset < kChunk ? entry.numel - offset : kChunk);
     // As bfloat16, the key's upper half is the 15 bits themselves: the same for float16 bits, which are not looked into
     // here.
-    for_each_key<DType::kBFloat16, kTuning.unroll>(static_cast<const uint16_t*>(entry.data) + offset, n,
-                                                   [&](uint32_t key, int) { atomicAdd(counts + (key >> 16), 1u); });
+    for_each_key<DType::kBFloat16, kOccupancy.unroll>(static_cast<const uint16_t*>(entry.data) + offset, n,
+                                                      [&](uint32_t key, int) { atomicAdd(counts + (key >> 16), 1u); });
   }
   flush();
 }

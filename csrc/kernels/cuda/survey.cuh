@@ -27,7 +27,7 @@ struct SurveyArgs {
 // 2^32.
 struct Above {
   uint32_t base, shift, end, limit;  // of the window; first key that q does not hold,
-  uint32_t beyond;     // those below `beyond` are summed one by one
+  uint32_t beyond;                   // those below `beyond` are summed one by one
   int unit;
   Word low, high;  // sum of q²
   uint32_t count, inside, largest;
@@ -131,7 +131,7 @@ template <DType kType>
 __device__ __forceinline__ void survey_chunk(const TensorEntry& tensor, int64_t offset, int n, Above& t,
                                              SurveyShared& s, Word* row) {
   const void* data = static_cast<const storage_t<kType>*>(tensor.data) + offset;
-  for_each_key<kType, kTuning.unroll>(data, n, [&](uint32_t key, int) { see(key, t, s, row); });
+  for_each_key<kType, kOccupancy.unroll>(data, n, [&](uint32_t key, int) { see(key, t, s, row); });
 }
 
 // ... of one run of 32 neighbours in `ratio`.
