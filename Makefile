@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format wheel abi second-torch sanitize spills bench clean
+.PHONY: help demo test test-large lint format wheel abi second-torch sanitize spills bench clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -46,6 +46,10 @@ demo: $(VENV)/.dimap  ## Prune a trained Swin at 55 % and show what it costs
 test: $(VENV)/.test  ## Run the tests
 	@echo "== tests"
 	@$(BIN)/python -m pytest tests
+
+test-large: $(VENV)/.test  ## Run the tests of more than 2^31 weights in one tensor (minutes, 16 GiB)
+	@echo "== tests that take minutes"
+	@$(BIN)/python -m pytest tests -m large
 
 lint: $(VENV)/.lint $(VENV)/.dimap  ## ruff, mypy, clang-format
 	@echo "== lint"
