@@ -1,134 +1,234 @@
 """select and score on a CUDA device, beside a copy of the weights and plain PyTorch, in one run.
 
-    python benchmarks/bench_gpu.py [--quick] [--output benchmarks/results/gpu.json]
+    python benchmarks/bench_gpu.py [--seconds 150] [--output benchmarks/results/gpu.json]
 
-Medians of CUDA events; the inputs rotate among copies that together exceed the L2 cache.
+Medians of CUDA events, all yardsticks of a row in turns, inputs beyond the L2 cache. The result is
+written after every row, so that a run that is cut off leaves what it measured; a row that fails
+says why and the next one goes on. Rows that no time is left for are named under "left out".
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import statistics
 import subprocess
+import time
+import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import dimap
 import plain
+import shapes
 import torch
+from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
-SWIN_T = [(96, 2), (192, 2), (384, 6), (768, 2)]  # width and blocks of each stage
+BEYOND_L2 = 256 << 20  # bytes
+Problem = tuple[list[Tensor], list[int], list[int], list[int]]
 
 
-def swin_layers(scale: int) -> tuple[list[tuple[int, int]], list[int]]:
-    """Shapes and modules (qkv, proj, mlp) of a Swin's prunable weights, widths times `scale`."""
-    shapes: list[tuple[int, int]] = []
-    modules: list[int] = []
-    for width, blocks in SWIN_T:
-        c = width * scale
-        for _ in range(blocks):
-            shapes += [(3 * c, c), (c, c), (4 * c, c), (c, 4 * c)]
-            modules += [0, 1, 2, 2]
-    return shapes, modules
+def time_in_turns(jobs: dict[str, Callable[[], object]], seconds: float) -> dict[str, float]:
+    """Median milliseconds of each job; at least three turns, at most 50, about `seconds` in all."""
+    times: dict[str, list[float]] = {name: [] for name in jobs}
+    until = time.monotonic() + seconds
+    for turn in range(53):
+        for name, job in jobs.items():
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            result = job()
+            end.record()
+            end.synchronize()
+            del result
+            if turn >= 2:  # the first ones load kernels and fill the allocator
+                times[name].append(start.elapsed_time(end))
+        if turn >= 4 and time.monotonic() > until:
+            break
+    return {name: statistics.median(t) for name, t in times.items()}
 
 
-def time_ms(body: Callable[[int], object], repeats: int) -> float:
-    for i in range(3):
-        body(i)
-    times = []
-    for i in range(repeats):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        body(i)
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return statistics.median(times)
-
-
-def measure(name: str, scale: int, dtype: torch.dtype, repeats: int) -> dict[str, object]:
-    shapes, modules = swin_layers(scale)
-    count = sum(a * b for a, b in shapes)
-    copies = max(1, min(8, -(-(256 << 20) // (count * dtype.itemsize))))  # beyond any L2
-    sets = [
-        [torch.randn(s, device="cuda").mul_(0.02).to(dtype) for s in shapes] for _ in range(copies)
-    ]
-    totals = [
-        sum(a * b for (a, b), m in zip(shapes, modules, strict=True) if m == k) for k in range(3)
-    ]
-    keep = [round(0.45 * n) for n in totals]
-    layers = list(range(len(shapes)))
-    pool = itertools.cycle(sets)
-    flat = [torch.cat([w.flatten() for w in s]) for s in sets]
-    copied = torch.empty_like(flat[0])
-    result: dict[str, object] = {
-        "case": name,
-        "dtype": str(dtype).removeprefix("torch."),
-        "weights": count,
-    }
-    result["copy_ms"] = time_ms(lambda i: copied.copy_(flat[i % copies]), repeats)
-    flat.clear()
-    result["select_ms"] = time_ms(
-        lambda i: torch.ops.dimap.select(next(pool), layers, modules, keep), repeats
-    )
-    result["score_ms"] = time_ms(lambda i: torch.ops.dimap.score(next(pool), layers), repeats)
-    few = max(3, repeats // 10)
-    result["plain_select_ms"] = time_ms(lambda i: plain.select(next(pool), modules, keep), few)
-    result["plain_score_ms"] = time_ms(lambda i: plain.score(next(pool)), few)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        masks = torch.ops.dimap.select(sets[0], layers, modules, keep)
-    result["select_graph_ms"] = time_ms(lambda i: graph.replay(), repeats)
-    assert sum(int(m.sum()) for m in masks) == sum(keep)
+def extra_bytes(job: Callable[[], object], results: int) -> int:
+    """Device memory that a job takes at most, beside its results."""
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    torch.ops.dimap.select(sets[0], layers, modules, keep)
-    extra = torch.cuda.max_memory_allocated() - before - count
-    result["select_extra_bytes"] = extra
-    return result
+    kept = job()
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated()
+    del kept
+    return peak - before - results
+
+
+def on_gpu(problem: Problem) -> Problem:
+    return [w.cuda() for w in problem[0]], *problem[1:]
+
+
+def swin(name: str, dtype: torch.dtype) -> dict[str, Any]:
+    """All jobs on a Swin's weights: eager, as a graph, beside the yardsticks."""
+    problem = on_gpu(shapes.problem(name, dtype))
+    weights, layers, modules, keep = problem
+    count = sum(w.numel() for w in weights)
+    copies = -(-BEYOND_L2 // (count * dtype.itemsize))
+    sets = [weights, *([w.clone() for w in weights] for _ in range(copies - 1))]
+    flat = [torch.cat([w.flatten() for w in s]) for s in sets]
+    target = torch.empty_like(flat[0])
+    turn = iter(range(1 << 60))
+
+    def rotated(job: Callable[[int], object]) -> Callable[[], object]:
+        return lambda: job(next(turn) % copies)
+
+    graphs = []
+    for s in sets:
+        graph = torch.cuda.CUDAGraph()
+        torch.ops.dimap.select(s, layers, modules, keep)
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph):
+            masks = torch.ops.dimap.select(s, layers, modules, keep)
+        graphs.append((graph, masks))
+    ms = time_in_turns(
+        {
+            "copy": rotated(lambda i: target.copy_(flat[i])),
+            "select": rotated(lambda i: torch.ops.dimap.select(sets[i], layers, modules, keep)),
+            "select, graph replay": rotated(lambda i: graphs[i][0].replay()),
+            "score": rotated(lambda i: torch.ops.dimap.score(sets[i], layers)),
+        },
+        4,
+    )
+    ms |= time_in_turns(
+        {
+            "plain select": rotated(lambda i: plain.select(sets[i], modules, keep)),
+            "plain score": rotated(lambda i: plain.score(sets[i])),
+        },
+        4,
+    )
+    want = torch.ops.dimap.select([w.cpu() for w in weights], layers, modules, keep)
+    same = all(torch.equal(a.cpu(), b) for a, b in zip(graphs[0][1], want, strict=True))
+    graphs.clear()
+    extra = extra_bytes(lambda: torch.ops.dimap.select(weights, layers, modules, keep), count)
+    return {
+        "shapes": name, "dtype": str(dtype).removeprefix("torch."), "weights": count, "ms": ms,
+        "select_extra_bytes": extra, "extra_limit_bytes": count * dtype.itemsize // 20 + (32 << 20),
+        "masks_equal_the_cpus": same,
+    }  # fmt: skip
+
+
+def large(count: int) -> dict[str, Any]:
+    """select on one bfloat16 tensor: flat time to 4 G weights, more than 2^31 in one."""
+    weight = torch.empty(count, dtype=torch.bfloat16, device="cuda").normal_(0, 0.02)
+    keep = round(0.45 * count)
+    job = partial(torch.ops.dimap.select, [weight], [0], [0], [keep])
+    ms = time_in_turns({"copy": partial(torch.empty_like(weight).copy_, weight), "select": job}, 6)
+    extra = extra_bytes(job, count)
+    mask = job()[0]
+    kept, least_kept, most_dropped = 0, float("inf"), 0.0
+    for w, m in zip(weight.split(1 << 27), mask.split(1 << 27), strict=True):
+        kept += int(m.sum())
+        magnitude = w.abs().float()
+        least_kept = min(least_kept, float(magnitude.masked_fill(~m, float("inf")).min()))
+        most_dropped = max(most_dropped, float(magnitude.masked_fill(m, 0.0).max()))
+    return {
+        "shapes": "one tensor", "dtype": "bfloat16", "weights": count, "ms": ms,
+        "select_ps_a_weight": ms["select"] * 1e9 / count,
+        "select_extra_bytes": extra, "extra_limit_bytes": count // 10 + (32 << 20),
+        "keeps_the_largest": kept == keep and least_kept >= most_dropped,
+    }  # fmt: skip
+
+
+def targets(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What was aimed at beside what was measured: at most, or (faster) at least."""
+    found = []
+
+    def row(shape: str, dtype: str) -> dict[str, float]:
+        for r in rows:
+            if (r["shapes"], r["dtype"]) == (shape, dtype):
+                return dict(r["ms"])
+        return {}
+
+    def add(job: str, ms: dict[str, float], a: str, b: str, reach: float, aim: float) -> None:
+        if a in ms and (not b or b in ms):
+            value = ms[a] / ms[b] if b else ms[a]
+            met = (lambda t: value >= t) if aim > reach else (lambda t: value <= t)
+            found.append(
+                {"job": job, "value": value, "reach": reach, "aim": aim,
+                 "reached": met(reach), "aim_met": met(aim)}
+            )  # fmt: skip
+
+    f32, bf16, small = row("swin_b", "float32"), row("swin_b", "bfloat16"), row("swin_t", "float32")
+    add("select float32, copies of the weights", f32, "select", "copy", 1.5, 0.8)
+    add("select bfloat16, copies of the weights", bf16, "select", "copy", 2.0, 1.0)
+    add("select float32, times as fast as plain PyTorch", f32, "plain select", "select", 50, 150)
+    add("score float32, times as fast as plain PyTorch", f32, "plain score", "score", 5, 12)
+    add("score bfloat16, times as fast as plain PyTorch", bf16, "plain score", "score", 15, 40)
+    add("select Swin-T, graph replay, ms", small, "select, graph replay", "", 0.25, 0.1)
+    return found
+
+
+def run(*command: str) -> str | None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
+def about() -> dict[str, Any]:
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "driver": run("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "commit": run("git", "rev-parse", "--short", "HEAD"),
+        "dimap": dimap.build_info(),
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seconds", type=float, default=600, help="start no row after this long")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
-    repeats = 20 if arguments.quick else 100
-    cases = [("swin-t", 1), ("swin-t x2", 2)] + ([] if arguments.quick else [("swin-t x4", 4)])
-    rows = [
-        measure(name, scale, dtype, repeats)
-        for name, scale in cases
-        for dtype in (torch.float32, torch.bfloat16, torch.float16)
-    ]
-    for r in rows:
-        print(
-            "  ".join(f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in r.items())
-        )
-    if arguments.output:
-        commit = subprocess.run(
-            ["git", "-C", str(ROOT), "rev-parse", "HEAD"],
-            capture_output=True,
-            text=True,
-            check=False,
-        ).stdout.strip()
-        driver = subprocess.run(
-            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
-            capture_output=True, text=True, check=False,
-        ).stdout.strip()  # fmt: skip
-        about = {
-            "gpu": torch.cuda.get_device_name(),
-            "driver": driver,
-            "torch": torch.__version__,
-            "cuda": torch.version.cuda,
-            "commit": commit or None,
-            "dimap": dimap.__version__,
-        }
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps({"machine": about, "rows": rows}, indent=2) + "\n")
+    if not torch.cuda.is_available():
+        raise SystemExit("bench_gpu.py needs a CUDA device, and torch found none")
+    start = time.monotonic()
+    cases: dict[str, Callable[[], dict[str, Any]]] = {
+        "swin_b float32": lambda: swin("swin_b", torch.float32),
+        "swin_b bfloat16": lambda: swin("swin_b", torch.bfloat16),
+        "swin_t float32": lambda: swin("swin_t", torch.float32),
+        "4 G bfloat16": lambda: large(4_000_000_000),
+        "1 G bfloat16": lambda: large(1_000_000_000),
+        "100 M bfloat16": lambda: large(100_000_000),
+        "swin_t bfloat16": lambda: swin("swin_t", torch.bfloat16),
+        "swin_b float16": lambda: swin("swin_b", torch.float16),
+        "swin_l float32": lambda: swin("swin_l", torch.float32),
+    }
+    result: dict[str, Any] = {"machine": about(), "rows": [], "failed": {}, "left out": []}
+    for name, case in cases.items():
+        if time.monotonic() - start > arguments.seconds:
+            result["left out"].append(name)
+            print(f"{name}: left out, no time")
+        else:
+            try:
+                row = case()
+                result["rows"].append(row)
+                print(f"{name}: {json.dumps(row)}", flush=True)
+            except Exception as error:  # the next row may still tell something
+                traceback.print_exc()
+                result["failed"][name] = f"{type(error).__name__}: {error}"[:500]
+            torch.cuda.empty_cache()
+        result["targets"] = targets(result["rows"])
+        if arguments.output:
+            arguments.output.parent.mkdir(parents=True, exist_ok=True)
+            arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+    for t in result["targets"]:
+        print(f"{t['job']}: {t['value']:.3g} (reach {t['reach']}, aim {t['aim']})")
+    wrong = [r for r in result["rows"] if False in (v for v in r.values() if isinstance(v, bool))]
+    if result["failed"] or wrong:
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":
