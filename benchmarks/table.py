@@ -1,8 +1,9 @@
-"""The README's table of measurements, from benchmarks/results/*.json.
+"""The README's tables of measurements, from benchmarks/results/*.json.
 
     python benchmarks/table.py [--write README.md]
 
-Replaces what stands between the markers <!-- measured --> and <!-- /measured -->.
+Replaces what stands between the markers <!-- measured --> and <!-- /measured -->, and between those
+named "measured on a GPU".
 """
 
 from __future__ import annotations
@@ -57,28 +58,60 @@ def table() -> str:
     return "\n".join([*lines, "", note])
 
 
+def gpu_table() -> str:
+    """select and score on a GPU, or that nobody has measured them yet."""
+    if not (RESULTS / "gpu.json").exists():
+        return "**No GPU results yet**: the CUDA library is compiled, not yet run on a GPU ([docs/cuda.md](docs/cuda.md))."
+    machine, measured = rows("gpu")
+    lines = [
+        "| job | weights | dimap | beside a copy | dimap is faster than plain PyTorch |",
+        "|---|---|---|---|---|",
+    ]
+    for row in measured:
+        ms = row["ms"]
+        for job in ("select", "select, graph replay", "score"):
+            if job not in ms:
+                continue
+            plain = ms.get(f"plain {job.split(',')[0]}")
+            lines.append(
+                f"| {job} | {row['weights'] / 1e6:.1f} M {row['dtype']}, {row['shapes']} | {ms[job]:.3f} ms "
+                f"| {ms[job] / ms['copy']:.2f} × | {f'**{plain / ms[job]:.0f} ×**' if plain else ''} |"
+            )
+    note = (
+        f"{machine['gpu']}, driver {machine['driver']}, CUDA {machine['cuda']}, torch {machine['torch']}, "
+        f"commit {machine['commit']}; `benchmarks/gpu_check.sh` makes it."
+    )
+    return "\n".join([*lines, "", note])
+
+
+def replace(text: str, marker: str, table: str, where: Path) -> str:
+    new, count = re.subn(
+        rf"(<!-- {marker} -->\n).*?(<!-- /{marker} -->)",
+        lambda m: m[1] + table + "\n" + m[2],
+        text,
+        flags=re.S,
+    )
+    if count != 1:
+        raise SystemExit(
+            f"{where} must have one pair of markers <!-- {marker} --> and <!-- /{marker} -->, got {count}"
+        )
+    return new
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--write", type=Path, metavar="FILE")
     args = parser.parse_args()
-    text = table()
+    tables = {"measured": table(), "measured on a GPU": gpu_table()}
     if args.write is None:
-        print(text)
+        print("\n\n".join(tables.values()))
         return
-    old = args.write.read_text()
-    new, count = re.subn(
-        r"(<!-- measured -->\n).*?(<!-- /measured -->)",
-        lambda m: m[1] + text + "\n" + m[2],
-        old,
-        flags=re.S,
-    )
-    if count != 1:
-        raise SystemExit(
-            f"{args.write} must have one pair of markers <!-- measured --> and <!-- /measured -->, got {count}"
-        )
-    args.write.write_text(new)
+    text = args.write.read_text()
+    for marker, new in tables.items():
+        text = replace(text, marker, new, args.write)
+    args.write.write_text(text)
 
 
 if __name__ == "__main__":
