@@ -7,17 +7,17 @@ import subprocess
 import sys
 from pathlib import Path
 
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-import harness
 import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+import harness
 from distributions import DISTRIBUTIONS
 
 
 def test_every_part() -> None:
     pytest.importorskip("timm")
     run = subprocess.run(
-        [sys.executable, str(BENCHMARKS / "bench_engine.py"), "--quick"],
+        [sys.executable, harness.RESULTS.parent / "bench_engine.py", "--quick"],
         env={**os.environ, "OMP_NUM_THREADS": "2"}, capture_output=True, text=True,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
