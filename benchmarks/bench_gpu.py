@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
 import time
 import traceback
 from collections.abc import Callable
@@ -21,12 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import dimap
+import gpu_machine
 import plain
 import shapes
 import torch
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parent.parent
 BEYOND_L2 = 256 << 20  # bytes
 Problem = tuple[list[Tensor], list[int], list[int], list[int]]
 
@@ -166,25 +165,6 @@ def targets(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def run(*command: str) -> str | None:
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()
-
-
-def about() -> dict[str, Any]:
-    return {
-        "gpu": torch.cuda.get_device_name(),
-        "driver": run("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "commit": run("git", "rev-parse", "--short", "HEAD"),
-        "dimap": dimap.build_info(),
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -206,7 +186,12 @@ def main() -> None:
         "swin_b float16": lambda: swin("swin_b", torch.float16),
         "swin_l float32": lambda: swin("swin_l", torch.float32),
     }
-    result: dict[str, Any] = {"machine": about(), "rows": [], "failed": {}, "left out": []}
+    result: dict[str, Any] = {
+        "machine": gpu_machine.about() | {"dimap": dimap.build_info()},
+        "rows": [],
+        "failed": {},
+        "left out": [],
+    }
     for name, case in cases.items():
         if time.monotonic() - start > arguments.seconds:
             result["left out"].append(name)
