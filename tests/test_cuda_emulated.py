@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import platform
 from collections.abc import Iterator
+from pathlib import Path
 
 import cuda_emulator
 import pytest
@@ -21,12 +23,13 @@ pytestmark = pytest.mark.skipif(
 
 
 @pytest.fixture(scope="module", autouse=True)
-def emulated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def emulated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Put the emulated operators in the place of all others, and something in fresh memory."""
-    torch.ops.load_library(str(cuda_emulator.build(tmp_path_factory.mktemp("emulated"))))
+    library = cuda_emulator.build(tmp_path_factory.mktemp("emulated"))
+    torch.ops.load_library(str(library))
     torch.ops.dimap = torch.ops.dimap_emulated
     torch.use_deterministic_algorithms(True)  # fills what is allocated
-    yield
+    yield library
     torch.use_deterministic_algorithms(False)
     torch.ops.dimap = dimap_cpu
 
@@ -69,10 +72,26 @@ def test_layers_of_several_tensors_and_types() -> None:
     check(Problem(weights, layers, modules, [9_000, 7_000]), "cpu")
 
 
-def test_hundreds_of_tensors() -> None:
-    weights = [values("normal", 1 + n % 7, n).float() for n in range(500)]
-    total = sum(w.numel() for w in weights)
-    check(Problem(weights, [i % 25 for i in range(500)], [0] * 500, [total // 2]), "cpu")
+def test_thousands_of_tensors() -> None:
+    weights = [values("normal", 1 + n % 7, n).float() for n in range(3000)]
+    problem = Problem(weights, [i % 25 for i in range(3000)], [0] * 3000, [6_000])
+    want = dimap_cpu.select(*problem.args())
+    assert all(torch.equal(a, b) for a, b in zip(ops.select(*problem.args()), want, strict=True))
+
+
+def test_the_host_neither_waits_nor_lends_memory(emulated: Path) -> None:
+    """A graph can replay what only launches kernels and copies on the device."""
+    calls = ctypes.c_int.in_dll(ctypes.CDLL(str(emulated)), "dimap_emulated_host_calls")
+    weights = [cast(values("normal", 9_000, i), dtype) for i, dtype in enumerate(DTYPES)]
+    problem = Problem(weights, [0, 1, 2], [0, 0, 0], [11_000])
+    before = calls.value
+    torch.ops.dimap.select_cuts(*problem.args())
+    torch.ops.dimap.score(weights, [0, 1, 2])
+    torch.ops.dimap.prune_(*problem.args())
+    torch.ops.dimap.apply_(weights, [w > 0 for w in weights])
+    assert calls.value == before
+    ops.survey(weights, [0, 1, 2], ops.first_windows(DTYPES, 256), 256)
+    assert calls.value > before  # the counter counts
 
 
 @pytest.mark.parametrize("offset", [1, 3])

@@ -32,6 +32,8 @@ namespace emulator {
 // Each block of a cooperative grid has a thread of the system.
 cudaError_t launch(const cudaLaunchConfig_t& config, const std::function<void()>& kernel);
 constexpr int kProcessors = 3;
+// How often the host waited, or lent its memory to a copy: what no graph can replay.
+extern "C" int dimap_emulated_host_calls;
 }  // namespace emulator
 
 template <typename... Expected, typename... Actual>
@@ -53,10 +55,14 @@ template <typename Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int) {
   return cudaSuccess;
 }
-inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind, cudaStream_t) {
+inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind, cudaStream_t) {
+  emulator::dimap_emulated_host_calls += kind != cudaMemcpyDeviceToDevice;
   return std::memcpy(to, from, bytes), cudaSuccess;
 }
 inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {
   return std::memset(to, value, bytes), cudaSuccess;
 }
-inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
+inline cudaError_t cudaStreamSynchronize(cudaStream_t) {
+  ++emulator::dimap_emulated_host_calls;
+  return cudaSuccess;
+}

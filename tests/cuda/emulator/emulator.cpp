@@ -15,6 +15,8 @@ constinit thread_local emulator::Index threadIdx{}, blockIdx{}, gridDim{}, block
 
 namespace emulator {
 
+int dimap_emulated_host_calls = 0;
+
 namespace {
 
 constexpr size_t kStack = 1 << 17;
