@@ -31,7 +31,7 @@ $(VENV)/.dimap: $(VENV)/.torch $(SOURCES)
 
 $(VENV)/.test: $(VENV)/.dimap
 	@echo "== test dependencies"
-	@$(PIP) install --quiet pytest hypothesis transformers matplotlib
+	@$(PIP) install --quiet pytest hypothesis transformers matplotlib tensorboard onnx onnxscript
 	@touch $@
 
 $(VENV)/.lint: $(VENV)/.torch
