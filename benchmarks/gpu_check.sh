@@ -32,9 +32,10 @@ PY
 }
 
 step() {  # step NAME SECONDS COMMAND...
-  local name=$1 limit=$2 start=$SECONDS outcome=passed left=$((in_all - SECONDS))
+  local name=$1 limit=$2 start=$SECONDS outcome=passed left=$((in_all - SECONDS)) from
   shift 2
-  printf '\n== %s\n' "$name" | tee -a "$log"
+  from=$(wc -c <"$log")
+  printf '\n== %s\n' "$name" >>"$log"
   if [ "$left" -lt 5 ]; then
     outcome="left out: no time"
   else
@@ -43,7 +44,7 @@ step() {  # step NAME SECONDS COMMAND...
     case $code in 0) ;; 124 | 137) outcome="out of time" ;; *) outcome="failed: exit $code" ;; esac
   fi
   [ "$outcome" = passed ] || failed+=("$name ($outcome)")
-  [ "$outcome" = passed ] || tail -n 25 "$log"
+  [ "$outcome" = passed ] || tail -c +$((from + 1)) "$log" | tail -n 25
   echo "== $name: $outcome, $((SECONDS - start)) s"
   record "$name" "$outcome" "$((SECONDS - start))"
 }
@@ -55,8 +56,9 @@ import gpu_machine
 open(sys.argv[1], "w").write(json.dumps({"machine": gpu_machine.about()}, indent=1) + "\n")
 PY
 capability=$("$python" -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())')
-CUDAARCHS="$capability-real" step build 200 "$python" -m pip install --no-index --no-build-isolation --no-deps \
-  --upgrade --target "$site" -C cmake.define.DIMAP_CUDA=ON -C cmake.define.DIMAP_WERROR=OFF .
+step build 200 "$python" -m pip install --no-index --no-build-isolation --no-deps --upgrade --target "$site" \
+  -C build-dir=build/gpu_build -C cmake.define.DIMAP_CUDA=ON \
+  -C cmake.define.CMAKE_CUDA_ARCHITECTURES="$capability-real" .
 export PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}"
 step "every operator once" 60 "$python" benchmarks/gpu_small.py
 workers=()
