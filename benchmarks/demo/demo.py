@@ -188,7 +188,7 @@ def main() -> None:
     judged = iter(judge([prune_copy(net, ratio, rule) for ratio in ratios for rule in RULES]))
     rows |= {ratio: [next(judged) for _ in RULES] for ratio in ratios}
     console.print(table(dict(sorted(rows.items()))))
-    say("All of this is one shot; fine-tuning with the masks held fixed is what comes next.")
+    say("All of this is one shot; fine-tuning with the masks held: docs/guide.md.")
     say(f"\n   Files are in {shown(out)}/; all this took {time.monotonic() - start:.0f} s.")
 
 
