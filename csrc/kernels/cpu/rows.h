@@ -1,8 +1,8 @@
 // Ranks inside a bucket: 65,536 neighbouring keys, spread over rows of a few weights each.
 //
 // All weights of a bucket share the high 15 bits of their key; the low 16 tell them apart. With as many rows as there
-// are groups of about three weights, a weight's rank is that of its row plus its place among at most kRoom others,
-// found by one comparison with all of them: no sort, and everything stays in the cache.
+// are groups of some ten weights, a weight's rank is that of its row plus its place among at most kRoom others, found
+// by one comparison with all of them: no sort, and everything stays in the cache.
 #pragma once
 
 #include <cstdint>
@@ -30,9 +30,10 @@ struct Bucket {
 
 // Working memory of one worker.
 struct Rows {
-  static constexpr int kRoom = 16;              // weights in a row at most
+  static constexpr int kRoom = 32;              // weights in a row at most: one cache line
+  static constexpr int kUsual = 12;             // and on average, at most
   static constexpr int kLeast = 6;              // log2 of the fewest rows
-  static constexpr int kMost = 13;              // and of the most
+  static constexpr int kMost = 12;              // and of the most
   static constexpr int64_t kFewest = 64;        // weights that are worth it
   static constexpr int64_t kWeights = 1 << 15;  // and the most that fit, so that sums stay below 2^63
 
@@ -56,8 +57,9 @@ DIMAP_HD void prefetch(const Run& run, bool scores) {
 // show.
 //
 // Of the weights in the same row that are larger, the count is exact and their square is taken for the weight's own:
-// they differ by less than 2^(bits-22), bits being log2 of the keys in a row. With shares of at most 2^-7-bits each,
-// S(w) is off by less than 2^-24 of itself: under one unit in the last place of the float32 score.
+// they differ by less than 2^(bits-22), bits being log2 of the keys in a row. While a weight's share, times the weights
+// in a row, is at most 2^-3-bits, S(w) is off by less than 2^-25 of itself: under one unit in the last place of the
+// float32 score. Where shares are large rows are finer.
 using ScoreRowsFn = double (*)(const Bucket& bucket, const Bucket* next, double before, Rows& rows);
 
 // rank(row, x, n): how many of the row's first n values are >= x; row is aligned and has kRoom values.
@@ -65,12 +67,16 @@ template <typename Rank>
 DIMAP_HD double score_rows(const Bucket& bucket, const Bucket* next, double before, Rows& rows, Rank&& rank) {
   constexpr uint32_t kLow = (1u << kBucketShift) - 1;
   if (bucket.n <= Rows::kFewest || bucket.n > Rows::kWeights || bucket.key >> 23 == 0) return -1;
-  int log_rows = Rows::kLeast;
-  while (int64_t{4} << log_rows < bucket.n) ++log_rows;
-  const int bits = kBucketShift - log_rows;
   const double largest = squared_value(bucket.key | kLow);
   const double share = largest / (before + largest);
-  if (share > power_of_two(-13) || share > power_of_two(-7 - bits)) return -1;
+  int log_rows = Rows::kLeast;
+  while (int64_t{Rows::kUsual} << log_rows < bucket.n) ++log_rows;
+  auto too_coarse = [&](int64_t in_fullest) {
+    return share * static_cast<double>(in_fullest) > power_of_two(log_rows - kBucketShift - 3);
+  };
+  while (log_rows <= Rows::kMost && too_coarse(4 + 3 * (bucket.n >> log_rows))) ++log_rows;
+  if (log_rows > Rows::kMost || share > power_of_two(-12)) return -1;
+  const int bits = kBucketShift - log_rows;
 
   const int64_t n_rows = int64_t{1} << log_rows;
   const uint32_t in_row = (1u << bits) - 1;
@@ -96,7 +102,8 @@ DIMAP_HD double score_rows(const Bucket& bucket, const Bucket* next, double befo
     fullest = count > fullest ? count : fullest;
     total += count;
   }
-  if (fullest > Rows::kRoom || total != bucket.n) return -1;  // a count of 256 has run over: the total tells
+  if (fullest > Rows::kRoom || too_coarse(fullest) || total != bucket.n)
+    return -1;  // a count of 256 has run over: the total tells
   uint64_t energy = 0;
   for (int64_t row = n_rows; row-- > 0;) {
     const uint64_t own = rows.above[row];
