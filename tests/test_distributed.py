@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from contextlib import ExitStack
 
 import pytest
@@ -73,6 +74,17 @@ def prune_with_little_room(source, out):
 
 
 def prune_on_a_full_disk(source, out, rank):
+    """The others come late to open and to write what the rank has failed to write by then."""
+
+    class Late(_stream_io.Outputs):
+        def __init__(self, *args):
+            time.sleep(0.2)
+            super().__init__(*args)
+
+        def write(self, *args):
+            time.sleep(0.02)
+            super().write(*args)
+
     class Full(_stream_io.Outputs):
         def write(self, file, data, begin):
             if begin:
@@ -80,7 +92,7 @@ def prune_on_a_full_disk(source, out, rank):
             super().write(file, data, begin)
 
     before = _stream_job.Outputs
-    _stream_job.Outputs = Full if dist.get_rank() == rank else before
+    _stream_job.Outputs = Full if dist.get_rank() == rank else Late
     try:
         prune_each([((source, out, 0.55), {})])
     finally:
@@ -236,8 +248,11 @@ def test_ranks_with_other_settings(group, tmp_path):
 # A rank that is gone; the command
 
 
-def run_command(folder, rank, port, timeout, gone, when, number):
-    """`dimap prune`, without torchrun; the rank that goes does it in the middle of the work."""
+def run_command(folder, rank, port, timeout, gone, when, number, full=None):
+    """`dimap prune`, without torchrun; the rank that goes does it in the middle of the work.
+
+    full: a rank whose disk is full.
+    """
     os.environ.update(environment(rank, 3, port) | {"DIMAP_RANK_TIMEOUT": str(timeout)})
     os.chdir(folder)
     os.dup2(os.open(f"error {rank}", os.O_CREAT | os.O_WRONLY), 2)
@@ -248,8 +263,11 @@ def run_command(folder, rank, port, timeout, gone, when, number):
         before(self, *args)
         os.kill(os.getpid(), number)
 
-    if rank == gone:
-        setattr(_stream_job.Job, method, go)
+    def stop(self, *args):
+        raise OSError(28, "No space left on device", OUT)
+
+    if rank in (gone, full):
+        setattr(_stream_job.Job, method, go if rank == gone else stop)
     arguments = ["prune", IN, OUT, "-s", "0.5", "--report", "report.json"]
     cli.app(arguments)
 
@@ -276,6 +294,25 @@ def test_a_rank_that_is_gone_stops_the_others(tmp_path, gone, when, number):
         for process in processes:
             process.kill()
             process.join()
+    nothing_but(tmp_path, IN, "error 0", "error 1", "error 2")
+
+
+def test_an_error_that_nobody_hears_since_a_rank_is_gone(tmp_path):
+    save_file(vit(), tmp_path / IN)
+    port, signals = free_port(), (0, "writing", signal.SIGKILL)
+    processes = [start(run_command, tmp_path, r, port, 300, *signals, 2) for r in range(3)]
+    try:
+        for process in processes[1:]:
+            process.join(60)
+            assert process.exitcode == 1
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+    other, full = [" ".join((tmp_path / f"error {r}").read_text().split()) for r in (1, 2)]
+    assert "all 3 ranks must answer in time, got none of another rank" in other
+    assert "all 3 ranks must answer in time, got none of another rank" in full
+    assert full.endswith("this rank had stopped: out.safetensors: No space left on device")
     nothing_but(tmp_path, IN, "error 0", "error 1", "error 2")
 
 

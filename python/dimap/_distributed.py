@@ -11,7 +11,7 @@ import os
 import pickle
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
@@ -46,6 +46,10 @@ class Ranks(Protocol):
         """Say where rank 0 creates outputs: should it be killed, the others clean up."""
         ...
 
+    def stopping_together(self) -> AbstractContextManager[None]:
+        """A block whose error ends it in every rank before any of them undoes what is around it."""
+        ...
+
 
 class Alone:
     """One process has it all."""
@@ -61,6 +65,9 @@ class Alone:
     def outputs(self, *paths: Path) -> None:
         pass
 
+    def stopping_together(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
 
 class Group:
     """The processes of a torch group (gloo or nccl), or of all dimensions of a device mesh.
@@ -69,7 +76,8 @@ class Group:
     device: where the groups' backend wants its tensors.
 
     A context: an error inside it is told to the others, which raise RuntimeError with its message;
-    where there is none, all leave it together. A rank that is gone raises ConnectionError.
+    where there is none, all leave it together. A rank that is gone raises ConnectionError, also in
+    place of an error that cannot be told: what that rank removed may be the cause.
     """
 
     def __init__(
@@ -97,6 +105,16 @@ class Group:
     def outputs(self, *paths: Path) -> None:
         self._outputs += paths
 
+    @contextmanager
+    def stopping_together(self) -> Iterator[None]:
+        # Rank 0 must not remove a temporary that others are about to open: they would stop with an
+        # error of their own, that it is missing, and not with the one that counts.
+        try:
+            yield
+        except Exception as error:
+            self._tell(error)
+            raise
+
     def __enter__(self) -> Group:
         return self
 
@@ -109,9 +127,8 @@ class Group:
         try:
             if error is None:
                 self._go_on()
-            elif isinstance(error, Exception) and not self._over:
-                with suppress(ConnectionError):
-                    self._stop(error)
+            elif isinstance(error, Exception):
+                self._tell(error)
         except ConnectionError:
             self._sweep()
             raise
@@ -128,11 +145,19 @@ class Group:
             self._raise(self._told(b""))
         return most
 
-    def _stop(self, error: Exception) -> None:
-        """Tell the others, who are in an exchange or come to one, that this rank has an error."""
+    def _tell(self, error: Exception) -> None:
+        """Tell the others, who are in an exchange or come to one, that this rank has an error.
+
+        Does nothing where an exchange has failed before. Returns when all have stopped.
+        """
+        if self._over:
+            return
         self._over = True
-        self._words(1, 0)
-        self._told(_sentence(error).encode())
+        try:
+            self._words(1, 0)
+            self._told(_sentence(error).encode())
+        except ConnectionError as lost:
+            raise ConnectionError(f"{lost}; this rank had stopped: {_sentence(error)}") from error
 
     def _words(self, stopped: int, size: int) -> tuple[int, int]:
         words = torch.tensor([stopped, size], device=self.device)

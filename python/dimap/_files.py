@@ -193,7 +193,6 @@ def _exchange(new: Path, path: Path) -> None:
 
 def remove(path: Path) -> None:
     """Remove a file, a link or a folder, if that can be done."""
-    """Remove a file, a link or a folder, if that can be done."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:

@@ -129,6 +129,7 @@ def pruning_checkpoint(
             writer = created
             made = [path.absolute() for path in writer.targets], packed and packed.absolute()
         ranks.outputs(*(Path(path) for path in (target, masks) if path is not None))
+        stack.enter_context(ranks.stopping_together())  # inside of what removes the outputs
         made = ranks.gather(made)[0]
         assert made is not None
         pruned = job.run(*made, bitmask=bitmask)
