@@ -3,9 +3,10 @@ set(_cpu ${CMAKE_CURRENT_SOURCE_DIR}/csrc/kernels/cpu)
 add_library(
   dimap_kernels STATIC
   ${CMAKE_CURRENT_SOURCE_DIR}/csrc/kernels/solve.cpp
-  ${_cpu}/apply.cpp ${_cpu}/decide_portable.cpp ${_cpu}/dispatch.cpp ${_cpu}/emit.cpp ${_cpu}/engine.cpp ${_cpu}/large_pages.cpp
+  ${_cpu}/apply.cpp ${_cpu}/bracket.cpp ${_cpu}/count.cpp ${_cpu}/decide_portable.cpp ${_cpu}/dispatch.cpp ${_cpu}/emit.cpp ${_cpu}/engine.cpp ${_cpu}/large_pages.cpp
   ${_cpu}/pack.cpp ${_cpu}/parted.cpp ${_cpu}/reading.cpp ${_cpu}/rows_portable.cpp ${_cpu}/sample.cpp
-  ${_cpu}/score.cpp ${_cpu}/score_buckets.cpp ${_cpu}/score_sort.cpp ${_cpu}/score_table.cpp ${_cpu}/survey.cpp)
+  ${_cpu}/score.cpp ${_cpu}/score_buckets.cpp ${_cpu}/score_sort.cpp ${_cpu}/score_table.cpp ${_cpu}/sketch.cpp
+  ${_cpu}/survey.cpp)
 target_compile_options(dimap_kernels PRIVATE -O3)
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
   set(_avx2_sources ${_cpu}/decide_avx2.cpp ${_cpu}/rows_avx2.cpp)

@@ -160,3 +160,20 @@ def test_expanded_and_strided_inputs(device: str) -> None:
     want = reference.select([v.cpu() for v in views], [0, 1, 2], [0, 0, 0], [30_000])
     assert all(torch.equal(m.cpu(), w) for m, w in zip(masks, want, strict=True))
     assert all(m.is_contiguous() for m in masks)
+
+
+def test_zeros_of_a_layer_that_is_kept_but_for_them(device):
+    """A sample does not show the one zero, and the threshold lies below all other weights."""
+    random = torch.Generator().manual_seed(0)
+    layer = torch.randn(30_000, generator=random)
+    flat = torch.full((70_000,), 1e-12)
+    flat[0] = 1.0
+    problem = Problem([layer, torch.zeros(1), flat], [0, 0, 1], [0, 0, 0], [30_001])
+    check(problem, device)
+
+
+def test_keep_all(device):
+    """The threshold is the smallest weight's score, many octaves below most weights."""
+    random = torch.Generator().manual_seed(0)
+    layers = [torch.randn(n, generator=random) * 10.0**e for n, e in ((300_000, 0), (70_000, -30))]
+    check(Problem(layers, [0, 1], [0, 0], [370_000]), device)

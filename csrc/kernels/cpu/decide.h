@@ -40,10 +40,10 @@ struct Decided {
   int64_t aside = 0;              // how many
   int64_t kept = 0;
   int64_t atoms = 0;
-  uint32_t largest = 0;       // largest key seen; >= kNonFinite: an infinity or a NaN
-  uint64_t squares = 0;       // sum of q², modulo 2^64, over the kept ones on the grid, and
-  uint64_t squares_high = 0;  // sum of q² >> 32: together they give the sum exactly for up to 2^32 weights
-  ExponentSums* outliers = nullptr;
+  uint32_t largest = 0;              // largest key seen; >= kNonFinite: an infinity or a NaN
+  uint64_t squares = 0;              // sum of q², modulo 2^64, over the kept ones on the grid, and
+  uint64_t squares_high = 0;         // sum of q² >> 32: together they give the sum exactly for up to 2^32 weights
+  ExponentSums* outliers = nullptr;  // null: what is beyond the grid is not summed
 
   bool stream = false;  // write the mask past the caches: it will not be read soon
 

@@ -68,7 +68,7 @@ void decide(const storage_t<kType>* weights, int64_t n, const Bracket& bracket, 
         const __m256i beyond = _mm256_cmpgt_epi32(key[j], below_limit);
         alignas(32) uint32_t keys[8];
         _mm256_store_si256(reinterpret_cast<__m256i*>(keys), key[j]);
-        for (uint32_t bits = bits_of(beyond); bits; bits &= bits - 1) {
+        for (uint32_t bits = out.outliers ? bits_of(beyond) : 0; bits; bits &= bits - 1) {
           const uint32_t k = keys[__builtin_ctz(bits)];
           if (k < kNonFinite) out.outliers->add_key(k);
         }

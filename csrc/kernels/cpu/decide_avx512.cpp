@@ -98,7 +98,7 @@ void decide(const storage_t<kType>* weights, int64_t n, const Bracket& bracket, 
         on_grid[j] = static_cast<__mmask16>(on_grid[j] & ~beyond);
         alignas(64) uint32_t keys[16];
         _mm512_store_si512(keys, key[j]);
-        for (unsigned bits = beyond; bits; bits &= bits - 1) {
+        for (unsigned bits = out.outliers ? beyond : 0; bits; bits &= bits - 1) {
           const uint32_t k = keys[__builtin_ctz(bits)];
           if (k < kNonFinite) out.outliers->add_key(k);
         }

@@ -32,7 +32,7 @@ inline void decide_range(const storage_t<kType>* weights, int64_t first, int64_t
     aside += set_aside;
     if (keep) {
       if (key >= grid.limit) {
-        if (key < kNonFinite) out.outliers->add_key(key);
+        if (key < kNonFinite && out.outliers) out.outliers->add_key(key);
       } else {
         const uint32_t exponent = key >> 23;
         const uint64_t q = uint64_t{(key & 0x7FFFFFu) | grid.implicit}

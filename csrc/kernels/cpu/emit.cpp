@@ -70,7 +70,7 @@ class Emitter {
   void mark_aside(const Chunk& chunk, const Cut& cut, uint8_t* mask) const {
     const uint32_t* keys = reading_->keys(chunk);
     const uint16_t* positions = reading_->positions(chunk);
-    const uint32_t from = cut_of(chunk, cut).keep_from, guess = reading_->brackets[chunk.layer].guess;
+    const uint32_t from = cut_of(chunk, cut).keep_from, guess = reading_->guesses[chunk.layer].bracket.guess;
     const uint32_t first = std::min(from, guess), wrong = std::max(from, guess) - first;
     const uint8_t kept = from < guess;
     for (int64_t i = 0; i < chunk.aside; ++i)

@@ -12,6 +12,18 @@ namespace {
 // Masks of this many weights and more do not stay in the caches: they are written past them.
 constexpr int64_t kStreamFrom = int64_t{1} << 23;
 
+// Sums the weights beyond a grid, on grids of their own: one more pass each over weights that are in the cache.
+void climb(DecideFn decide, const void* weights, int64_t n, std::span<const uint32_t> ladder, ExponentSums& sums) {
+  uint32_t keys[Decided::kSlack];
+  uint16_t positions[Decided::kSlack];
+  for (const uint32_t rung : ladder) {
+    Decided out;
+    out.keys = keys, out.positions = positions;
+    decide(weights, n, {rung, rung}, nullptr, out);
+    sums.add(static_cast<int>(Grid(rung).exponent) - 1, out.grid_sum());
+  }
+}
+
 }  // namespace
 
 void Aside::reserve(int64_t n) {
@@ -29,9 +41,9 @@ void Aside::reserve(int64_t n) {
   capacity_ = capacity;
 }
 
-Reading::Reading(const Problem& problem, std::vector<Bracket> brackets, const Pool& pool)
+Reading::Reading(const Problem& problem, const Pool& pool)
     : chunks(chunks_of(problem)),
-      brackets(std::move(brackets)),
+      guesses(problem.layers()),
       layers(problem.layers()),
       problem_(problem),
       pool_(pool),
@@ -42,8 +54,16 @@ Reading::Reading(const Problem& problem, std::vector<Bracket> brackets, const Po
 
 bool Reading::read(std::span<const uint8_t> wanted, std::span<uint8_t* const> masks, int64_t budget) {
   const Kernels& kernel = kernels();
-  // Room for all of the budget at once: growing would hold two copies, and memory that is not touched costs nothing.
-  for (auto& buffer : aside_) buffer->reserve(budget + Chunk::kWeights + Decided::kSlack);
+  bool all = true;
+  for (size_t l = 0; l < layers.size(); ++l) {
+    all &= wanted[l] != 0;
+    if (wanted[l]) layers[l] = {};
+  }
+  for (auto& buffer : aside_) {
+    if (all) buffer->used = 0;
+    // Room for all of the budget at once: growing would hold two copies, and memory that is not touched costs nothing.
+    buffer->reserve(buffer->used + budget + Chunk::kWeights + Decided::kSlack);
+  }
   LayerLocks locks;
   std::vector<ExponentSums> outliers(aside_.size());
   std::atomic<int64_t> aside{0};
@@ -60,12 +80,14 @@ bool Reading::read(std::span<const uint8_t> wanted, std::span<uint8_t* const> ma
     Decided out;
     out.keys = buffer.keys() + buffer.used;
     out.positions = buffer.positions() + buffer.used;
-    out.outliers = &outliers[worker];
     out.stream = total >= kStreamFrom;
-    const Bracket& bracket = brackets[chunk.layer];
+    const auto& [bracket, expected, ladder] = guesses[chunk.layer];
+    if (ladder.empty()) out.outliers = &outliers[worker];
     uint8_t* mask = masks.empty() ? nullptr : masks[chunk.tensor] + chunk.offset;
-    kernel.decide[static_cast<int>(problem_.tensors[chunk.tensor].dtype)](data(problem_, chunk), chunk.n, bracket, mask,
-                                                                          out);
+    const DecideFn decide = kernel.decide[static_cast<int>(problem_.tensors[chunk.tensor].dtype)];
+    decide(data(problem_, chunk), chunk.n, bracket, mask, out);
+    climb(decide, data(problem_, chunk), chunk.n, ladder, outliers[worker]);
+    out.outliers = &outliers[worker];
     if (out.largest >= kNonFinite) finite.store(false, std::memory_order_relaxed);
     chunk.worker = worker;
     chunk.begin = buffer.used;
@@ -80,7 +102,7 @@ bool Reading::read(std::span<const uint8_t> wanted, std::span<uint8_t* const> ma
 }
 
 LayerTable Reading::table(int32_t layer, Window window, std::span<Bin> bins) const {
-  const Bracket& bracket = brackets[layer];
+  const Bracket& bracket = guesses[layer].bracket;
   std::fill(bins.begin(), bins.end(), Bin{});
   const uint64_t end = window.end(static_cast<int64_t>(bins.size()));
   LayerTable table;

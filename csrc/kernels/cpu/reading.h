@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "../table.h"
+#include "bracket.h"
 #include "chunks.h"
 #include "decide.h"
 #include "parallel.h"
@@ -56,17 +57,17 @@ class LayerLocks {
 
 class Reading {
  public:
-  Reading(const Problem& problem, std::vector<Bracket> brackets, const Pool& pool);
+  Reading(const Problem& problem, const Pool& pool);
 
-  // Reads every weight of the wanted layers ([layers], nonzero: yes). masks: [tensors] or empty. False when more than
-  // `budget` weights would be set aside. Throws NonFinite.
+  // Reads every weight of the wanted layers ([layers], nonzero: yes), and forgets what it knew of them. masks:
+  // [tensors] or empty. False when more than `budget` weights would be set aside. Throws NonFinite.
   bool read(std::span<const uint8_t> wanted, std::span<uint8_t* const> masks, int64_t budget);
 
   // The survey of one layer through a window, as far as the bracket lets it see.
   LayerTable table(int32_t layer, Window window, std::span<Bin> bins) const;
 
   std::vector<Chunk> chunks;
-  std::vector<Bracket> brackets;
+  std::vector<Guess> guesses;  // [layers]
   std::vector<LayerSums> layers;
   const uint32_t* keys(const Chunk& c) const { return aside_[c.worker]->keys() + c.begin; }
   const uint16_t* positions(const Chunk& c) const { return aside_[c.worker]->positions() + c.begin; }

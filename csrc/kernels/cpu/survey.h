@@ -13,7 +13,7 @@ namespace dimap::cpu {
 
 struct Survey {
   std::vector<LayerTable> tables;  // [layers]
-  std::vector<Bin> bins;           // what the tables point into: [layers, bins]
+  std::vector<Bin> bins;           // what the tables point into: [wanted layers, bins]
 };
 
 // windows: [layers], each of `bins` bins. wanted: [layers], nonzero where the layer is to be read; empty: all are.
