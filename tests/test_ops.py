@@ -163,13 +163,14 @@ def test_expanded_and_strided_inputs(device: str) -> None:
 
 
 def test_zeros_of_a_layer_that_is_kept_but_for_them(device):
-    """A sample does not show the one zero, and the threshold lies below all other weights."""
+    """A sample does not show all zeros, and the threshold lies below all other weights."""
     random = torch.Generator().manual_seed(0)
     layer = torch.randn(30_000, generator=random)
     flat = torch.full((70_000,), 1e-12)
     flat[0] = 1.0
-    problem = Problem([layer, torch.zeros(1), flat], [0, 0, 1], [0, 0, 0], [30_001])
-    check(problem, device)
+    zeros = [torch.zeros(1) for _ in range(9)]
+    layers = [0, *(0 for _ in zeros), 1]
+    check(Problem([layer, *zeros, flat], layers, [0] * 11, [30_001]), device)
 
 
 def test_keep_all(device):
