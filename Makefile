@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-large lint format wheel abi second-torch sanitize spills bench clean
+.PHONY: help demo test test-large lint format wheel abi second-torch sanitize spills bench bench-files clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -94,6 +94,14 @@ bench: $(VENV)/.dimap  ## Measure, and write benchmarks/results/
 	@$(BIN)/python benchmarks/bench_score.py --save
 	@$(BIN)/python benchmarks/bench_engine.py --save
 	@$(BIN)/python benchmarks/table.py --write README.md
+
+BENCH_FOLDER ?= .
+BENCH_SIZE ?= 12
+bench-files: $(VENV)/.dimap  ## Measure streams and bitmask files (BENCH_FOLDER with room for 2 x BENCH_SIZE GB)
+	@$(BIN)/python benchmarks/bench_stream.py --save --folder $(BENCH_FOLDER) --dtype float32
+	@$(BIN)/python benchmarks/bench_stream.py --save --folder $(BENCH_FOLDER) --dtype bfloat16
+	@$(BIN)/python benchmarks/bench_stream.py --save --folder $(BENCH_FOLDER) --dtype bfloat16 --size $(BENCH_SIZE) --rounds 3
+	@$(BIN)/python benchmarks/bench_bitmask.py --save --folder $(BENCH_FOLDER)
 
 clean:  ## Remove what was built (.venv too)
 	rm -rf build dist $(VENV) $(VENV)-second demo-out

@@ -1,7 +1,7 @@
 """Prune checkpoints as they stream by, against `cp -r` of the same folder on the same disk.
 
-    python benchmarks/bench_stream.py                         # float32, 1.2 GB
-    python benchmarks/bench_stream.py --size 12 --dtype bfloat16 --folder /a/large/disk
+    python benchmarks/bench_stream.py --save                  # float32, 1.2 GB
+    python benchmarks/bench_stream.py --save --size 12 --dtype bfloat16 --folder /a/large/disk
 
 Each round runs, in turns: `cp -r`; `cp -r` and `sync` of the copy, which is what it takes to have
 it on the disk; dimap, which always brings its output to the disk before it appears. The output of
@@ -32,6 +32,9 @@ SHARD = 2_000_000_000  # bytes, about
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--save", action="store_true", help="write benchmarks/results/stream_*.json"
+    )
     parser.add_argument("--size", type=float, default=1.2, help="GB of the checkpoint")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--folder", type=Path, default=Path("."), help="where there is room for 2")
@@ -108,7 +111,8 @@ def measure(place: Path, options: argparse.Namespace) -> None:
         "steps": steps,
     }
     print(json.dumps(result, indent=2))
-    save(f"stream_{options.dtype}_{options.size:g}GB", result | {"machine": machine()})
+    if options.save:
+        save(f"stream_{options.dtype}_{options.size:g}GB", result | {"machine": machine()})
 
 
 def write_checkpoint(folder: Path, size: float, kind: str, dtype: torch.dtype) -> int:
