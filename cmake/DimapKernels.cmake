@@ -7,7 +7,8 @@ add_library(
   ${_cpu}/pack.cpp ${_cpu}/parted.cpp ${_cpu}/reading.cpp ${_cpu}/rows_portable.cpp ${_cpu}/sample.cpp
   ${_cpu}/score.cpp ${_cpu}/score_buckets.cpp ${_cpu}/score_sort.cpp ${_cpu}/score_table.cpp ${_cpu}/sketch.cpp
   ${_cpu}/survey.cpp)
-target_compile_options(dimap_kernels PRIVATE -O3)
+# A fused multiply-add rounds once where the specification rounds twice.
+target_compile_options(dimap_kernels PRIVATE -O3 -ffp-contract=off)
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
   set(_avx2_sources ${_cpu}/decide_avx2.cpp ${_cpu}/rows_avx2.cpp)
   set(_avx512_sources ${_cpu}/decide_avx512.cpp ${_cpu}/rows_avx512.cpp)
