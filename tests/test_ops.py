@@ -162,15 +162,6 @@ def test_expanded_and_strided_inputs(device: str) -> None:
     assert all(m.is_contiguous() for m in masks)
 
 
-def test_a_zero_that_no_sample_shows(device: str) -> None:
-    """All other weights of its layer are kept: the threshold, in the other layer, is far below."""
-    random = torch.Generator().manual_seed(0)
-    layer = torch.randn(400_000, generator=random)
-    flat = torch.full((70_000,), 1e-12)
-    flat[0] = 1.0
-    check(Problem([layer, torch.zeros(1), flat], [0, 0, 1], [0, 0, 0], [400_002]), device)
-
-
 def test_keep_all(device: str) -> None:
     """The threshold is the smallest weight's score, many octaves below most weights."""
     random = torch.Generator().manual_seed(0)

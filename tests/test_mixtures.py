@@ -1,0 +1,67 @@
+"""Layers of unlike kinds, sizes and types that rank together: where what a sample says of one misleads in another."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from dimap import ops, reference
+from torch import Tensor
+
+SIZES = (1, 7, 100, 5_000, 30_000, 70_000)  # from 16,000 on, a sample is smaller than the layer
+
+
+def values(n: int, kind: int, choose: random.Random, generator: torch.Generator) -> Tensor:
+    def uniform() -> Tensor:
+        return torch.rand(n, generator=generator, dtype=torch.float64)
+
+    x = torch.randn(n, generator=generator)
+    if kind == 1:  # another scale
+        return x * 10.0 ** choose.choice([-44, -40, -38, -20, 0, 10, 30])
+    if kind == 2:  # two values
+        larger = uniform() < choose.random()
+        return torch.where(
+            larger, choose.choice([1.0, 2.0, 1e20]), choose.choice([0.0, 0.5, 1e-42])
+        )
+    if kind == 3:  # few values
+        return (x * choose.choice([1, 4, 30])).round()
+    if kind == 4:  # pruned before
+        return x * (uniform() < choose.choice([0.001, 0.3, 0.9]))
+    if kind == 5:  # heavy tails
+        return torch.tan((uniform() - 0.5) * torch.pi).float()
+    if kind == 6:  # an outlier
+        x[choose.randrange(n)] = choose.choice([1e30, 1e-45, 3e38])
+    if kind == 7:
+        return x.sort().values
+    return 1 + 1e-4 * x if kind == 8 else x  # nearly equal
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_mixture(seed: int) -> None:
+    choose = random.Random(seed)
+    generator = torch.Generator().manual_seed(seed)
+    kinds = [choose.randrange(9) for _ in range(3)]
+    weights, layers = [], []
+    for layer in range(choose.choice([1, 2, 3, 6])):
+        for _ in range(choose.choice([1, 1, 2])):
+            n = choose.choice(SIZES)
+            dtype = choose.choice([torch.float32] * 3 + [torch.bfloat16, torch.float16])
+            w = values(n, choose.choice(kinds), choose, generator)
+            w = w.clamp(-6e4, 6e4) if dtype == torch.float16 else w
+            weights.append(w.to(dtype).nan_to_num(1.0, 1.0, 1.0))
+            layers.append(layer)
+    total = sum(w.numel() for w in weights)
+    nonzero = sum(int((w != 0).sum()) for w in weights)
+    scores = reference.score64(weights, layers)
+    modules = [0] * len(weights)
+    for keep in {0, 1, round(0.45 * total), nonzero - 1, nonzero, nonzero + 1, total - 1, total}:
+        if not 0 <= keep <= total:
+            continue
+        masks = reference.select_by(scores, modules, [keep])
+        got = ops.select(weights, layers, modules, [keep])
+        pruned = [w.clone() for w in weights]
+        ops.prune_(pruned, layers, modules, [keep])
+        for g, m, p, w in zip(got, masks, pruned, weights, strict=True):
+            assert torch.equal(g, m)
+            assert torch.equal(p, torch.where(m, w, torch.zeros_like(w)))
