@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from dimap import _stream_cut, _stream_io
+from dimap import _stream_io, _stream_notes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -152,7 +152,7 @@ def test_a_file_comes_back_bit_by_bit(tmp_path, piece, dtype, step, sparsity, op
 
 @pytest.mark.parametrize("aside", [0, 2000], ids=["no notes", "some notes"])
 def test_places_are_counted_where_the_survey_did_not_note_them(tmp_path, piece, monkeypatch, aside):
-    monkeypatch.setattr(_stream_cut, "ASIDE", aside)
+    monkeypatch.setattr(_stream_notes, "ASIDE", aside)
     save_file(vit(step=0.01), tmp_path / "in.safetensors")
     dense, _, back = both(tmp_path / "in.safetensors", tmp_path, 0.55)
     assert back.read_bytes() == dense.read_bytes()

@@ -12,7 +12,7 @@ from contextlib import ExitStack
 import pytest
 import torch
 import torch.distributed as dist
-from dimap import _stream_cut, _stream_io, _stream_job, cli
+from dimap import _stream_io, _stream_job, _stream_notes, cli
 from dimap._distributed import Group as Ranks
 from dimap._distributed import launched
 from dimap.stream import prune_checkpoint, pruning_checkpoint
@@ -65,12 +65,12 @@ def prune_with_settings_of_the_rank(source, out, settings):
 
 def prune_with_little_room(source, out):
     """On one rank nothing may be set aside: what lies in the windows is then read again by all."""
-    before = _stream_cut.ASIDE
-    _stream_cut.ASIDE = 0 if dist.get_rank() == 1 else before
+    before = _stream_notes.ASIDE
+    _stream_notes.ASIDE = 0 if dist.get_rank() == 1 else before
     try:
         return prune_each([((source, out, 0.55), {})])[0].readings
     finally:
-        _stream_cut.ASIDE = before
+        _stream_notes.ASIDE = before
 
 
 def prune_on_a_full_disk(source, out, rank):

@@ -106,13 +106,13 @@ def compare_zeros():
 
 
 def compare_in_small_chunks():
-    from dimap import _dtensor
+    from dimap import _dtensor_local
 
-    before, _dtensor.CHUNK = _dtensor.CHUNK, 1000
+    before, _dtensor_local.CHUNK = _dtensor_local.CHUNK, 1000
     try:
         compare_all("rows", 0.01)
     finally:
-        _dtensor.CHUNK = before
+        _dtensor_local.CHUNK = before
 
 
 class Block(nn.Module):

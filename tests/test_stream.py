@@ -11,7 +11,7 @@ import dimap
 import numpy as np
 import pytest
 import torch
-from dimap import _stream_cut, _stream_io
+from dimap import _stream_cut, _stream_io, _stream_notes
 
 pytest.importorskip("safetensors")
 
@@ -244,7 +244,7 @@ def test_a_wrong_guess_costs_readings_only(tmp_path, monkeypatch, dtype):
 @pytest.mark.parametrize("step", [0.0, 0.01], ids=["distinct", "ties"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_nothing_can_be_set_aside(tmp_path, monkeypatch, dtype, step):
-    monkeypatch.setattr(_stream_cut, "ASIDE", 0)
+    monkeypatch.setattr(_stream_notes, "ASIDE", 0)
     state = vit(DTYPES[dtype], step=step)
     save_file(state, tmp_path / "in.safetensors")
     check(tmp_path / "in.safetensors", state, tmp_path / "out.safetensors", 0.55)

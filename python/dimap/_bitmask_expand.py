@@ -13,7 +13,8 @@ from ._bitmask_layout import Layout, size_of, unpacked, why
 from ._bitmask_stream import Counts, bytes_of, values_of
 from ._checkpoint_safetensors import Shards, ShardsWriter
 from ._safetensors_header import Entry
-from ._stream_io import Block, Buffer, Outputs, Piece, blocks_of, each, opened, pieces_of, read_into
+from ._stream_io import Block, Buffer, Outputs, Piece, blocks_of, opened, pieces_of, read_into
+from ._stream_threads import each
 from ._stream_types import Progress
 
 

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from . import ops
@@ -24,7 +23,6 @@ from ._plan import Plan
 from ._safetensors_header import Entry
 from ._stream_guess import (
     BINS,
-    NON_FINITE,
     RUN,
     RUNS,
     SHARE,
@@ -36,44 +34,16 @@ from ._stream_guess import (
     merge,
     sketch,
 )
-from ._stream_io import Block, Buffer, Piece, Source, each, read_into
+from ._stream_io import Block, Buffer, Piece, Source, read_into
+from ._stream_notes import Note, Notes, keys_inside
 from ._stream_part import Part
+from ._stream_threads import each
 from ._stream_types import Progress
 
 GRAINS = {torch.float32: 0, torch.bfloat16: 16, torch.float16: 13}
 HEAD = 22  # columns of a table before its bins
-ASIDE = 32_000_000  # weights set aside at most: 128 MB
 TABLES = 8 << 20  # bytes of all tables of a survey, about
 SURVEY_BINS = 4096  # at most
-
-
-@dataclass
-class Note:
-    """Keys of one block inside its window: each by itself, or how many there are of each.
-
-    window: its first key, and the one behind its last. above: how many weights lie above it.
-    """
-
-    keys: Keys
-    counts: NDArray[np.int32] | None
-    window: tuple[int, int]
-    above: int
-
-    def count(self, key: int) -> int:
-        hit = self.keys == key
-        return int(hit.sum() if self.counts is None else self.counts[hit].sum())
-
-    def kept(self, keep_from: int) -> int | None:
-        """How many keys there are from this one on, where the note tells."""
-        first, end = self.window
-        if not first <= keep_from <= end:
-            return None
-        hit = self.keys >= keep_from
-        return self.above + int(hit.sum() if self.counts is None else self.counts[hit].sum())
-
-    def smallest(self, least: int) -> int | None:
-        above = self.keys[self.keys >= least]
-        return int(above.min()) if above.size else None
 
 
 @dataclass
@@ -111,8 +81,7 @@ class Cutter:
         self.part, self.ranks, self.progress = part, ranks, progress
         self.number = {name: i for i, name in enumerate(plan.names)}
         self.layer_of = plan.layers
-        self._notes: dict[int, dict[tuple[int, int], Note]] = {}  # layer -> (tensor, start) -> note
-        self._aside = 0
+        self.notes = Notes()
         self.readings = 0
         self._lock = threading.Lock()
         layers: dict[int, list[int]] = {}
@@ -233,8 +202,7 @@ class Cutter:
 
     def _forget(self, scope: ScopeState) -> None:
         for layer in scope.layers:
-            for note in self._notes.pop(layer, {}).values():
-                self._aside -= note.keys.size
+            self.notes.forget(layer)
 
     def _open(self, name: str) -> bool:
         i = self.number.get(name)
@@ -259,23 +227,21 @@ class Cutter:
             if shift > scope.grains[row]:
                 # A bin holds many magnitudes: what is in the window may decide.
                 inside = int(counts[k].sum())
-                if self._aside + inside > ASIDE:
+                if not self.notes.have_room(inside):
                     scope.noted = False
                 elif scope.noted:
-                    keys = _inside(tensors[k], base, bins << shift, inside)
+                    keys = keys_inside(tensors[k], base, bins << shift, inside)
                     note = Note(keys, None, window, above)
             else:
                 full = np.flatnonzero(counts[k])
-                if self._aside + len(full) <= ASIDE:
+                if self.notes.have_room(len(full)):
                     keys = (base + (full << shift)).astype(np.uint32)
                     note = Note(keys, counts[k][full].astype(np.int32), window, above)
             with self._lock:
                 assert scope.table is not None
                 scope.table[row] += table[k]
                 if note is not None:
-                    layer = self._notes.setdefault(scope.layers[row], {})
-                    layer[numbers[k], block.start] = note
-                    self._aside += note.keys.size
+                    self.notes.add(scope.layers[row], numbers[k], block.start, note)
         self.progress.advance(piece.end - piece.begin)
 
     # The solution
@@ -309,7 +275,7 @@ class Cutter:
             numbers: list[int] = []
             for row, layer in enumerate(scope.layers):
                 if not fine[row]:
-                    keys += (_as_floats(note.keys) for note in self.notes_of(layer).values())
+                    keys += (note.floats() for note in self.notes.of(layer).values())
                     numbers += [row] * (len(keys) - len(numbers))
             narrow = inner.clone()
             narrow[:, 2] = 0  # what is set aside is float32
@@ -318,26 +284,6 @@ class Cutter:
             table[:, 1:HEAD] += outside[:, 1:HEAD]
             table[fine] = outside[fine]
             scope.table = table
-
-    def notes_of(self, layer: int) -> dict[tuple[int, int], Note]:
-        """The notes of a layer's blocks, by tensor and start."""
-        return self._notes.get(layer, {})
-
-
-def _inside(weights: Tensor, base: int, width: int, count: int) -> Keys:
-    """The keys of a flat tensor in [base, base + width)."""
-    if count == 0:
-        return np.zeros(0, np.uint32)
-    # Two masks, from the first key on and from the last: their difference is the window.
-    cuts = torch.tensor([[base, -1], [min(base + width, NON_FINITE), -1]])
-    quota = torch.zeros(2, dtype=torch.int64)
-    (low, high), _ = ops.emit([weights, weights], [0, 1], [0, 1], cuts, quota)
-    hit = np.not_equal(low.numpy(), high.numpy(), out=low.numpy())
-    return keys_of(weights[torch.from_numpy(np.flatnonzero(hit))])
-
-
-def _as_floats(keys: Keys) -> Tensor:
-    return torch.from_numpy(keys.view(np.float32))
 
 
 @contextmanager

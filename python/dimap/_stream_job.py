@@ -1,10 +1,8 @@
-"""One checkpoint pruned from files to files, or one rank's part of it: cuts, ties, output, counts."""
+"""One checkpoint pruned from files to files, or one rank's part of it: cuts, output, counts."""
 
 from __future__ import annotations
 
 import hashlib
-import json
-import math
 import threading
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -14,18 +12,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import ops
 from ._bitmask_stream import Packer
 from ._checkpoint_safetensors import Shards
 from ._distributed import Ranks
 from ._plan import Normalize, Plan
 from ._scopes import Scope
 from ._stream_cut import GRAINS, Cutter
+from ._stream_decide import Decisions
 from ._stream_guess import keys_of
-from ._stream_io import Block, Buffer, Outputs, Piece, Source, each, opened
+from ._stream_io import Block, Buffer, Outputs, Piece, Source, opened
+from ._stream_mask_file import lay_out_masks
 from ._stream_part import Part
+from ._stream_threads import each
 from ._stream_types import Progress, StreamPruning
-from .groups import AUX, Patterns
+from .groups import Patterns
 
 
 class Job:
@@ -100,140 +100,16 @@ class Job:
             )
             self.cutter.run()
             self.result.readings = self.cutter.readings
-            self._share_quotas()
-            self._find_smallest()
-            self.packer = Packer(self.sources, self._count_packed()) if bitmask else None
+            self.decisions = Decisions(self.cutter)
+            self.layer_keys = dict(self.decisions.smallest)
+            nonzero = self.decisions.count_nonzero() if bitmask else None
+            self.packer = Packer(self.sources, nonzero) if nonzero is not None else None
             self._write(targets, masks)
         self._add_up()
         self._check_counts()
         thresholds = (scope.threshold for scope in self.cutter.scopes)
         self.result.thresholds = dict(zip(self.plan.scope_names, thresholds, strict=True))
         return self.result
-
-    def _cut(self, tensor: int) -> list[int]:
-        """The key from which weights are kept, and the key of the ties or -1."""
-        scope, row = self.cutter.place[self.plan.layers[tensor]]
-        return self.cutter.scopes[scope].cuts[row]
-
-    # Ties: the first ones in the plan's order are kept
-
-    def _share_quotas(self) -> None:
-        """How many of the tied weights each block keeps."""
-        self.quotas: dict[tuple[int, int], int] = {}
-        entries = {e.name: (f, e) for f, s in enumerate(self.sources) for e in s.header.entries}
-        tied = [i for i in range(len(self.plan.names)) if self._cut(i)[1] >= 0]
-        counts: dict[tuple[int, int], int] = {}
-        unknown: list[Piece] = []
-        for i in tied:
-            scope, _ = self.cutter.place[self.plan.layers[i]]
-            notes = self.cutter.notes_of(self.plan.layers[i])
-            file, entry = entries[self.plan.names[i]]
-            for piece in self.part.pieces(file, [entry]):
-                for block in piece.blocks:
-                    note = notes.get((i, block.start))
-                    if self.cutter.scopes[scope].noted and note is not None:
-                        counts[i, block.start] = note.count(self._cut(i)[1])
-                    else:
-                        unknown.append(Piece(file, block.begin, block.end, (block,)))
-
-        def count(piece: Piece, buffer: Buffer) -> None:
-            (block,) = piece.blocks
-            i = self.cutter.number[block.entry.name]
-            buffer.read(self.descriptors[piece.file], piece.begin, piece.end, self._path(piece))
-            found = int((keys_of(buffer.tensor(block, piece)) == self._cut(i)[1]).sum())
-            with self._lock:
-                counts[i, block.start] = found
-
-        each(unknown, count)
-        for others in self.ranks.gather(counts):
-            counts |= others
-        left = [scope.quota for scope in self.cutter.scopes]
-        for i, start in sorted(counts):  # the plan's order
-            scope = self.plan.scopes[i]
-            self.quotas[i, start] = min(left[scope], counts[i, start])
-            left[scope] -= self.quotas[i, start]
-
-    # The smallest kept magnitudes, for the report
-
-    def _find_smallest(self) -> None:
-        """From the notes where they tell; layers of which they do not are looked at in writing."""
-        self.unseen: set[str] = set()
-        self.layer_keys: dict[str, int] = {}  # parameter -> smallest kept key, where known
-        found = self.ranks.gather([self._noted_keys(i) for i in range(len(self.plan.names))])
-        number = self.cutter.number
-        for module, layers in self.plan.modules.items():
-            for layer in layers if module != AUX else []:
-                keys = [k for p in layer.parameters for rank in found for k in rank[number[p]]]
-                if keys:
-                    self.layer_keys.update(dict.fromkeys(layer.parameters, min(keys)))
-                else:
-                    self.unseen.update(layer.parameters)
-
-    def _noted_keys(self, tensor: int) -> list[int]:
-        """The smallest kept key of a tensor in this rank's notes, if it is in them."""
-        keep_from, tie = self._cut(tensor)
-        found = []
-        for (i, start), note in self.cutter.notes_of(self.plan.layers[tensor]).items():
-            if i != tensor:
-                continue
-            if tie >= 0 and self.quotas.get((i, start), 0) > 0:
-                found.append(tie)
-            elif (key := note.smallest(keep_from)) is not None:
-                found.append(key)
-        return [min(found)] if found else []
-
-    # What a block keeps, for the places in a bitmask file
-
-    def _count_packed(self) -> dict[tuple[str, int], int]:
-        """How many weights of each block will have any bit set: from the notes, or by looking."""
-        counts: dict[tuple[str, int], int] = {}
-        unknown: list[Piece] = []
-        number = self.cutter.number
-        for file, source in enumerate(self.sources):
-            entries = [entry for entry in source.header.entries if entry.name in number]
-            for block in (b for piece in self.part.pieces(file, entries) for b in piece.blocks):
-                i = number[block.entry.name]
-                keep_from, tie = self._cut(i)
-                note = self.cutter.notes_of(self.plan.layers[i]).get((i, block.start))
-                kept = None
-                if keep_from > 0 and tie != 0 and note is not None:  # no zero is kept
-                    kept = note.kept(keep_from)
-                if kept is None:
-                    unknown.append(Piece(file, block.begin, block.end, (block,)))
-                else:
-                    tied = self.quotas.get((i, block.start), 0)
-                    counts[block.entry.name, block.start] = kept + tied
-
-        def count(piece: Piece, buffer: Buffer) -> None:
-            buffer.read(self.descriptors[piece.file], piece.begin, piece.end, self._path(piece))
-            (block,), (tensor,), _ = self._prune_blocks(piece, buffer)
-            bits = tensor.view(torch.int32 if tensor.itemsize == 4 else torch.int16)
-            counts[block.entry.name, block.start] = int(torch.count_nonzero(bits))
-
-        each(unknown, count)
-        for others in self.ranks.gather(counts):
-            counts |= others
-        return counts
-
-    # The output
-
-    def _prune_blocks(
-        self, piece: Piece, buffer: Buffer
-    ) -> tuple[list[Block], list[Tensor], list[Tensor]]:
-        """The blocks to prune of a piece in the buffer, their pruned weights, and the masks."""
-        number = self.cutter.number
-        pruned = [b for b in piece.blocks if b.entry.name in number]
-        if not pruned:
-            return [], [], []
-        tensors = [buffer.tensor(block, piece) for block in pruned]
-        numbers = [number[block.entry.name] for block in pruned]
-        cuts = torch.tensor([self._cut(i) for i in numbers])
-        places = zip(numbers, pruned, strict=True)
-        quota = [self.quotas.get((i, block.start), 0) for i, block in places]
-        each_one = range(len(pruned))  # every block is a layer and a module by itself
-        kept, _ = ops.emit(tensors, each_one, each_one, cuts, torch.tensor(quota))
-        ops.apply_(tensors, kept)
-        return pruned, tensors, kept
 
     def _write(self, targets: list[Path], masks: Path | None) -> None:
         sizes = [source.path.stat().st_size for source in self.sources]
@@ -250,7 +126,7 @@ class Job:
             )
             self.masks = None
             if masks is not None:
-                self.places, header, size = _mask_file(self.plan, self.result)
+                self.places, header, size = lay_out_masks(self.plan, self.result)
                 self.masks = stack.enter_context(Outputs([masks], [size]))
                 self.masks.write(0, header, 0)
             for file, source in enumerate(self.sources if packer is None else ()):
@@ -267,7 +143,7 @@ class Job:
     def _write_piece(self, piece: Piece, buffer: Buffer) -> None:
         data = buffer.read(self.descriptors[piece.file], piece.begin, piece.end, self._path(piece))
         number = self.cutter.number
-        pruned, tensors, kept = self._prune_blocks(piece, buffer)
+        pruned, tensors, kept = self.decisions.prune(piece, buffer)
         for block, tensor, mask in zip(pruned, tensors, kept, strict=True):
             buffer.put_back(block, piece, tensor)
             self._count(block, tensor, mask)
@@ -286,10 +162,10 @@ class Job:
     def _count(self, block: Block, tensor: Tensor, mask: Tensor) -> None:
         name = block.entry.name
         kept = int(np.count_nonzero(mask.numpy()))
-        keep_from, tie = self._cut(self.cutter.number[name])
+        keep_from, tie = self.decisions.cut(self.cutter.number[name])
         nonzero = kept if keep_from > 0 and tie != 0 else _count_nonzero(tensor)
         smallest = None
-        if name in self.unseen and kept:
+        if name in self.decisions.unseen and kept:
             # Zeros become the largest number: of what is left the smallest is wanted.
             smallest = int((keys_of(tensor) - np.uint32(1)).min()) + 1 if kept == nonzero else 0
         if self.masks is not None:
@@ -335,22 +211,3 @@ def _count_nonzero(tensor: Tensor) -> int:
     if tensor.is_floating_point() and tensor.itemsize == 1:  # torch cannot count float8
         tensor = tensor.float()
     return int(torch.count_nonzero(tensor))
-
-
-def _mask_file(plan: Plan, result: StreamPruning) -> tuple[dict[str, int], bytes, int]:
-    """The place of each tensor's bits in a mask file, the file's header and length."""
-    settings: dict[str, str] = {"scope": result.scope, "normalize": result.normalize}
-    settings |= {f"sparsity.{name}": repr(s) for name, s in result.sparsity.items()}
-    shapes = {name: list(result.shapes[name]) for name in plan.names}
-    settings |= {"dimap_masks": "1", "shapes": json.dumps(shapes)}
-    header: dict[str, object] = {"__metadata__": settings}
-    places, at = {}, 0
-    for name in plan.names:
-        size = (math.prod(shapes[name]) + 7) // 8
-        header[name] = {"dtype": "U8", "shape": [size], "data_offsets": [at, at + size]}
-        places[name] = at
-        at += size
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    raw = len(text).to_bytes(8, "little") + text
-    return {name: len(raw) + place for name, place in places.items()}, raw, len(raw) + at
