@@ -41,7 +41,7 @@ $(VENV)/.lint: $(VENV)/.torch
 
 demo: $(VENV)/.dimap  ## Prune a trained Swin at 55 % and show what it costs
 	@echo "== the demo"
-	@$(BIN)/python benchmarks/demo/demo.py
+	@$(BIN)/python examples/demo/demo.py
 
 test: $(VENV)/.test  ## Run the tests
 	@echo "== tests"

@@ -59,12 +59,13 @@ if(_build)
                  "(${CMAKE_CUDA_ARCHITECTURES}) with ${CMAKE_CUDA_COMPILER}")
   set(DIMAP_CUDA_VERSION ${CMAKE_CUDA_COMPILER_VERSION})
   string(REPLACE ";" " " DIMAP_CUDA_BUILT_FOR "${CMAKE_CUDA_ARCHITECTURES}")
-  set(_kernels ${CMAKE_CURRENT_SOURCE_DIR}/csrc/kernels/cuda)
-  set(_ops ${CMAKE_CURRENT_SOURCE_DIR}/csrc/cuda)
-  add_library(dimap_cuda MODULE ${_ops}/ops.cpp ${_ops}/score.cpp ${_ops}/stages.cpp
-                                ${CMAKE_CURRENT_SOURCE_DIR}/csrc/kernels/solve.cpp  # on the host, for the stages
+  set(_kernels ${CMAKE_CURRENT_SOURCE_DIR}/csrc/cuda)
+  set(_bindings ${CMAKE_CURRENT_SOURCE_DIR}/csrc/bindings)
+  add_library(dimap_cuda MODULE ${_bindings}/cuda_ops.cpp ${_bindings}/cuda_score.cpp ${_bindings}/cuda_stages.cpp
+                                ${CMAKE_CURRENT_SOURCE_DIR}/csrc/core/solve.cpp  # on the host, for the stages
                                 ${_kernels}/decide.cu ${_kernels}/emit.cu ${_kernels}/read.cu
                                 ${_kernels}/score.cu ${_kernels}/upload.cu)
+  target_include_directories(dimap_cuda PRIVATE ${CMAKE_CURRENT_SOURCE_DIR}/csrc)
   # USE_CUDA: torch's stable interface declares the current CUDA stream under it.
   target_compile_definitions(dimap_cuda PRIVATE $<$<COMPILE_LANGUAGE:CXX>:${DIMAP_TORCH_DEFINITIONS};USE_CUDA>)
   target_include_directories(dimap_cuda SYSTEM PRIVATE

@@ -1,17 +1,14 @@
 # The kernels know no torch: raw pointers in and out. Each instruction set is one translation unit with its own flags.
-set(_cpu ${CMAKE_CURRENT_SOURCE_DIR}/csrc/kernels/cpu)
-add_library(
-  dimap_kernels STATIC
-  ${CMAKE_CURRENT_SOURCE_DIR}/csrc/kernels/solve.cpp
-  ${_cpu}/apply.cpp ${_cpu}/bracket.cpp ${_cpu}/count.cpp ${_cpu}/decide_portable.cpp ${_cpu}/dispatch.cpp ${_cpu}/emit.cpp ${_cpu}/engine.cpp ${_cpu}/large_pages.cpp
-  ${_cpu}/pack.cpp ${_cpu}/parted.cpp ${_cpu}/reading.cpp ${_cpu}/rows_portable.cpp ${_cpu}/sample.cpp
-  ${_cpu}/score.cpp ${_cpu}/score_buckets.cpp ${_cpu}/score_sort.cpp ${_cpu}/score_table.cpp ${_cpu}/sketch.cpp
-  ${_cpu}/survey.cpp)
+set(_csrc ${CMAKE_CURRENT_SOURCE_DIR}/csrc)
+file(GLOB_RECURSE _sources CONFIGURE_DEPENDS ${_csrc}/core/*.cpp ${_csrc}/cpu/*.cpp)
+list(FILTER _sources EXCLUDE REGEX "_(avx2|avx512)\\.cpp$")
+add_library(dimap_kernels STATIC ${_sources})
+target_include_directories(dimap_kernels PUBLIC ${_csrc})
 # A fused multiply-add rounds once where the specification rounds twice.
 target_compile_options(dimap_kernels PRIVATE -O3 -ffp-contract=off)
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
-  set(_avx2_sources ${_cpu}/decide_avx2.cpp ${_cpu}/rows_avx2.cpp)
-  set(_avx512_sources ${_cpu}/decide_avx512.cpp ${_cpu}/rows_avx512.cpp)
+  file(GLOB _avx2_sources CONFIGURE_DEPENDS ${_csrc}/cpu/isa/*_avx2.cpp)
+  file(GLOB _avx512_sources CONFIGURE_DEPENDS ${_csrc}/cpu/isa/*_avx512.cpp)
   target_sources(dimap_kernels PRIVATE ${_avx2_sources} ${_avx512_sources})
   target_compile_definitions(dimap_kernels PUBLIC DIMAP_X86)
   set(_avx2 -mavx2 -mf16c -mbmi -mbmi2 -mlzcnt -mpopcnt)

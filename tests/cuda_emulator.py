@@ -11,7 +11,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 EMULATOR = ROOT / "tests" / "cuda" / "emulator"
-KERNELS = ROOT / "csrc" / "kernels" / "cuda"
+SOURCES = ROOT / "csrc"
 COMPILER = shutil.which("c++") or shutil.which("g++")
 # Small pieces, samples and slots: problems of a few thousand weights take every path.
 TUNING = (
@@ -25,13 +25,13 @@ def build(folder: Path, *flags: str) -> Path:
     torch_root = Path(torch.__file__).parent
     common = [
         str(COMPILER), "-std=gnu++20", "-O2", "-fPIC", "-Wall", "-Wno-unknown-pragmas", "-Wno-attributes",
-        "-U_FORTIFY_SOURCE", "-include", str(EMULATOR / "emulator.h"), f"-I{EMULATOR}", f"-I{KERNELS}",
+        "-U_FORTIFY_SOURCE", "-include", str(EMULATOR / "emulator.h"), f"-I{EMULATOR}", f"-I{SOURCES}",
         "-isystem", str(torch_root / "include"), "-DTORCH_TARGET_VERSION=0x020a000000000000", "-DUSE_CUDA",
         f"-DDIMAP_TUNING={TUNING}", *flags,
     ]  # fmt: skip
-    sources = [s for s in KERNELS.glob("*.cu") if s.name != "score.cu"]
-    sources += [*EMULATOR.glob("*.cpp"), *(ROOT / "csrc" / "cuda").glob("*.cpp")]
-    sources.append(ROOT / "csrc" / "kernels" / "solve.cpp")
+    sources = [s for s in (SOURCES / "cuda").glob("*.cu") if s.name != "score.cu"]
+    sources += [*EMULATOR.glob("*.cpp"), *(SOURCES / "bindings").glob("cuda_*.cpp")]
+    sources.append(SOURCES / "core" / "solve.cpp")
 
     def compile_one(source: Path) -> Path:
         built = folder / f"{source.parent.name}_{source.stem}.o"

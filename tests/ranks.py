@@ -14,7 +14,7 @@ from datetime import timedelta
 WAIT = 120  # seconds for any answer
 PRELOAD = [
     "dimap.cli",
-    "dimap._dtensor",
+    "dimap.distributed._dtensor",
     "torch.distributed.fsdp",
     "torch.distributed.tensor.parallel",
 ]

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from dimap import _stream_io, _stream_notes
+from dimap.checkpoint import _stream_io, _stream_notes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -279,7 +279,7 @@ def test_several_processes_write_the_same(tmp_path):
 def test_swin_b_takes_at_most_51_percent(tmp_path):
     """The true one's shapes, float32 at 55 %: by the layout alone, which gives the exact size."""
     timm = pytest.importorskip("timm")
-    from dimap import _bitmask_layout as layout
+    from dimap.checkpoint import _bitmask_layout as layout
 
     with torch.device("meta"):
         model = timm.create_model("swin_base_patch4_window7_224")

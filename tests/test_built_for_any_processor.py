@@ -17,7 +17,7 @@ import pytest
 BUILD = Path(__file__).resolve().parents[1] / "build"
 VARIANTS = {
     f"{p.name}.o": p.stem.rsplit("_", 1)[1]
-    for p in sorted((BUILD.parent / "csrc" / "kernels").glob("**/*_avx*.cpp"))
+    for p in sorted((BUILD.parent / "csrc" / "cpu").glob("**/*_avx*.cpp"))
 }
 # Beyond x86-64's SSE2: SSE3 to SSE4.2, BMI and their like, and all with a VEX or EVEX prefix. tzcnt is not among them: to
 # older processors it is bsf, and compilers use it where both give the same.
@@ -68,7 +68,9 @@ def beyond(path: Path) -> frozenset[str]:
 
 
 def test_all_sources_are_looked_at() -> None:
-    sources = {p.name + ".o" for p in (BUILD.parent / "csrc" / "kernels").glob("**/*.cpp")}
+    sources = {
+        p.name + ".o" for d in ("core", "cpu") for p in (BUILD.parent / "csrc" / d).glob("**/*.cpp")
+    }
     assert sources <= set(objects())
     assert {"avx2", "avx512"} == set(VARIANTS.values())
 

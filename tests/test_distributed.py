@@ -12,9 +12,10 @@ from contextlib import ExitStack
 import pytest
 import torch
 import torch.distributed as dist
-from dimap import _stream_io, _stream_job, _stream_notes, cli
-from dimap._distributed import Group as Ranks
-from dimap._distributed import launched
+from dimap import cli
+from dimap.checkpoint import _stream_io, _stream_job, _stream_notes
+from dimap.distributed.ranks import Group as Ranks
+from dimap.distributed.ranks import launched
 from dimap.stream import prune_checkpoint, pruning_checkpoint
 from ranks import Group, environment, free_port, start
 from safetensors.torch import save_file

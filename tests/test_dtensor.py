@@ -106,7 +106,7 @@ def compare_zeros():
 
 
 def compare_in_small_chunks():
-    from dimap import _dtensor_local
+    from dimap.distributed import _local as _dtensor_local
 
     before, _dtensor_local.CHUNK = _dtensor_local.CHUNK, 1000
     try:

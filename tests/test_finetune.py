@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 pytest.importorskip("timm")
 pytest.importorskip("torchvision")
 
-from dimap import _command_finetune
+from dimap.cli import _finetune as _command_finetune
 from dimap.finetuning import _data, _training
 from dimap.finetuning._loss import distilled
 from dimap.finetuning._processes import Processes

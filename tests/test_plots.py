@@ -20,13 +20,13 @@ pytest.importorskip("typer")
 import dimap
 import numpy as np
 from dimap import plots
-from dimap._report_output import kept_mask
-from dimap._report_types import Report
 from dimap.checkpoint import open_checkpoint
 from dimap.cli import app
 from dimap.plots._curves import METHODS
 from dimap.plots._mask import KEPT, PRUNED, average
 from dimap.plots._source import LayerCount
+from dimap.report._output import kept_mask
+from dimap.report._types import Report
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from PIL import Image

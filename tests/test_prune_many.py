@@ -19,12 +19,12 @@ import torch
 pytest.importorskip("safetensors")
 pytest.importorskip("typer")
 
-from dimap import _manifest, _share
-from dimap._inputs import Item, find_inputs
-from dimap._manifest import NAME, Manifest
-from dimap._prune_many import Job, Settings
-from dimap._share import Ranks
-from dimap._workers import prune_all
+from dimap.checkpoint import _manifest, _share
+from dimap.checkpoint._inputs import Item, find_inputs
+from dimap.checkpoint._manifest import NAME, Manifest
+from dimap.checkpoint._prune_many import Job, Settings
+from dimap.checkpoint._share import Ranks
+from dimap.checkpoint._workers import prune_all
 from dimap.cli import app
 from safetensors.torch import load_file, save_file
 from test_stream import load_folder, shards, vit
@@ -250,7 +250,7 @@ def test_the_disk_is_full_for_one(run, here):
 
 
 def test_input_that_changes_while_it_is_read(run, here, monkeypatch):
-    from dimap import _prune_many
+    from dimap.checkpoint import _prune_many
 
     original = _prune_many.prune_file
 
@@ -383,7 +383,7 @@ def test_a_manifest_of_a_later_version_is_refused(run):
 
 def test_many_processes_append_whole_lines(tmp_path):
     code = (
-        "import sys; from pathlib import Path; from dimap._manifest import Manifest\n"
+        "import sys; from pathlib import Path; from dimap.checkpoint._manifest import Manifest\n"
         "for i in range(200): Manifest(Path(sys.argv[1])).append(f'{sys.argv[2]}-{i}', 'begun', x='y' * 3000)"
     )
     command = [sys.executable, "-c", code, str(tmp_path)]
@@ -398,7 +398,8 @@ def test_many_processes_append_whole_lines(tmp_path):
 
 KILLED = """
 import os, signal, sys
-from dimap import _manifest, cli
+from dimap import cli
+from dimap.checkpoint import _manifest
 original, calls, moment = _manifest.Manifest.append, [], int(sys.argv.pop(1))
 def append(self, name, state, **more):
     calls.append(state)

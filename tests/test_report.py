@@ -10,8 +10,8 @@ import sys
 import dimap
 import pytest
 import torch
-from dimap import _report_tables as tables
 from dimap.report import VERSION, Report, build_report
+from dimap.report import _tables as tables
 from torch import nn
 
 # Paper, Table 1: removed parameters % and removed FLOPs %, at 15, 35 and 55 %.

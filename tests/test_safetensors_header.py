@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("safetensors")
 
-from dimap._safetensors_header import parse_header, read_header
+from dimap.checkpoint._header import parse_header, read_header
 from dimap.stream import prune_checkpoint
 from safetensors import SafetensorError
 from safetensors.torch import load, save

@@ -16,7 +16,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 from distributions import DISTRIBUTIONS
 
-SORTED, SHARED = 65_536, 1 << 23  # where csrc/kernels/cpu/score.cpp changes its way
+SORTED, SHARED = 65_536, 1 << 23  # where csrc/cpu/score/score.cpp changes its way
 
 
 def normal(n: int, seed: int = 0) -> Tensor:

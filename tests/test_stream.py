@@ -11,7 +11,7 @@ import dimap
 import numpy as np
 import pytest
 import torch
-from dimap import _stream_cut, _stream_io, _stream_notes
+from dimap.checkpoint import _stream_cut, _stream_io, _stream_notes
 
 pytest.importorskip("safetensors")
 
@@ -232,7 +232,7 @@ def test_a_wrong_guess_costs_readings_only(tmp_path, monkeypatch, dtype):
     def wrong(sketches, totals, grains, keep):
         return _stream_cut_rows([(0x3F800000, 3)] * len(totals), grains)
 
-    from dimap._stream_guess import rows as _stream_cut_rows
+    from dimap.checkpoint._stream_guess import rows as _stream_cut_rows
 
     monkeypatch.setattr(_stream_cut, "guess", wrong)
     state = vit(DTYPES[dtype])

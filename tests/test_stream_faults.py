@@ -157,7 +157,7 @@ def test_the_input_changes_between_the_readings(case):
 
 def test_a_read_error_of_the_system(tmp_path, monkeypatch):
     """The system's own error: a descriptor that cannot be read, from the second piece on."""
-    from dimap import _stream_io
+    from dimap.checkpoint import _stream_io
 
     source = tmp_path / "in.safetensors"
     save_file(vit(), source)

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from . import ops
-from ._bitmask_expand import expand_checkpoint
-from ._bitmask_layout import CODES, PACKED, lay_out, make_header, pays
-from ._checkpoint_safetensors import Folder, Shards, open_single
-from ._checkpoint_types import Checkpoint
 from ._files import replacing
-from ._stream_types import Progress, Silent
+from .checkpoint._bitmask_expand import expand_checkpoint
+from .checkpoint._bitmask_layout import CODES, PACKED, lay_out, make_header, pays
+from .checkpoint._safetensors import Folder, Shards, open_single
+from .checkpoint._stream_types import Progress, Silent
+from .checkpoint._types import Checkpoint
 
 __all__ = ["expand", "load_file", "save_file"]
 

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from ._files import open_safetensors, replacing, save_safetensors
-from ._sharded import check_whole
+from .distributed._sharded import check_whole
 
 VERSION = "1"
 _VERSION_KEY, _SHAPES_KEY = "dimap_masks", "shapes"

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from . import saliency as saliencies
-from ._plan import Model, Normalize, Plan, check_choice, renamed
-from ._scopes import Scope
 from .groups import Patterns
+from .groups._plan import Model, Normalize, Plan, check_choice, renamed
+from .groups._scopes import Scope
 from .saliency import Batches, Loss
 
 __all__ = ["METHODS", "Method"]

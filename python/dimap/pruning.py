@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from . import ops
-from ._plan import Model, Normalize, Plan, check_choice, parameters_of, renamed
-from ._scopes import Scope
-from ._sharded import check_whole, is_sharded
+from .distributed._sharded import check_whole, is_sharded
 from .groups import Layer, Patterns
+from .groups._plan import Model, Normalize, Plan, check_choice, parameters_of, renamed
+from .groups._scopes import Scope
 from .methods import Ranking, rank
 from .saliency import Batches, Loss
 
@@ -134,7 +134,7 @@ def prune(
     )
     plan = ranking.plan
     if is_sharded(plan.tensors):
-        from . import _dtensor
+        from .distributed import _dtensor
 
         masks, thresholds = _select_sharded(ranking)
         _dtensor.apply_(plan.tensors, masks)
@@ -219,7 +219,7 @@ def _check_ranked(model: Model, saliency: object, data: object) -> None:
 
 
 def _select_sharded(ranking: Ranking) -> tuple[list[Tensor], Tensor]:
-    from . import _dtensor
+    from .distributed import _dtensor
 
     plan = ranking.plan
     return _dtensor.select_cuts(plan.names, plan.tensors, plan.layers, plan.scopes, ranking.keep)

@@ -13,15 +13,15 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ._checkpoint_safetensors import Folder, Shards, ShardsWriter, write_packed_index
-from ._distributed import Alone, Ranks, group_of
 from ._files import replacing
-from ._plan import Normalize
-from ._scopes import Scope
-from ._stream_job import Job
-from ._stream_types import Progress, Silent, StreamPruning
 from .checkpoint import open_checkpoint
+from .checkpoint._safetensors import Folder, Shards, ShardsWriter, write_packed_index
+from .checkpoint._stream_job import Job
+from .checkpoint._stream_types import Progress, Silent, StreamPruning
+from .distributed.ranks import Alone, Ranks, group_of
 from .groups import Patterns
+from .groups._plan import Normalize
+from .groups._scopes import Scope
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

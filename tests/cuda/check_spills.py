@@ -26,9 +26,19 @@ def main() -> int:
     targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES]
     table: dict[str, dict[str, str]] = {}
     spilled = 0
-    for source in sorted((ROOT / "csrc" / "kernels" / "cuda").glob("*.cu")):
+    for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
         with tempfile.TemporaryDirectory() as folder:
-            command = [nvcc, "-std=c++20", "-O3", "-Xptxas=-v", *targets, "-c", str(source)]
+            command = [
+                nvcc,
+                "-std=c++20",
+                "-O3",
+                "-Xptxas=-v",
+                *targets,
+                "-I",
+                str(ROOT / "csrc"),
+                "-c",
+                str(source),
+            ]
             report = subprocess.run(
                 [*command, "-o", f"{folder}/out.o"], capture_output=True, text=True, check=False
             )

@@ -7,7 +7,7 @@
 #include <random>
 #include <vector>
 
-#include "kernels/cuda/solver.h"
+#include "cuda/solver.h"
 
 using namespace dimap;
 using namespace dimap::cuda;

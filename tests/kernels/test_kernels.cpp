@@ -15,11 +15,11 @@
 #include <utility>
 #include <vector>
 
-#include "kernels/cpu/apply.h"
-#include "kernels/cpu/decide.h"
-#include "kernels/cpu/engine.h"
-#include "kernels/cpu/pack.h"
-#include "kernels/cpu/score.h"
+#include "cpu/apply.h"
+#include "cpu/isa/decide.h"
+#include "cpu/score/score.h"
+#include "cpu/select/engine.h"
+#include "cpu/sparse/pack.h"
 
 namespace {
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from .._files import replacing
-from .._report_types import Report
 from ..groups import AUX, Layer
+from ..report._types import Report
 from . import _page, _style
 from ._histograms import choose_blocks, spot_of, weight_histograms
 from ._kept import kept_ratios

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
-from .._report_tables import MODULES, _by_block, _short, _tiny
-from .._report_types import LayerReport, Report
+from ..report._tables import MODULES, _by_block, _short, _tiny
+from ..report._types import LayerReport, Report
 from . import _style as style
 from ._source import place_name
 

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._report_tables import _leaves
-from .._report_types import Report
 from ..checkpoint import Checkpoint
 from ..groups import AUX, Layer, Patterns, find_modules
+from ..report._tables import _leaves
+from ..report._types import Report
 
 
 @dataclass
@@ -130,7 +130,7 @@ def _check_masks(masks: Mapping[str, Tensor], modules: Mapping[str, Sequence[Lay
 
 
 def _family(modules: Mapping[str, list[Layer]], tensors: Mapping[str, Tensor]) -> str | None:
-    from .._inspect import family_of
+    from ..checkpoint._inspect import family_of
 
     shaped: Any = {name: SimpleNamespace(shape=tuple(t.shape)) for name, t in tensors.items()}
     family = family_of(modules, shaped)

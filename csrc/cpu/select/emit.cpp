@@ -1,0 +1,147 @@
+#include "cpu/select/emit.h"
+
+#include <vector>
+
+#include "cpu/select/reading.h"
+
+namespace dimap::cpu {
+namespace {
+
+// Runs the deciding loop for a cut that leaves nothing to set aside.
+Decided run(const Problem& problem, const Chunk& chunk, const Bracket& bracket, uint8_t* mask) {
+  uint32_t keys[Decided::kSlack];
+  uint16_t positions[Decided::kSlack];
+  ExponentSums outliers;
+  Decided out;
+  out.keys = keys, out.positions = positions, out.outliers = &outliers;
+  kernels().decide[static_cast<int>(problem.tensors[chunk.tensor].dtype)](data(problem, chunk), chunk.n, bracket, mask,
+                                                                          out);
+  return out;
+}
+
+// The cut of one chunk. Where its ties are all kept or all dropped nobody need look at them again.
+Cut cut_of(const Chunk& chunk, const Cut& layer) {
+  if (layer.tie == Cut::kNoTie || chunk.ties == 0 || chunk.quota == 0) return {layer.keep_from, Cut::kNoTie};
+  if (chunk.quota == chunk.ties) return {layer.tie, Cut::kNoTie};  // no weight lies between the two
+  return layer;
+}
+
+class Emitter {
+ public:
+  Emitter(const Problem& problem, std::span<const Cut> cuts, Reading* reading, std::span<const uint8_t> read,
+          const Pool& pool)
+      : problem_(problem), cuts_(cuts), reading_(reading), read_(read), pool_(pool) {
+    if (reading == nullptr) own_ = chunks_of(problem);
+  }
+
+  std::span<Chunk> chunks() { return reading_ ? std::span<Chunk>(reading_->chunks) : own_; }
+
+  // Whether all that a chunk still needs is among what the reading set aside.
+  bool known(const Chunk& chunk) const { return reading_ && read_[chunk.layer]; }
+
+  template <typename Body>
+  void for_chunks(Body&& body) {
+    const std::span<Chunk> all = chunks();
+    pool_.for_each(static_cast<int64_t>(all.size()), [&](int64_t c, int) { body(all[c], cuts_[all[c].layer]); });
+  }
+
+  // Shares each module's quota among the chunks, in order of position: the first ties are kept.
+  void share(std::span<int64_t> quota) {
+    bool any = false;
+    for (const Cut& cut : cuts_) any |= cut.tie != Cut::kNoTie;
+    if (!any) return;
+    for_chunks([&](Chunk& chunk, const Cut& cut) {
+      chunk.ties = chunk.quota = 0;
+      if (cut.tie == Cut::kNoTie) return;
+      if (known(chunk)) {
+        const uint32_t* keys = reading_->keys(chunk);
+        chunk.ties = std::count(keys, keys + chunk.aside, cut.tie);
+      } else {
+        chunk.ties = run(problem_, chunk, {kNonFinite, kNonFinite, cut.tie}, nullptr).atoms;
+      }
+    });
+    for (Chunk& chunk : chunks()) {
+      chunk.quota = std::min(chunk.ties, quota[chunk.module]);
+      quota[chunk.module] -= chunk.quota;
+    }
+  }
+
+  // The reading has marked what lies above the bracket, and from its guess on; puts right what was guessed wrong.
+  void mark_aside(const Chunk& chunk, const Cut& cut, uint8_t* mask) const {
+    const uint32_t* keys = reading_->keys(chunk);
+    const uint16_t* positions = reading_->positions(chunk);
+    const uint32_t from = cut_of(chunk, cut).keep_from, guess = reading_->guesses[chunk.layer].bracket.guess;
+    const uint32_t first = std::min(from, guess), wrong = std::max(from, guess) - first;
+    const uint8_t kept = from < guess;
+    for (int64_t i = 0; i < chunk.aside; ++i)
+      if (keys[i] - first < wrong) mask[positions[i]] = kept;
+    if (chunk.quota == 0 || chunk.quota == chunk.ties) return;
+    int64_t left = chunk.quota;
+    for (int64_t i = 0; i < chunk.aside; ++i)
+      if (keys[i] == cut.tie) mask[positions[i]] = left-- > 0;
+  }
+
+  void write_mask(const Chunk& chunk, const Cut& layer, uint8_t* mask) const {
+    const Cut cut = cut_of(chunk, layer);
+    // As a guess, not as the bracket's high end: what is kept is not summed again.
+    run(problem_, chunk, {kKeyEnd, kKeyEnd, Bracket::kNoAtom, cut.keep_from}, mask);
+    if (cut.tie == Cut::kNoTie) return;
+    for_type(problem_.tensors[chunk.tensor].dtype, [&]<DType kType>() {
+      const auto* weights = static_cast<const storage_t<kType>*>(data(problem_, chunk));
+      int64_t left = chunk.quota;
+      for (int64_t i = 0; left > 0 && i < chunk.n; ++i)
+        if (key_of<kType>(weights[i]) == cut.tie) mask[i] = 1, --left;
+    });
+  }
+
+  void write_zeros(const Chunk& chunk, const Cut& layer) const {
+    const Cut cut = cut_of(chunk, layer);
+    const DType dtype = problem_.tensors[chunk.tensor].dtype;
+    kernels().zero[static_cast<int>(dtype)](data(problem_, chunk), chunk.n, cut.keep_from, cut.tie);
+    if (cut.tie == Cut::kNoTie) return;
+    for_type(dtype, [&]<DType kType>() {
+      auto* weights = static_cast<storage_t<kType>*>(data(problem_, chunk));
+      int64_t left = chunk.quota;
+      for (int64_t i = 0; i < chunk.n; ++i)
+        if (key_of<kType>(weights[i]) == cut.tie && left-- <= 0) weights[i] = 0;
+    });
+  }
+
+ private:
+  const Problem& problem_;
+  std::span<const Cut> cuts_;
+  Reading* reading_;
+  std::span<const uint8_t> read_;
+  const Pool& pool_;
+  std::vector<Chunk> own_;
+};
+
+}  // namespace
+
+void emit(const Problem& problem, std::span<const Cut> cuts, std::span<int64_t> quota, std::span<uint8_t* const> masks,
+          Reading* reading, std::span<const uint8_t> read, const Pool& pool) {
+  Emitter emitter(problem, cuts, reading, read, pool);
+  emitter.share(quota);
+  emitter.for_chunks([&](const Chunk& chunk, const Cut& cut) {
+    uint8_t* mask = masks[chunk.tensor] + chunk.offset;
+    if (emitter.known(chunk))
+      emitter.mark_aside(chunk, cut, mask);
+    else
+      emitter.write_mask(chunk, cut, mask);
+  });
+}
+
+void zero(const Problem& problem, std::span<const Cut> cuts, std::span<int64_t> quota, Reading* reading,
+          std::span<const uint8_t> read, const Pool& pool) {
+  Emitter emitter(problem, cuts, reading, read, pool);
+  emitter.share(quota);
+  // From the end: what was read last may still be in the cache.
+  const std::span<Chunk> chunks = emitter.chunks();
+  const auto n = static_cast<int64_t>(chunks.size());
+  pool.for_each(n, [&](int64_t c, int) {
+    const Chunk& chunk = chunks[static_cast<size_t>(n - 1 - c)];
+    emitter.write_zeros(chunk, cuts[chunk.layer]);
+  });
+}
+
+}  // namespace dimap::cpu

@@ -1,0 +1,156 @@
+#include "cpu/select/reading.h"
+
+#include <algorithm>
+#include <atomic>
+#include <new>
+
+#include "cpu/select/survey.h"
+
+namespace dimap::cpu {
+namespace {
+
+// Masks of this many weights and more do not stay in the caches: they are written past them.
+constexpr int64_t kStreamFrom = int64_t{1} << 23;
+
+// Sums the weights beyond a grid, on grids of their own: one more pass each over weights that are in the cache.
+void climb(DecideFn decide, const void* weights, int64_t n, std::span<const uint32_t> ladder, ExponentSums& sums) {
+  uint32_t keys[Decided::kSlack];
+  uint16_t positions[Decided::kSlack];
+  for (const uint32_t rung : ladder) {
+    Decided out;
+    out.keys = keys, out.positions = positions;
+    decide(weights, n, {rung, rung}, nullptr, out);
+    sums.add(static_cast<int>(Grid(rung).exponent) - 1, out.grid_sum());
+  }
+}
+
+}  // namespace
+
+void Aside::reserve(int64_t n) {
+  if (n <= capacity_) return;
+  const int64_t capacity = std::max(n, capacity_ * 3 / 2);
+  const auto grow = [&](auto& array) {
+    using T = std::remove_pointer_t<decltype(array.get())>;
+    auto* p = static_cast<T*>(std::realloc(array.get(), static_cast<size_t>(capacity) * sizeof(T)));
+    if (p == nullptr) throw std::bad_alloc();
+    array.release();
+    array.reset(p);
+  };
+  grow(keys_);
+  grow(positions_);
+  capacity_ = capacity;
+}
+
+Reading::Reading(const Problem& problem, const Pool& pool)
+    : chunks(chunks_of(problem)),
+      guesses(problem.layers()),
+      layers(problem.layers()),
+      problem_(problem),
+      pool_(pool),
+      chunks_of_layer_(problem.layers()) {
+  for (int w = 0; w < pool.workers(); ++w) aside_.push_back(std::make_unique<Aside>());
+  for (size_t c = 0; c < chunks.size(); ++c) chunks_of_layer_[chunks[c].layer].push_back(static_cast<int32_t>(c));
+}
+
+bool Reading::read(std::span<const uint8_t> wanted, std::span<uint8_t* const> masks, int64_t budget) {
+  const Kernels& kernel = kernels();
+  bool all = true;
+  for (size_t l = 0; l < layers.size(); ++l) {
+    all &= wanted[l] != 0;
+    if (wanted[l]) layers[l] = {};
+  }
+  for (auto& buffer : aside_) {
+    if (all) buffer->used = 0;
+    // Room for all of the budget at once: growing would hold two copies, and memory that is not touched costs nothing.
+    buffer->reserve(buffer->used + budget + Chunk::kWeights + Decided::kSlack);
+  }
+  LayerLocks locks;
+  std::vector<ExponentSums> outliers(aside_.size());
+  std::atomic<int64_t> aside{0};
+  std::atomic<bool> finite{true};
+  int64_t total = 0;
+  for (const TensorView& t : problem_.tensors) total += t.numel;
+  pool_.for_each(static_cast<int64_t>(chunks.size()), [&](int64_t c, int worker) {
+    Chunk& chunk = chunks[c];
+    if (!wanted[chunk.layer] || !finite.load(std::memory_order_relaxed) ||
+        aside.load(std::memory_order_relaxed) > budget)
+      return;
+    Aside& buffer = *aside_[worker];
+    buffer.reserve(buffer.used + chunk.n + Decided::kSlack);
+    Decided out;
+    out.keys = buffer.keys() + buffer.used;
+    out.positions = buffer.positions() + buffer.used;
+    out.stream = total >= kStreamFrom;
+    const auto& [bracket, expected, ladder] = guesses[chunk.layer];
+    if (ladder.empty()) out.outliers = &outliers[worker];
+    uint8_t* mask = masks.empty() ? nullptr : masks[chunk.tensor] + chunk.offset;
+    const DecideFn decide = kernel.decide[static_cast<int>(problem_.tensors[chunk.tensor].dtype)];
+    decide(data(problem_, chunk), chunk.n, bracket, mask, out);
+    climb(decide, data(problem_, chunk), chunk.n, ladder, outliers[worker]);
+    out.outliers = &outliers[worker];
+    if (out.largest >= kNonFinite) finite.store(false, std::memory_order_relaxed);
+    chunk.worker = worker;
+    chunk.begin = buffer.used;
+    chunk.aside = out.aside;
+    buffer.used += out.aside;
+    aside.fetch_add(out.aside, std::memory_order_relaxed);
+    const std::lock_guard lock(locks.of(chunk.layer));
+    layers[chunk.layer].add(out, bracket);
+  });
+  if (!finite) check_finite(problem_);
+  return aside.load() <= budget;
+}
+
+LayerTable Reading::table(int32_t layer, Window window, std::span<Bin> bins) const {
+  const Bracket& bracket = guesses[layer].bracket;
+  std::fill(bins.begin(), bins.end(), Bin{});
+  const uint64_t end = window.end(static_cast<int64_t>(bins.size()));
+  LayerTable table;
+  table.granularity = problem_.layer_granularity[layer];
+  table.total = problem_.layer_total[layer];
+  table.above = layers[layer].kept;
+  table.above_energy = layers[layer].energy;
+  table.look_through(window, std::min<uint64_t>(end, bracket.high), std::max(window.base, bracket.low));
+  table.bins = bins;
+  ExponentSums above;
+  LayerSums sums;
+  const Bracket inner{window.base, static_cast<uint32_t>(std::min<uint64_t>(end, kNonFinite)), Bracket::kNoAtom};
+  const bool whole = inner.low <= bracket.low && inner.high >= bracket.high;
+  std::vector<uint32_t> inside;
+  std::vector<uint16_t> positions;
+  for (const int32_t c : chunks_of_layer_[layer]) {
+    const Chunk& chunk = chunks[c];
+    const uint32_t* key = keys(chunk);
+    int64_t n = chunk.aside;
+    if (!whole) {  // keys are float32 magnitudes: the deciding loop sums those above and sets aside those inside
+      inside.resize(static_cast<size_t>(n + Decided::kSlack));
+      positions.resize(inside.size());
+      Decided out;
+      out.keys = inside.data(), out.positions = positions.data(), out.outliers = &above;
+      kernels().decide[static_cast<int>(DType::kFloat32)](key, n, inner, nullptr, out);
+      sums.add(out, inner);
+      key = inside.data();
+      n = out.aside;
+    }
+    for (int64_t i = 0; i < n; ++i) bins[(key[i] - window.base) >> window.shift].add(key[i]);
+  }
+  table.above += sums.kept;
+  table.above_energy.add(sums.energy);
+  if (bracket.atom != Bracket::kNoAtom && bracket.atom >= window.base && layers[layer].atoms) {
+    const int64_t n = layers[layer].atoms;
+    const uint64_t s = square(bracket.atom);
+    if (bracket.atom >= end) {
+      table.above += n;
+      above.add(scale(bracket.atom), static_cast<u128>(s) * static_cast<u128>(n));
+    } else {
+      Bin& bin = bins[(bracket.atom - window.base) >> window.shift];
+      bin.count += n;
+      bin.low += (s & 0xFFFFFFu) * static_cast<uint64_t>(n);
+      bin.high += (s >> 24) * static_cast<uint64_t>(n);
+    }
+  }
+  above.move_to(table.above_energy);
+  return table;
+}
+
+}  // namespace dimap::cpu

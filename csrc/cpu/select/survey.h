@@ -1,0 +1,27 @@
+// One read of the weights through windows: the tables that solve works on.
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "core/problem.h"
+#include "core/table.h"
+#include "cpu/parallel.h"
+
+namespace dimap::cpu {
+
+struct Survey {
+  std::vector<LayerTable> tables;  // [layers]
+  std::vector<Bin> bins;           // what the tables point into: [wanted layers, bins]
+};
+
+// windows: [layers], each of `bins` bins. wanted: [layers], nonzero where the layer is to be read; empty: all are.
+// Throws NonFinite.
+Survey survey(const Problem& problem, std::span<const Window> windows, int64_t bins, std::span<const uint8_t> wanted,
+              const Pool& pool);
+
+// Throws NonFinite for the first infinity or NaN of the tensors, if there is one.
+void check_finite(const Problem& problem);
+
+}  // namespace dimap::cpu

@@ -1,0 +1,34 @@
+// Sparse weights as one bit each and the nonzero values, and back: exact, as bits are all that is looked at.
+//
+// Bit i % 8 of byte i / 8, from the least significant, is 1 where weight i has any bit set (a negative zero has); the
+// values are those weights, in order. Unused bits of the last byte are 0.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "cpu/parallel.h"
+
+namespace dimap::cpu {
+
+// What is packed: n weights of `size` bytes each, 2 or 4.
+struct Packing {
+  static constexpr int64_t kChunk = int64_t{1} << 16;  // weights; a multiple of 8
+  int64_t n;
+  int64_t size;
+  int64_t bytes() const { return n / 8 + (n % 8 != 0); }
+};
+
+// Which value each chunk begins with, [chunks + 1]: the last is the number of values. From weights, or from bits.
+std::vector<int64_t> offsets_of_weights(const void* weights, const Packing& packing, const Pool& pool);
+std::vector<int64_t> offsets_of_bits(const uint8_t* bits, const Packing& packing, const Pool& pool);
+
+// offsets: of these weights. bits: [bytes()]; values: [offsets.back()].
+void pack(const void* weights, const Packing& packing, const std::vector<int64_t>& offsets, uint8_t* bits, void* values,
+          const Pool& pool);
+
+// offsets: of these bits. values: [offsets.back()]; weights: [n], written in full.
+void unpack(const uint8_t* bits, const void* values, const Packing& packing, const std::vector<int64_t>& offsets,
+            void* weights, const Pool& pool);
+
+}  // namespace dimap::cpu

@@ -1,0 +1,86 @@
+// What a block of threads does together: phases, vector loads, sums.
+#pragma once
+
+#include "cuda/plan.h"
+
+namespace dimap::cuda {
+
+// Runs the solver's phases on a block (see solver.h).
+struct BlockExec {
+  template <typename F>
+  __device__ void each(int64_t n, F&& f) {
+    for (int64_t i = threadIdx.x; i < n; i += blockDim.x) f(i);
+    __syncthreads();
+  }
+  template <typename F>
+  __device__ void one(F&& f) {
+    if (threadIdx.x == 0) f();
+    __syncthreads();
+  }
+  __device__ void add(Word* to, Word value) { atomicAdd(to, value); }
+  __device__ void add(int32_t* to, int32_t value) { atomicAdd(to, value); }
+  __device__ void max(Word* to, Word value) { atomicMax(to, value); }
+};
+
+// Tensor that holds chunk c: the last whose first_chunk is at most c (empty tensors hold none).
+__device__ inline int32_t tensor_of(const Plan& plan, int64_t c) {
+  int32_t from = 0, to = plan.tensor_count;
+  while (from < to) {
+    const int32_t middle = from + (to - from) / 2;
+    if (plan.tensors[middle + 1].first_chunk <= c)
+      from = middle + 1;
+    else
+      to = middle;
+  }
+  return from;
+}
+
+// Calls f.operator()<kType>() for a tensor's type.
+template <typename F>
+__device__ __forceinline__ void for_type(int32_t dtype, F&& f) {
+  if (static_cast<DType>(dtype) == DType::kFloat32) f.template operator()<DType::kFloat32>();
+  if (static_cast<DType>(dtype) == DType::kBFloat16) f.template operator()<DType::kBFloat16>();
+  if (static_cast<DType>(dtype) == DType::kFloat16) f.template operator()<DType::kFloat16>();
+}
+
+// Calls f(key, i) for the weights of a chunk, all threads of the block together, in no order.
+template <DType kType, int kUnroll, typename F>
+__device__ __forceinline__ void for_each_key(const void* data, int n, F&& f) {
+  using T = storage_t<kType>;
+  constexpr int kLanes = 16 / static_cast<int>(sizeof(T));
+  const T* weights = static_cast<const T*>(data);
+  int done = 0;
+  if (reinterpret_cast<uintptr_t>(data) % 16 == 0) {
+    const uint4* vectors = static_cast<const uint4*>(data);
+    const int count = n / kLanes;
+    for (int start = static_cast<int>(threadIdx.x); start < count; start += kThreads * kUnroll) {
+      uint4 v[kUnroll];
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u)
+        if (start + u * kThreads < count) v[u] = vectors[start + u * kThreads];
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) {
+        const int at = start + u * kThreads;
+        if (at >= count) continue;
+        const uint32_t words[4] = {v[u].x, v[u].y, v[u].z, v[u].w};
+#pragma unroll
+        for (int k = 0; k < kLanes; ++k) {
+          if constexpr (sizeof(T) == 4)
+            f(key_of<kType>(words[k]), at * kLanes + k);
+          else
+            f(key_of<kType>(static_cast<T>(words[k / 2] >> (k % 2 * 16))), at * kLanes + k);
+        }
+      }
+    }
+    done = count * kLanes;
+  }
+  for (int i = done + static_cast<int>(threadIdx.x); i < n; i += kThreads) f(key_of<kType>(weights[i]), i);
+}
+
+__device__ inline Word warp_sum(Word value) {
+#pragma unroll
+  for (int offset = 16; offset; offset /= 2) value += __shfl_down_sync(0xFFFFFFFFu, value, offset);
+  return value;
+}
+
+}  // namespace dimap::cuda

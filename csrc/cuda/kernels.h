@@ -1,0 +1,93 @@
+// The CUDA kernels' launchers: raw device pointers and a stream in, cudaError_t out. Nothing here waits for the device,
+// and everything can be captured in a graph.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "cuda/solver.h"
+
+namespace dimap::cuda {
+
+// Copies host bytes to the device as kernel arguments: no buffer has to outlive the call, so a graph may replay it.
+cudaError_t upload(void* to, const void* from, int64_t bytes, cudaStream_t stream);
+
+// Deciding takes three launches: guess(), read(), finish(). Then emit().
+struct DecideArgs {
+  SolveArgs solve;
+  Aside aside;
+  Word* heads;         // [layers, kHead] room for what the deciding read summed above its windows
+  int32_t* bad;        // one word
+  int64_t* quota;      // [modules] out: ties kept
+  double* thresholds;  // [modules] out, or null
+};
+
+// Guesses from a sample where each layer's cut is: windows and brackets. Clears the table and `bad`. Cooperative.
+cudaError_t guess(const DecideArgs& args, cudaStream_t stream);
+
+struct ReadArgs {
+  Plan plan;
+  const LayerState* layers;
+  Word* table;
+  Aside aside;
+  int32_t bins;
+  int32_t* bad;
+};
+// Reads every weight once: surveys through the windows, sets aside what lies in the brackets that hold, and, where
+// there are masks, writes those of their layers but for what is set aside.
+cudaError_t read(const ReadArgs& args, bool masks, cudaStream_t stream);
+
+// Solves and surveys in turns until every module is decided: cuts in solve.layers, quotas, thresholds. Layers whose
+// bracket holds are surveyed by what was set aside, the others by their weights. Weights with an infinity or a NaN:
+// `bad` is nonzero, thresholds are negative, nothing is decided. Cooperative.
+cudaError_t finish(const DecideArgs& args, cudaStream_t stream);
+
+// One survey through the windows in `layers`, into a zeroed table: those bins of its rows from first_bin on.
+cudaError_t survey(const Plan& plan, const LayerState* layers, Word* table, int bins, int first_bin, bool above,
+                   int32_t* bad, cudaStream_t stream);
+
+struct EmitArgs {
+  Plan plan;                 // tensors' `out`: masks; for zeroing: null
+  const LayerState* layers;  // keep_from, tie, bracket
+  int64_t* quota;            // [modules] ties kept, counted down
+  Aside aside;               // no slots: nothing was set aside
+  int32_t *ties, *kept;      // [chunks] room for the ties of each chunk
+  const int32_t* bad;        // nonzero: masks are all false, weights stay as they are
+};
+
+// Masks, or zeroes in place (`zero`): chunks that were set aside are put right, the others read, then ties shared out
+// in order and settled. Four launches, or three.
+cudaError_t emit(const EmitArgs& args, bool zero, cudaStream_t stream);
+
+// Zeroes the weights whose mask byte (tensors' `out`) is 0.
+cudaError_t apply(const Plan& plan, cudaStream_t stream);
+
+// Scores of layers of one 16-bit type, by histogram and table. Tensors' `out`: scores, float32.
+struct TableArgs {
+  Plan plan;  // of the layers [0, layer_count), each of one type, the same for all
+  DType dtype;
+  uint32_t* histogram;  // [layers, 2^15]
+  float* table;         // [layers, 2^15]
+  int32_t* bad;         // raised where a weight is not finite; must be 0 before
+};
+cudaError_t score_by_table(const TableArgs& args, cudaStream_t stream);
+
+// Scores of one layer by its sorted keys: write_keys for each tensor of it, a sort by somebody else (largest first,
+// with positions), then scores_of_sorted.
+constexpr int kTile = 4096;
+inline int64_t tiles_of(int64_t n) { return (n + kTile - 1) / kTile; }
+cudaError_t write_keys(const void* data, DType dtype, int64_t n, int32_t* keys, cudaStream_t stream);
+struct SortedArgs {
+  const int32_t* keys;       // [n], largest first
+  const int64_t* positions;  // [n] in the layer
+  int64_t n;
+  double* sums;   // [n] room for running sums
+  double* tiles;  // [tiles_of(n)] room
+  float* scores;  // [n] in the layer's order
+  int32_t* bad;   // raised where a weight is not finite
+};
+cudaError_t scores_of_sorted(const SortedArgs& args, cudaStream_t stream);
+
+// Fills scores with NaN where *bad is nonzero.
+cudaError_t spoil(float* scores, int64_t n, const int32_t* bad, cudaStream_t stream);
+
+}  // namespace dimap::cuda

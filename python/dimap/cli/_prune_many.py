@@ -1,0 +1,108 @@
+"""`dimap prune IN… --out-dir DIR`."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from ..checkpoint._inputs import find_inputs
+from ..checkpoint._manifest import Manifest
+from ..checkpoint._prune_many import Job, Outcome, State, Task, check_job
+from ..checkpoint._share import Ranks
+from ..checkpoint._workers import prune_all
+from ._progress import Bar
+from ._support import complain, print_json
+
+COLOURS: dict[State, str] = {"done": "green", "done before": "default", "failed": "red"}
+
+
+def prune_many(arguments: Sequence[str], job: Job, jobs: int, as_json: bool) -> None:
+    """Prune the checkpoints that the arguments mean; ends with exit code 1 if any failed."""
+    start = time.monotonic()
+    ranks = Ranks()
+    items = None
+    try:
+        if ranks.rank == 0:
+            items = find_inputs(arguments, job.out_dir)
+            check_job(job, items)
+            job.out_dir.mkdir(parents=True, exist_ok=True)
+        items = ranks.publish(items)
+    except BaseException:
+        if ranks.rank == 0:
+            ranks.publish(None)
+        raise
+    order = {item.name: place for place, item in enumerate(items)}
+    known = Manifest(job.out_dir).read()
+
+    def tasks() -> Iterator[Task]:
+        for item in ranks.own(sorted(items, key=lambda item: -item.size)):  # no long one last
+            yield item, known.get(item.name)
+
+    outcomes = []
+    sizes = {item.name: item.size for item in items}
+    with Bar("pruning") as bar:
+        bar.step(f"pruning {len(items)} checkpoints", sum(sizes.values()))
+        for outcome in prune_all(job, tasks(), jobs):
+            outcomes.append(outcome)
+            bar.advance(sizes[outcome.out])
+            if outcome.error:
+                named = outcome.source in outcome.error
+                complain(outcome.error if named else f"{outcome.source}: {outcome.error}")
+    outcomes = sorted(ranks.collect(outcomes), key=lambda outcome: order[outcome.out])
+    if ranks.rank > 0:
+        return  # rank 0 tells: an exit code here would end what the others still do
+    seconds = time.monotonic() - start
+    if as_json:
+        print_json(_to_dict(job, outcomes, seconds))
+    else:
+        _print(job, outcomes, seconds)
+    if any(outcome.state == "failed" for outcome in outcomes):
+        raise typer.Exit(1)
+
+
+def _to_dict(job: Job, outcomes: Sequence[Outcome], seconds: float) -> dict[str, Any]:
+    """The JSON object; schema "dimap.prune_many", version 1."""
+    counts = Counter(outcome.state for outcome in outcomes)
+    return {
+        "schema": "dimap.prune_many",
+        "version": 1,
+        "out_dir": str(job.out_dir),
+        "manifest": str(Manifest(job.out_dir).path),
+        "settings": asdict(job.settings),
+        "done": counts["done"],
+        "done_before": counts["done before"],
+        "failed": counts["failed"],
+        "seconds": round(seconds, 3),
+        "checkpoints": [asdict(outcome) for outcome in outcomes],
+    }
+
+
+def _print(job: Job, outcomes: Sequence[Outcome], seconds: float) -> None:
+    console = Console(highlight=False)
+    table = Table(box=None, pad_edge=False, header_style="bold", show_edge=False)
+    table.add_column("OUT", overflow="fold")
+    for name in ("weights", "removed", "seconds"):
+        table.add_column(name, justify="right")
+    table.add_column("", overflow="fold")
+    for outcome in outcomes:
+        weights, removed = "", ""
+        if outcome.weights is not None and outcome.kept is not None:
+            weights = f"{outcome.weights:,}"
+            removed = f"{100 * (1 - outcome.kept / max(outcome.weights, 1)):.2f} %"
+        state = Text(outcome.state, style=COLOURS[outcome.state])
+        if outcome.error:
+            state.append(f": {outcome.error}", style="default")
+        took = "" if outcome.state == "done before" else f"{outcome.seconds:.1f}"
+        table.add_row(Text(outcome.out), weights, removed, took, state)
+    console.print(table)
+    counts = Counter(outcome.state for outcome in outcomes)
+    told = ", ".join(f"{counts[state]} {state}" for state in COLOURS if counts[state])
+    console.print(Text(f"{told}, in {seconds:.1f} s; {Manifest(job.out_dir).path}"), soft_wrap=True)

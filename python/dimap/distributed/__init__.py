@@ -1,0 +1,1 @@
+"""Several processes: torch's groups, torchrun, sharded tensors."""

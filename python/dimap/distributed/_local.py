@@ -1,0 +1,147 @@
+"""What one of several processes holds of a tensor, and whether it counts for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from .ranks import Ranks
+
+CHUNK = 1 << 24  # weights that are looked at, or brought from a device, at a time
+
+Positions = NDArray[np.int64]
+
+
+@dataclass
+class Local:
+    """What this process holds of one tensor: a box of it, which begins at `offset`."""
+
+    name: str
+    tensor: Tensor  # the whole: a DTensor, or a plain tensor that every rank has
+    weights: Tensor
+    offset: tuple[int, ...]
+    counts: bool = False  # whether this rank counts for it
+
+    @property
+    def box(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return self.offset, tuple(self.weights.shape)
+
+    def chunks(self) -> Iterator[tuple[int, Tensor]]:
+        """The local weights, flat and on the CPU, each part with the index of its first."""
+        flat = self.weights.reshape(-1)
+        for start in range(0, flat.numel(), CHUNK):
+            yield start, flat[start : start + CHUNK].cpu()
+
+    def whole_index(self, index: Any) -> Any:
+        """Flat indices in the whole tensor of flat indices in the local one; their order is kept."""
+        if not self.weights.dim() or not self.weights.numel():
+            return index
+        places = np.unravel_index(index, self.weights.shape)
+        moved = [p + o for p, o in zip(places, self.offset, strict=True)]
+        return np.ravel_multi_index(moved, self.tensor.shape)
+
+    def ties(self, key: int) -> Positions:
+        """The flat indices in the whole tensor of the local weights of this magnitude."""
+        value = float(np.uint32(key).view(np.float32))
+        found = [np.zeros(0, np.int64)]
+        for start, chunk in self.chunks():
+            found.append(np.flatnonzero((chunk.abs().float() == value).numpy()) + start)
+        local = np.concatenate(found)
+        whole: Positions = np.asarray(self.whole_index(local), np.int64)
+        return whole
+
+    def dressed(self, mask: Tensor) -> Tensor:
+        """A local mask as what the weights are."""
+        mask = mask.reshape(self.weights.shape).to(self.weights.device)
+        whole = self.tensor
+        if not isinstance(whole, DTensor):
+            return mask
+        return DTensor.from_local(
+            mask,
+            whole.device_mesh,
+            whole.placements,
+            run_check=False,
+            shape=whole.shape,
+            stride=whole.stride(),
+        )
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    with torch.no_grad():
+        local: Tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return local.detach()
+
+
+def local_of(name: str, tensor: Tensor) -> Local:
+    weights = local_part(tensor)
+    if not isinstance(tensor, DTensor):
+        return Local(name, tensor, weights, (0,) * tensor.dim())
+    offset, shape = _place(name, tensor)
+    if shape != tuple(weights.shape):
+        raise ValueError(
+            f"{name} must be sharded in even parts as torch.chunk does, so that this rank has shape "
+            f"{shape}, got {tuple(weights.shape)}"
+        )
+    return Local(name, tensor, weights, offset)
+
+
+def _place(name: str, tensor: DTensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Where the local shard begins in the whole tensor, and its shape."""
+    mesh, placements = tensor.device_mesh, tensor.placements
+    at = mesh.get_coordinate()
+    if at is None:
+        raise ValueError(f"{name} must be on a mesh that this rank is in, got {mesh}")
+    # A dimension of the tensor that several of the mesh share is cut by the first of them first;
+    # but what FSDP2 does to a tensor that is sharded already it marks as strided: that comes last.
+    plain, strided = [], []
+    for d, placement in enumerate(placements):
+        if isinstance(placement, Shard) and not hasattr(placement, "split_factor"):
+            plain.append((d, placement.dim))
+        elif type(placement).__name__ == "_StridedShard":
+            strided.append((d, int(getattr(placement, "dim", -1)), placement))
+        elif not isinstance(placement, Replicate):
+            got = ", ".join(map(repr, placements))
+            raise ValueError(f"{name} must be placed by Shard and Replicate only, got ({got})")
+    order = list(plain)
+    for d, dim, placement in strided:
+        later = [mesh.size(e) for e, other in plain if e > d and other == dim]
+        if len(strided) > 1 or getattr(placement, "split_factor", 0) != int(np.prod(later)):
+            got = ", ".join(map(repr, placements))
+            raise ValueError(f"{name} must not be interleaved over the ranks, got ({got})")
+        order.append((d, dim))
+    offset, shape = [0] * tensor.dim(), list(tensor.shape)
+    for d, dim in order:
+        step = -(-shape[dim] // mesh.size(d))
+        start = min(at[d] * step, shape[dim])
+        offset[dim] += start
+        shape[dim] = min(step, shape[dim] - start)
+    return tuple(offset), tuple(shape)
+
+
+def share_out(held: Sequence[Local], ranks: Ranks) -> None:
+    """Let the first rank of those that hold a box count it, and see that all boxes are the whole."""
+    holders = ranks.gather([(local.name, local.box) for local in held])
+    for i, local in enumerate(held):
+        first: dict[tuple[tuple[int, ...], tuple[int, ...]], int] = {}
+        for rank, boxes in enumerate(holders):
+            name, box = boxes[i] if i < len(boxes) else ("nothing", ((), (0,)))
+            if name != local.name:
+                raise ValueError(
+                    f"all ranks must have the same parameters, got {name} on rank {rank} for "
+                    f"{local.name} on rank {ranks.rank}"
+                )
+            first.setdefault(box, rank)
+        local.counts = first[local.box] == ranks.rank
+        covered = sum(int(np.prod(shape, dtype=np.int64)) for _, shape in first)
+        if covered != local.tensor.numel():
+            raise ValueError(
+                f"{local.name} must be on the ranks without gap or overlap: {local.tensor.numel()} "
+                f"weights, got {covered}"
+            )

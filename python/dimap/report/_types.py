@@ -1,0 +1,242 @@
+"""What a pruning did, counted: per layer, per module and for the whole model.
+
+JSON schema "dimap.report", version 1 (`Report.to_dict`): the fields of `Report`, `ModuleReport` and
+`LayerReport` below under their own names, the derived figures (density, removed, removed_percent,
+flops_removed_percent, flops_nominal_removed_percent) beside them, null where a figure is unknown.
+A field may be added without a new version; none is renamed, removed or given another meaning.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from . import _tables as tables
+
+SCHEMA = "dimap.report"
+VERSION = 1
+
+
+_Built = TypeVar("_Built")
+
+
+class _Counts:
+    """Figures that follow from the counts; mixed into the three dataclasses below."""
+
+    weights: int
+    kept: int
+    flops_dense: int | None
+    flops_nominal: int | None
+    flops: int | None
+
+    @property
+    def density(self) -> float:
+        """kept / weights, in [0, 1]; 1 where there is nothing to keep."""
+        return self.kept / self.weights if self.weights else 1.0
+
+    @property
+    def removed(self) -> int:
+        return self.weights - self.kept
+
+    @property
+    def removed_percent(self) -> float:
+        return 100 * self.removed / self.weights if self.weights else 0.0
+
+    @property
+    def flops_removed_percent(self) -> float | None:
+        return _removed_percent(self.flops_dense, self.flops)
+
+    @property
+    def flops_nominal_removed_percent(self) -> float | None:
+        return _removed_percent(self.flops_dense, self.flops_nominal)
+
+
+@dataclass(frozen=True)
+class LayerReport(_Counts):
+    """One prunable layer.
+
+    Attributes:
+        name, module, stage, block, parameters: as in `groups.Layer`.
+        weights: how many the layer has.
+        kept: how many the masks keep.
+        nonzero: how many are not zero; less than `kept` where kept weights were zero already.
+        threshold: smallest kept score64 of the scope (module, block, …) it was ranked in;
+            None where that scope keeps nothing.
+        smallest_kept: smallest |w| among the kept weights, in effect the layer's magnitude cut;
+            None where nothing is kept.
+        flops_dense: multiply-adds of one forward pass at batch 1 before pruning.
+        flops_nominal: the paper's count: `flops_dense` times the density of the *module*.
+        flops: honest count: nonzero weights times the tokens that they are applied to.
+    """
+
+    name: str
+    module: str
+    stage: int | None
+    block: int | None
+    parameters: tuple[str, ...]
+    weights: int
+    kept: int
+    nonzero: int
+    threshold: float | None
+    smallest_kept: float | None = None
+    flops_dense: int | None = None
+    flops_nominal: int | None = None
+    flops: int | None = None
+
+
+@dataclass(frozen=True)
+class ModuleReport(_Counts):
+    """One module: sums over its `layers`. "aux" is never pruned, so its three FLOPs are equal.
+
+    `threshold` is None unless the scope is "module" or "global"; of "aux"; or where nothing is kept.
+    """
+
+    name: str
+    layers: int
+    weights: int
+    kept: int
+    nonzero: int
+    threshold: float | None
+    flops_dense: int | None = None
+    flops_nominal: int | None = None
+    flops: int | None = None
+
+
+@dataclass(frozen=True)
+class Report(_Counts):
+    """A pruned model.
+
+    Attributes:
+        scope, normalize, sparsity: what was asked for.
+        weights: parameters of the dense model, all of them: biases, norms and head too.
+        kept: parameters that the masks leave; `removed_percent` is 1 - kept / weights, as in the
+            paper's Table 1.
+        nonzero: parameters that are not zero. Zeros of the dense model (biases of a fresh model)
+            make it less than `kept`.
+        modules: the prunable modules in their order, then "aux".
+        layers: the prunable layers, module by module.
+        model: class name of the model, None for a state dict.
+        input_size: (channels, height, width) at which FLOPs were counted.
+        flops_dense, flops_nominal, flops: multiply-adds at batch 1 (see `LayerReport`) of the whole
+            model, what is never pruned included in full; None where they were not counted.
+        flops_other: multiply-adds of no parameter (attention's products), part of the three above.
+        notes: what the reader should know, for example why FLOPs are missing.
+    """
+
+    scope: str
+    normalize: str
+    sparsity: dict[str, float]
+    weights: int
+    kept: int
+    nonzero: int
+    modules: tuple[ModuleReport, ...]
+    layers: tuple[LayerReport, ...]
+    model: str | None = None
+    input_size: tuple[int, ...] | None = None
+    flops_dense: int | None = None
+    flops_nominal: int | None = None
+    flops: int | None = None
+    flops_other: int | None = None
+    notes: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dicts, lists, strings and numbers, in a stable order (schema: see the module)."""
+        head = {"schema": SCHEMA, "version": VERSION, "flops_unit": "multiply-adds, batch 1"}
+        body = {f.name: getattr(self, f.name) for f in fields(self)}
+        body["modules"] = [asdict(module) | _derived(module) for module in self.modules]
+        body["layers"] = [asdict(layer) | _derived(layer) for layer in self.layers]
+        # Lists for tuples, so that a report read back compares equal to the one written.
+        plain: dict[str, Any] = json.loads(json.dumps(head | body | _derived(self)))
+        return plain
+
+    def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
+        """JSON text; where `path` is given, also written there, complete or not at all.
+
+        Raises:
+            OSError: `path` cannot be written to; what was there before is still there.
+        """
+        text = json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"
+        if path is not None:
+            from .._files import replacing
+
+            with replacing(Path(path), force=True) as temporary:
+                temporary.write_text(text, encoding="utf-8")
+        return text
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Report:
+        """Inverse of `to_dict`; derived figures are worked out afresh.
+
+        Raises:
+            ValueError: another schema or version, or a field is missing.
+        """
+        found = (data.get("schema"), data.get("version"))
+        if found != (SCHEMA, VERSION):
+            raise ValueError(
+                f"report must have schema {SCHEMA!r} and version {VERSION}, "
+                f"got {found[0]!r} and {found[1]!r}"
+            )
+        return _build(
+            cls,
+            data,
+            modules=tuple(_build(ModuleReport, module) for module in data.get("modules", ())),
+            layers=tuple(_build(LayerReport, layer) for layer in data.get("layers", ())),
+        )
+
+    @classmethod
+    def from_json(cls, source: str | os.PathLike[str]) -> Report:
+        """Read a report from a path, or from JSON text (a string that starts with "{")."""
+        if not (isinstance(source, str) and source.lstrip().startswith("{")):
+            source = Path(source).read_text(encoding="utf-8")
+        return cls.from_dict(json.loads(source))
+
+    def __str__(self) -> str:
+        """The summary in plain text; needs no rich."""
+        return tables.plain(self)
+
+    def __rich__(self) -> Any:
+        return tables.summary(self)
+
+    def print(self, *, layers: bool = False) -> None:
+        """Print the summary, and one line per layer where asked; plain text without rich."""
+        try:
+            import rich
+        except ModuleNotFoundError:
+            print(tables.plain(self, layers=layers))
+            return
+        rich.print(self)
+        if layers:
+            rich.print(tables.layers(self))
+
+
+def _removed_percent(dense: int | None, left: int | None) -> float | None:
+    if dense is None or left is None:
+        return None
+    return 100 * (dense - left) / dense if dense else 0.0
+
+
+def _derived(counts: _Counts) -> dict[str, Any]:
+    names = (
+        "density",
+        "removed",
+        "removed_percent",
+        "flops_removed_percent",
+        "flops_nominal_removed_percent",
+    )
+    return {name: getattr(counts, name) for name in names}
+
+
+def _build(kind: type[_Built], data: Mapping[str, Any], **ready: Any) -> _Built:
+    """`kind` from the entries of `data` that it has a field for; lists become tuples."""
+    values: dict[str, Any] = {}
+    for field in fields(kind):  # type: ignore[arg-type]
+        if field.name in data:
+            value = ready.get(field.name, data[field.name])
+            values[field.name] = tuple(value) if isinstance(value, list) else value
+        elif field.default is MISSING:
+            raise ValueError(f"{kind.__name__} must have a field {field.name!r}, got {list(data)}")
+    return kind(**values)
