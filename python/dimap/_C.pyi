@@ -1,5 +1,134 @@
-from typing import Any
+"""The engine on files, without torch, and how it was built. Typed by hand: see csrc/bindings/module.cpp.
+
+Numbers of dtypes: 0 float32, 1 bfloat16, 2 float16. Offsets and lengths are bytes unless said
+otherwise. All calls release the interpreter while they work, and Ctrl-C ends them.
+"""
+
+from collections.abc import Buffer, Callable, Sequence
 
 __version__: str
 
-def build_info() -> dict[str, Any]: ...
+# Adds other ranks' numbers in place: int64, native order. Every rank calls it equally often.
+Exchange = Callable[[memoryview], None]
+# step ("reading", "writing", …), bytes done of it, bytes in all.
+Progress = Callable[[str, int, int], None]
+
+class NonFiniteError(ValueError):
+    """A NaN or an infinity: args are (tensor, flat index, "nan" or "inf")."""
+
+class ChangedError(ValueError):
+    """A file changed between two readings: args are (tensor,)."""
+
+class BitsError(ValueError):
+    """Bits that do not fit their values: args are (tensor, what was required, what was got)."""
+
+def build_info() -> dict[str, object]: ...
+
+class Pruning:
+    """Weights in files that are pruned together, or one rank's part of them.
+
+    files: open descriptor and path (for errors) of each. tensors: in the order in which ties are
+    kept: (file, offset, weights, dtype, layer). modules: of each layer. keep: of each module, how
+    many weights. rank, size, exchange: of several processes that see the same files each does a
+    part, neighbouring bytes.
+    """
+
+    def __init__(
+        self,
+        files: Sequence[tuple[int, str]],
+        tensors: Sequence[tuple[int, int, int, int, int]],
+        modules: Sequence[int],
+        keep: Sequence[int],
+        *,
+        threads: int = 0,  # 0: as many as OMP_NUM_THREADS says, or as there are processors
+        rank: int = 0,
+        size: int = 1,
+        exchange: Exchange | None = None,
+        progress: Progress | None = None,
+    ) -> None: ...
+    def decide(self) -> None:
+        """Find the cuts. Raises NonFiniteError, OSError."""
+    # After decide(), the same on every rank:
+    thresholds: list[float]  # [modules] smallest score64 kept; nan where nothing is
+    cuts: list[tuple[int, int]]  # [layers] key from which weights are kept; of ties, or -1
+    kept: list[int]  # [tensors] weights that the masks keep
+    nonzero: list[int]  # [tensors] kept weights that are not zero
+    packed: list[int]  # [tensors] kept weights of which any bit is set: nonzero and -0
+    readings: int  # how often weights were read to find the cuts
+
+    def write(
+        self,
+        targets: Sequence[tuple[int, str]],
+        places: Sequence[tuple[int, int]],
+        rest: Sequence[tuple[int, int, int, int, int, int]],
+        *,
+        masks: tuple[int, str, Sequence[int]] | None = None,
+    ) -> list[int]:
+        """Write this rank's part of the pruned files, which exist and have their headers and sizes.
+
+        targets: a descriptor (read and write) and path for each of `files`.
+        places: [tensors] (offset of its weights, -1), or (offset of its nonzero values, offset of
+            its bits), in the target of its file.
+        rest: what is copied as it is: (file, offset, elements, bytes of one, mask, offset in the
+            target). mask: the bits of an element that make it nonzero if any is set; 0: all are.
+        masks: descriptor, path, and for each tensor the offset of its mask, one bit a weight.
+
+        Returns how many elements of each of `rest` are not zero, in this rank's part.
+        Raises ChangedError, OSError.
+        """
+    smallest: list[float]  # [layers] after write(): smallest kept |w| of this rank's part; nan: none
+
+def decide_shards(
+    tensors: Sequence[tuple[int, int, int, int]],
+    totals: Sequence[int],
+    modules: Sequence[int],
+    keep: Sequence[int],
+    *,
+    exchange: Exchange,
+) -> tuple[list[tuple[int, int]], list[int], list[float]]:
+    """Cuts [layers], quotas and thresholds [modules] of weights in the memory of several ranks.
+
+    tensors: the local ones: (address, weights, dtype, layer). totals: weights of each layer in all
+    ranks together. A quota says how many of the weights that tie with the threshold are kept.
+    """
+
+def decide_surveys(
+    survey: Callable[[bytes, int], Buffer],
+    granularities: Sequence[int],
+    totals: Sequence[int],
+    modules: Sequence[int],
+    keep: Sequence[int],
+) -> tuple[list[tuple[int, int]], list[int], list[float]]:
+    """The same where only surveys can be had, of a GPU's weights for example.
+
+    survey(windows, bins): windows are int64 [layers, 7] as dimap.ops.survey takes them; it returns
+    the int64 table [layers, 22 + 3 * bins], already added up over ranks. granularities: low zero bits
+    of every key of a layer: 0, 16 or 13 for float32, bfloat16, float16.
+    """
+
+def count_nonzero(
+    files: Sequence[tuple[int, str]],
+    tensors: Sequence[tuple[int, int, int, int, int]],
+    *,
+    threads: int = 0,
+    progress: Progress | None = None,
+) -> list[int]:
+    """Elements that are not zero: tensors are (file, offset, elements, bytes of one, mask) as in `rest`."""
+
+def expand(
+    files: Sequence[tuple[int, str]],
+    targets: Sequence[tuple[int, str]],
+    tensors: Sequence[tuple[int, int, int, int, int, int, int]],
+    rest: Sequence[tuple[int, int, int, int]],
+    *,
+    threads: int = 0,
+    progress: Progress | None = None,
+) -> None:
+    """Write dense files from bitmask files.
+
+    tensors: (file, offset of values, values, offset of bits, weights, bytes of one, offset in the
+    target). rest: (file, offset, bytes, offset in the target). Raises BitsError, OSError.
+    """
+
+def pack_bits(mask: Buffer) -> bytes:
+    """One bit for each byte, 1 where it is not zero; bit i % 8 of byte i // 8."""
