@@ -4,7 +4,9 @@ Numbers of dtypes: 0 float32, 1 bfloat16, 2 float16. Offsets and lengths are byt
 otherwise. All calls release the interpreter while they work, and Ctrl-C ends them.
 """
 
-from collections.abc import Buffer, Callable, Sequence
+from collections.abc import Callable, Sequence
+
+from typing_extensions import Buffer
 
 __version__: str
 
@@ -76,7 +78,9 @@ class Pruning:
         Returns how many elements of each of `rest` are not zero, in this rank's part.
         Raises ChangedError, OSError.
         """
-    smallest: list[float]  # [layers] after write(): smallest kept |w| of this rank's part; nan: none
+    smallest: list[
+        float
+    ]  # [layers] after write(): smallest kept |w| of this rank's part; nan: none
 
 def decide_shards(
     tensors: Sequence[tuple[int, int, int, int]],

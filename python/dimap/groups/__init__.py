@@ -11,23 +11,32 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from itertools import product
-from typing import NamedTuple, TypeAlias
-
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from ..families import BUFFERS, FAMILIES, PREFIXES, WRAPPERS, Family
-from ._assemble import Found, Layer, Rule, Shape, assemble, locate, show
+from ._assemble import Found, Layer, Located, Rule, Shape, assemble, locate, position, show
 
-__all__ = ["AUX", "Layer", "find_modules", "group_names"]
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+__all__ = [
+    "AUX",
+    "Layer",
+    "Located",
+    "find_modules",
+    "group_names",
+    "is_parameter",
+    "position",
+    "shapes_of",
+]
 
 AUX = "aux"
+Model: TypeAlias = "nn.Module | Mapping[str, Tensor]"
 Modules: TypeAlias = "dict[str, list[Layer]]"
 Patterns: TypeAlias = "Mapping[str, str | Sequence[str | tuple[str, ...]]]"
 
 
-def find_modules(
-    model: nn.Module | Mapping[str, Tensor], patterns: Patterns | None = None
-) -> dict[str, list[Layer]]:
+def find_modules(model: Model, patterns: Patterns | None = None) -> dict[str, list[Layer]]:
     """Group a model's parameters into layers and modules, by their names and shapes alone.
 
     model: an nn.Module or a state dict; any device, meta too. Of a state dict, buffers are left
@@ -50,20 +59,39 @@ def find_modules(
     that are malformed, match nothing, or match a parameter of fewer than two dimensions; TypeError
     for anything but a model, a mapping of tensors, or patterns of the form above.
     """
+    return group_names(shapes_of(model), patterns)
+
+
+def shapes_of(model: Model) -> dict[str, Shape]:
+    """The names and shapes of a model's parameters, or of those in a state dict.
+
+    Raises TypeError for anything but a model or a mapping of tensors.
+    """
+    from torch import Tensor, nn
+
     if isinstance(model, nn.Module):
-        return group_names({name: tuple(p.shape) for name, p in model.named_parameters()}, patterns)
+        return {name: tuple(p.shape) for name, p in model.named_parameters()}
     state: object = model  # callers are not bound by the annotation
     if not isinstance(state, Mapping):
         kind = type(state).__name__
         raise TypeError(f"model must be an nn.Module or a mapping of names to tensors, got {kind}")
-    shapes: dict[str, Shape] = {}
     for name, tensor in state.items():
         if not isinstance(tensor, Tensor):
             kind = type(tensor).__name__
             raise TypeError(f"a state dict must hold tensors only, got {kind} under {name!r}")
-        if tensor.is_floating_point() or name.rpartition(".")[2] == "weight":
-            shapes[name] = tuple(tensor.shape)
-    return group_names(shapes, patterns)
+    return {
+        name: tuple(tensor.shape)
+        for name, tensor in state.items()
+        if is_parameter(name, tensor.is_floating_point())
+    }
+
+
+def is_parameter(name: str, floating_point: bool) -> bool:
+    """Whether an entry of a state dict is taken for a parameter, known buffers aside.
+
+    A weight of another type is one too: quantized weights are told apart from counters this way.
+    """
+    return floating_point or name.rpartition(".")[2] == "weight"
 
 
 def group_names(

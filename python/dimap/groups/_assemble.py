@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple, Protocol, TypeAlias
 
 Shape: TypeAlias = tuple[int, ...]
 
@@ -27,6 +28,25 @@ class Layer:
     parameters: tuple[str, ...]
     stage: int | None = None
     block: int | None = None
+
+
+class Located(Protocol):
+    """What has a place in a model: a `Layer`, or what is reported of one."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def stage(self) -> int | None: ...
+    @property
+    def block(self) -> int | None: ...
+
+
+def position(layer: Located, nowhere: float = math.inf) -> tuple[float, float]:
+    """Sort key: stage and block, with `nowhere` for those that have none."""
+    return (
+        nowhere if layer.stage is None else layer.stage,
+        nowhere if layer.block is None else layer.block,
+    )
 
 
 class Rule(NamedTuple):
@@ -86,7 +106,7 @@ def assemble(
         stage, block = locate(numbers, parameters[0], stages)
         layer = Layer(_layer_name(parameters, rule), rule.module, parameters, stage, block)
         found.append(Found(layer, rule, numbers.get("prefix")))
-    return sorted(found, key=_depth), problems
+    return sorted(found, key=_order), problems
 
 
 def _hit(bare: str, rules: Sequence[Rule]) -> tuple[Rule, int, re.Match[str]] | None:
@@ -116,14 +136,11 @@ def show(name: str, shape: Shape) -> str:
     return f"{name} {shape}"
 
 
-def _depth(found: Found) -> tuple[object, ...]:
+def _order(found: Found) -> tuple[object, ...]:
     """Sort key that does not depend on the mapping's order; 10 comes after 9."""
-    layer = found.layer
-    stage = -1 if layer.stage is None else layer.stage
-    block = -1 if layer.block is None else layer.block
-    words = re.split(r"(\d+)", layer.name)
+    words = re.split(r"(\d+)", found.layer.name)
     natural = [int(word) if i % 2 else word for i, word in enumerate(words)]
-    return stage, block, found.rule.place, natural
+    return *position(found.layer, -1), found.rule.place, natural
 
 
 def _layer_name(parameters: tuple[str, ...], rule: Rule) -> str:
