@@ -19,13 +19,13 @@ from hypothesis import strategies as st
 
 pytest.importorskip("safetensors")
 
+from checkpoints import BITS, CASES, DTYPES, assert_same, shards, vit
 from dimap.bitmask import expand
 from dimap.cli import app
 from dimap.stream import prune_checkpoint
 from ranks import Group
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_stream import BITS, CASES, DTYPES, assert_same, shards, vit
 
 INDEX = "model.safetensors.index.json"
 

@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 
 pytest.importorskip("safetensors")
 
+from checkpoints import assert_same, shards, vit
 from dimap.bitmask import expand
 from dimap.stream import prune_checkpoint
 from safetensors.torch import load_file, save_file
-from test_stream import assert_same, shards, vit
 
 INDEX = "model.safetensors.index.json"
 NAME = "blocks.0.attn.qkv.weight"

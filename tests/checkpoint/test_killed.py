@@ -10,8 +10,8 @@ import torch
 
 pytest.importorskip("safetensors")
 
+from checkpoints import shards, vit
 from safetensors.torch import save_file
-from test_stream import shards, vit
 
 # Children that are forked before any thread is there die before the n-th call that the system sees.
 SCRIPT = """

@@ -16,10 +16,10 @@ import torch
 
 pytest.importorskip("safetensors")
 
+from checkpoints import assert_same, load_folder, shards, vit
 from dimap.checkpoint import open_checkpoint
 from dimap.stream import prune_checkpoint
 from safetensors.torch import save_file
-from test_stream import assert_same, load_folder, shards, vit
 
 # Slow enough to be hit: the first piece to be written says so and waits.
 PRUNE = """

@@ -19,6 +19,7 @@ import torch
 pytest.importorskip("safetensors")
 pytest.importorskip("typer")
 
+from checkpoints import load_folder, shards, vit
 from dimap.checkpoint import _manifest, _share
 from dimap.checkpoint._inputs import Item, find_inputs
 from dimap.checkpoint._manifest import NAME, Manifest
@@ -27,7 +28,6 @@ from dimap.checkpoint._share import Ranks
 from dimap.checkpoint._workers import prune_all
 from dimap.cli import app
 from safetensors.torch import load_file, save_file
-from test_stream import load_folder, shards, vit
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="signals and pipes as on Linux")
 

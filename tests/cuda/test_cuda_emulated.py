@@ -12,9 +12,8 @@ import pytest
 import torch
 from dimap import ops, reference
 from hypothesis import HealthCheck, given, settings
+from operators import check, run_in_pieces
 from problems import DTYPES, KINDS, Problem, cast, problems, values
-from test_ops import check
-from test_stages import run_in_pieces
 
 dimap_cpu = torch.ops.dimap
 pytestmark = pytest.mark.skipif(

@@ -12,6 +12,7 @@ from contextlib import ExitStack
 import pytest
 import torch
 import torch.distributed as dist
+from checkpoints import CASES, DTYPES, shards, vit
 from dimap import cli
 from dimap.checkpoint import _stream_io, _stream_job, _stream_notes
 from dimap.distributed.ranks import Group as Ranks
@@ -19,7 +20,6 @@ from dimap.distributed.ranks import launched
 from dimap.stream import prune_checkpoint, pruning_checkpoint
 from ranks import Group, environment, free_port, start
 from safetensors.torch import save_file
-from test_stream import CASES, DTYPES, shards, vit
 
 pytestmark = pytest.mark.skipif(
     not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo"

@@ -6,8 +6,8 @@ import dimap
 import pytest
 import torch
 import torch.distributed as dist
+from checkpoints import DTYPES, vit
 from ranks import Group
-from test_stream import DTYPES, vit
 from torch import nn
 
 pytestmark = pytest.mark.skipif(

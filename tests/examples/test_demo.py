@@ -13,7 +13,7 @@ import torch
 pytest.importorskip("timm")
 pytest.importorskip("safetensors")
 
-DEMO = Path(__file__).resolve().parents[1] / "examples" / "demo"
+DEMO = Path(__file__).resolve().parents[2] / "examples" / "demo"
 
 
 def load(name: str):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("timm")
-PAPER = Path(__file__).resolve().parents[1] / "experiments" / "paper"
+PAPER = Path(__file__).resolve().parents[2] / "experiments" / "paper"
 DOCS = PAPER.parents[1] / "docs"
 
 

@@ -1,4 +1,4 @@
-"""Build and load the CUDA operators for the host: see cuda/emulator/emulator.h."""
+"""Build and load the CUDA operators for the host: see tests/cuda/emulator/emulator.h."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 EMULATOR = ROOT / "tests" / "cuda" / "emulator"
 SOURCES = ROOT / "csrc"
 COMPILER = shutil.which("c++") or shutil.which("g++")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-BUILD = Path(__file__).resolve().parents[1] / "build"
+BUILD = Path(__file__).resolve().parents[2] / "build"
 VARIANTS = {
     f"{p.name}.o": p.stem.rsplit("_", 1)[1]
     for p in sorted((BUILD.parent / "csrc" / "cpu").glob("**/*_avx*.cpp"))

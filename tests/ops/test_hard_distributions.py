@@ -6,18 +6,13 @@ networks do, against what exact scores demand.
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from dimap import ops, reference
+from distributions import DISTRIBUTIONS
 from exact import assert_masks, assert_pruned
 from problems import DTYPES, cast
 from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
-from distributions import DISTRIBUTIONS
 
 SCOPES = ["module", "global", "layer"]
 SPARSITIES = (0.55, 0.02, 0.97)

@@ -8,55 +8,8 @@ import pytest
 import torch
 from dimap import ops, reference
 from hypothesis import given, settings
+from operators import check
 from problems import DTYPES, KINDS, Problem, cast, problems, values
-from torch import Tensor
-
-
-def assert_same_bits(a: Tensor, b: Tensor) -> None:
-    a, b = a.cpu(), b.cpu()
-    assert a.dtype == b.dtype
-    assert a.shape == b.shape
-    view = torch.int32 if a.element_size() == 4 else torch.int16
-    assert torch.equal(a.contiguous().view(view), b.contiguous().view(view))
-
-
-def assert_scores(got: Tensor, want64: Tensor) -> None:
-    """Within 1 ulp of the reference rounded to float32."""
-    got, want = got.cpu(), want64.float()
-    assert got.dtype == torch.float32
-    assert got.shape == want.shape
-    if got.numel():
-        ulps = (got.contiguous().view(torch.int32) - want.contiguous().view(torch.int32)).abs()
-        assert int(ulps.max()) <= 1
-
-
-def check(problem: Problem, device: str, scores: list[Tensor] | None = None) -> None:
-    if scores is None:
-        scores = reference.score64(problem.weights, problem.layers)
-    masks = reference.select_by(scores, problem.modules, problem.keep)
-    weights = [w.to(device) for w in problem.weights]
-    args = (problem.layers, problem.modules, problem.keep)
-    for got, want in zip(ops.score(weights, problem.layers), scores, strict=True):
-        assert_scores(got, want)
-    got_masks, thresholds = ops.select_cuts(weights, *args)
-    for got, want in zip(got_masks, masks, strict=True):
-        assert got.dtype == torch.bool
-        assert torch.equal(got.cpu(), want)
-    for m, keep in enumerate(problem.keep):
-        mine = [i for i, number in enumerate(problem.modules) if number == m]
-        kept = torch.cat([scores[i][masks[i]] for i in mine]) if mine else torch.empty(0)
-        assert kept.numel() == keep
-        assert math.isnan(thresholds[m]) if keep == 0 else thresholds[m] == kept.min()
-    for w, b in zip(weights, problem.weights, strict=True):
-        assert_same_bits(w, b)
-    pruned = [w.clone() for w in weights]
-    ops.prune_(pruned, *args)
-    applied = [w.clone() for w in weights]
-    ops.apply_(applied, got_masks)
-    for p, a, w, mask in zip(pruned, applied, problem.weights, masks, strict=True):
-        want = torch.where(mask, w, torch.zeros_like(w))
-        assert_same_bits(p, want)
-        assert_same_bits(a, want)
 
 
 @given(problem=problems())

@@ -7,17 +7,14 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterable
-from pathlib import Path
 
 import dimap
 import pytest
 import torch
 from dimap import ops
+from distributions import DISTRIBUTIONS
 from problems import DTYPES, cast
 from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
-from distributions import DISTRIBUTIONS
 
 
 def digest(tensors: Iterable[Tensor]) -> str:
@@ -64,7 +61,6 @@ def test_threads_on_a_shared_layer(threads) -> None:
 
 
 CODE = """
-import sys; sys.path.insert(0, sys.argv[1])
 import dimap, torch, test_same_everywhere as t
 torch.set_num_threads(2)
 print(dimap.build_info()["instruction_set"])
@@ -81,8 +77,9 @@ def by_instruction_set() -> dict[str, list[list[str]]]:
     found = {}
     for isa in dimap.build_info()["instruction_sets"]:
         run = subprocess.run(
-            [sys.executable, "-c", CODE, os.path.dirname(__file__)],
-            env={**os.environ, "DIMAP_ISA": isa}, capture_output=True, text=True, check=True,
+            [sys.executable, "-c", CODE],
+            env={**os.environ, "DIMAP_ISA": isa, "PYTHONPATH": os.pathsep.join(sys.path)},
+            capture_output=True, text=True, check=True,
         )  # fmt: skip
         name, *lines = run.stdout.splitlines()
         assert name == isa

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from dimap import ops, reference
-from exact import assert_scores
-from problems import DTYPES, cast
-from test_ops import assert_scores as assert_scores_of_reference
-from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 from distributions import DISTRIBUTIONS
+from exact import assert_scores
+from operators import assert_scores as assert_scores_of_reference
+from problems import DTYPES, cast
+from torch import Tensor
 
 SORTED, SHARED = 65_536, 1 << 23  # where csrc/cpu/score/score.cpp changes its way
 

@@ -2,53 +2,13 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import pytest
 import torch
 from dimap import ops, reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from operators import run_in_pieces
 from problems import DTYPES, Problem, problems, values
-
-
-def run_in_pieces(
-    problem: Problem, cuts_at: list[int], bins: int, device: str
-) -> list[torch.Tensor]:
-    """Survey every tensor in pieces, add the tables up, solve, and emit piece by piece."""
-    count = max(problem.layers) + 1
-    rank = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-    dtypes = [torch.bfloat16] * count
-    module_of = [0] * count
-    for w, layer, module in zip(problem.weights, problem.layers, problem.modules, strict=True):
-        dtypes[layer] = min(dtypes[layer], w.dtype, key=rank.__getitem__)
-        module_of[layer] = module
-    pieces = []  # tensor, piece
-    for i, w in enumerate(problem.weights):
-        flat = w.reshape(-1).to(device)
-        bounds = sorted({0, flat.numel(), *(c % (flat.numel() + 1) for c in cuts_at)})
-        pieces += [(i, flat[a:b]) for a, b in pairwise(bounds)]
-    windows = ops.first_windows(dtypes, bins).to(device)
-    for _ in range(20):
-        tables = [ops.survey([p], [problem.layers[i]], windows, bins) for i, p in reversed(pieces)]
-        tables.append(ops.survey([], [], windows, bins))
-        table = torch.stack(tables).sum(0)
-        cuts, quota, thresholds, windows = ops.solve(table, windows, module_of, problem.keep)
-        if (quota >= 0).all():
-            break
-    else:
-        raise AssertionError("not decided in twenty surveys")
-    want = ops.select_cuts(*problem.args())[1]
-    torch.testing.assert_close(thresholds.cpu(), want, rtol=0, atol=0, equal_nan=True)
-    parts: list[list[torch.Tensor]] = [[] for _ in problem.weights]
-    for i, piece in pieces:
-        (mask,), quota = ops.emit([piece], [problem.layers[i]], [problem.modules[i]], cuts, quota)
-        parts[i].append(mask.cpu())
-    assert not quota.any()
-    empty = torch.empty(0, dtype=torch.bool)
-    return [
-        torch.cat([empty, *p]).reshape(w.shape) for p, w in zip(parts, problem.weights, strict=True)
-    ]
 
 
 @given(

@@ -1,6 +1,6 @@
 """Write the lists of names and shapes by which test_groups.py checks the families.
 
-    python tests/data/families/generate.py [CASE ...]
+    python tests/groups/data/families/generate.py [CASE ...]
 
 Each list is what the library itself gives for a model built on the meta device, or (`*_disk`) what
 it writes with save_pretrained; the models are small but keep every kind of name. Needs timm,
