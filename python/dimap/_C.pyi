@@ -4,7 +4,9 @@ Numbers of dtypes: 0 float32, 1 bfloat16, 2 float16. Offsets and lengths are byt
 otherwise. All calls release the interpreter while they work, and Ctrl-C ends them.
 """
 
-from collections.abc import Buffer, Callable, Sequence
+from collections.abc import Callable, Sequence
+
+from typing_extensions import Buffer
 
 __version__: str
 
@@ -55,7 +57,7 @@ class Pruning:
     readings: int  # how often weights were read to find the cuts
 
     def count_packed(self) -> list[int]:
-        """How many kept weights of each tensor have any bit set, on all ranks: those that are not zero, and -0.
+        """How many kept weights of each tensor have any bit set, on all ranks: nonzero ones, and -0.
 
         It comes before write() with places for bits: these follow from it.
         """
@@ -81,7 +83,7 @@ class Pruning:
         """
     # After write(), of this rank's part:
     nonzero: list[int]  # [tensors] kept weights that are not zero
-    smallest: list[float]  # [layers] smallest kept |w|; nan: none. That of all ranks is their minimum.
+    smallest: list[float]  # [layers] smallest kept |w| of this rank; nan: none
 
 def decide_shards(
     tensors: Sequence[tuple[int, int, int, int]],
@@ -95,8 +97,8 @@ def decide_shards(
     """Cuts [layers], quotas and thresholds [modules] of weights in the memory of several ranks.
 
     tensors: the local ones: (address, weights, dtype, layer); every rank names every tensor, with 0 weights
-    where it holds none or another rank counts them. size: how many ranks. totals: weights of each layer in all
-    ranks together. A quota says how many of the weights that tie with the threshold are kept.
+    where it holds none or another rank counts them. size: how many ranks. totals: weights of each
+    layer in all ranks together. A quota says how many of the weights that tie with the threshold are kept.
     """
 
 def decide_surveys(
