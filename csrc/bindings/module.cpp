@@ -126,8 +126,8 @@ class Pruning {
  public:
   Pruning(const Files& files, const std::vector<std::tuple<int32_t, int64_t, int64_t, int, int32_t>>& tensors,
           const std::vector<int64_t>& modules, const std::vector<int64_t>& keep, int threads, int32_t rank,
-          int32_t size, std::optional<Sum> exchange, Progress progress)
-      : pool_(threads, watch_of(std::move(progress))), exchange_(exchange_of(std::move(exchange))) {
+          int32_t size, std::optional<Sum> exchange, Progress progress, int64_t aside)
+      : aside_(aside), pool_(threads, watch_of(std::move(progress))), exchange_(exchange_of(std::move(exchange))) {
     problem_.files = files_of(files);
     problem_.rank = rank, problem_.ranks = size;
     for (const auto& [file, offset, numel, dtype, layer] : tensors)
@@ -137,7 +137,7 @@ class Pruning {
 
   void decide() {
     const py::gil_scoped_release release;
-    pruning_.emplace(problem_, pool_, exchange_.get());
+    pruning_.emplace(problem_, pool_, exchange_.get(), aside_);
   }
 
   std::vector<int64_t> count_packed() {
@@ -183,6 +183,7 @@ class Pruning {
   const cpu::FilePruning& decided() const { return const_cast<Pruning*>(this)->decided(); }
 
   Problem problem_;
+  int64_t aside_;
   cpu::ThreadPool pool_;
   std::unique_ptr<Exchange> exchange_;
   std::optional<cpu::FilePruning> pruning_;
@@ -328,10 +329,10 @@ PYBIND11_MODULE(_C, m) {
   py::class_<Pruning>(m, "Pruning", "Weights in files that are pruned together, or one rank's part of them.")
       .def(py::init<const Files&, const std::vector<std::tuple<int32_t, int64_t, int64_t, int, int32_t>>&,
                     const std::vector<int64_t>&, const std::vector<int64_t>&, int, int32_t, int32_t, std::optional<Sum>,
-                    Progress>(),
+                    Progress, int64_t>(),
            py::arg("files"), py::arg("tensors"), py::arg("modules"), py::arg("keep"), py::kw_only(),
            py::arg("threads") = 0, py::arg("rank") = 0, py::arg("size") = 1, py::arg("exchange") = py::none(),
-           py::arg("progress") = py::none())
+           py::arg("progress") = py::none(), py::arg("aside") = cpu::kAsideMost)
       .def("decide", &Pruning::decide)
       .def("count_packed", &Pruning::count_packed)
       .def("write", &Pruning::write, py::arg("targets"), py::arg("places"), py::arg("rest"), py::kw_only(),

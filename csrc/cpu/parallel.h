@@ -20,6 +20,8 @@ class Pool {
   // What is being done now, and how many bytes of it will be; then how many more are done, told by any worker.
   virtual void begin(const char* /*step*/, int64_t /*bytes*/) const {}
   virtual void advance(int64_t /*bytes*/) const {}
+  // All that was begun is done.
+  virtual void done() const {}
   // Whether to give up: `for_each` then takes no further items and `run` throws what the reason was.
   virtual bool stopped() const { return false; }
 
@@ -29,6 +31,7 @@ class Pool {
   void for_each(int64_t n, Body&& body) const {
     if (n <= 1 || workers() == 1) {
       for (int64_t i = 0; i < n; ++i) body(i, 0);
+      done();
       return;
     }
     std::atomic<int64_t> next{0};
@@ -44,6 +47,7 @@ class Pool {
       }
     });
     if (failure) std::rethrow_exception(failure);
+    done();
   }
 };
 

@@ -22,6 +22,7 @@ class ThreadPool final : public Pool {
   void run(const std::function<void(int)>& body) const override;
   void begin(const char* step, int64_t bytes) const override;
   void advance(int64_t bytes) const override { done_.fetch_add(bytes, std::memory_order_relaxed); }
+  void done() const override { look(); }
   bool stopped() const override { return stopped_.load(std::memory_order_relaxed); }
 
  private:

@@ -47,6 +47,7 @@ class Pruning:
         size: int = 1,
         exchange: Exchange | None = None,
         progress: Progress | None = None,
+        aside: int = 1 << 25,  # numbers of 4 bytes that may be set aside
     ) -> None: ...
     def decide(self) -> None:
         """Find the cuts. Raises NonFiniteError, OSError."""
@@ -83,7 +84,7 @@ class Pruning:
         """
     # After write(), of this rank's part:
     nonzero: list[int]  # [tensors] kept weights that are not zero
-    smallest: list[float]  # [layers] smallest kept |w| of this rank; nan: none
+    smallest: list[float]  # [tensors] smallest kept |w| of this rank; nan: none
 
 def decide_shards(
     tensors: Sequence[tuple[int, int, int, int]],

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from dimap.checkpoint import _stream_io, _stream_notes
+from dimap.checkpoint import _stream_job
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -30,11 +30,9 @@ from safetensors.torch import load_file, save_file
 INDEX = "model.safetensors.index.json"
 
 
-@pytest.fixture(params=[12288, 4 << 20], ids=["small pieces", "pieces"])
-def piece(request, monkeypatch):
-    """Pieces smaller than most tensors, written directly; and larger than all, not so."""
-    monkeypatch.setattr(_stream_io, "PIECE", request.param)
-    monkeypatch.setattr(_stream_io, "DIRECT", request.param)
+@pytest.fixture(params=["1", "3"], ids=["one thread", "three threads"])
+def threads(request, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", request.param)
 
 
 # The operators
@@ -138,7 +136,7 @@ def both(source, folder, sparsity, **options):
 @pytest.mark.parametrize(("sparsity", "options"), CASES)
 @pytest.mark.parametrize("step", [0.0, 0.01], ids=["distinct", "ties"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_file_comes_back_bit_by_bit(tmp_path, piece, dtype, step, sparsity, options):
+def test_a_file_comes_back_bit_by_bit(tmp_path, threads, dtype, step, sparsity, options):
     save_file(
         vit(DTYPES[dtype], step=step), tmp_path / "in.safetensors", {"format": "pt", "ü": "✓"}
     )
@@ -151,15 +149,17 @@ def test_a_file_comes_back_bit_by_bit(tmp_path, piece, dtype, step, sparsity, op
 
 
 @pytest.mark.parametrize("aside", [0, 2000], ids=["no notes", "some notes"])
-def test_places_are_counted_where_the_survey_did_not_note_them(tmp_path, piece, monkeypatch, aside):
-    monkeypatch.setattr(_stream_notes, "ASIDE", aside)
+def test_places_are_counted_where_the_survey_did_not_note_them(
+    tmp_path, threads, monkeypatch, aside
+):
+    monkeypatch.setattr(_stream_job, "ASIDE", aside)
     save_file(vit(step=0.01), tmp_path / "in.safetensors")
     dense, _, back = both(tmp_path / "in.safetensors", tmp_path, 0.55)
     assert back.read_bytes() == dense.read_bytes()
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.95])
-def test_zeros_and_negative_zeros_that_are_kept(tmp_path, piece, sparsity):
+def test_zeros_and_negative_zeros_that_are_kept(tmp_path, threads, sparsity):
     """Three quarters are zero already, half of these negative: masks keep some of them."""
     state = vit()
     for i, weights in enumerate(state.values()):
@@ -173,7 +173,7 @@ def test_zeros_and_negative_zeros_that_are_kept(tmp_path, piece, sparsity):
     assert packed.stat().st_size < dense.stat().st_size
 
 
-def test_a_folder_keeps_shards_and_other_files_and_its_index_names_the_bits(tmp_path, piece):
+def test_a_folder_keeps_shards_and_other_files_and_its_index_names_the_bits(tmp_path, threads):
     source = shards(tmp_path / "in", vit(torch.bfloat16, step=0.01))
     dense, packed, back = both(source, tmp_path, 0.55)
     assert sorted(p.name for p in back.iterdir()) == sorted(p.name for p in source.iterdir())
@@ -245,8 +245,7 @@ def test_only_pruned_tensors_are_packed_and_only_where_that_is_smaller(tmp_path)
 
 
 def prune_in_group(jobs):
-    """What every rank runs; small pieces, so that tensors are shared."""
-    _stream_io.PIECE = _stream_io.DIRECT = 12288
+    """What every rank runs."""
     for source, out in jobs:
         prune_checkpoint(source, out, 0.55, bitmask=True, group=dist.group.WORLD)
 

@@ -454,13 +454,13 @@ def test_module_is_the_command_and_shows_no_bar_without_a_terminal(run):
 
 INTERRUPTED = """
 import os, signal, sys
-from dimap.checkpoint._stream_io import Outputs
+from dimap.checkpoint._stream_job import Job
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
-number, write = int(sys.argv.pop(1)), Outputs.write
-def write_and_end(self, file, data, begin):
-    write(self, file, data, begin)
+number, place = int(sys.argv.pop(1)), Job._place
+def place_and_end(self, *args):
     os.kill(os.getpid(), number)
-Outputs.write = write_and_end
+    return place(self, *args)
+Job._place = place_and_end
 from dimap.cli import main
 main()
 """

@@ -7,14 +7,14 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 
 import pytest
 import torch
 import torch.distributed as dist
 from checkpoints import CASES, DTYPES, shards, vit
 from dimap import cli
-from dimap.checkpoint import _stream_io, _stream_job, _stream_notes
+from dimap.checkpoint import _stream_job
 from dimap.distributed.ranks import Group as Ranks
 from dimap.distributed.ranks import launched
 from dimap.stream import prune_checkpoint, pruning_checkpoint
@@ -48,16 +48,9 @@ def nothing_but(folder, *names):
 # What the ranks run
 
 
-def prune_each(jobs, piece=12288):
-    """prune_checkpoint(*args, **options) for every job; small pieces, so that tensors are shared."""
-    before = _stream_io.PIECE, _stream_io.DIRECT
-    _stream_io.PIECE = _stream_io.DIRECT = piece
-    try:
-        return [
-            prune_checkpoint(*args, **options, group=dist.group.WORLD) for args, options in jobs
-        ]
-    finally:
-        _stream_io.PIECE, _stream_io.DIRECT = before
+def prune_each(jobs):
+    """prune_checkpoint(*args, **options) for every job."""
+    return [prune_checkpoint(*args, **options, group=dist.group.WORLD) for args, options in jobs]
 
 
 def prune_with_settings_of_the_rank(source, out, settings):
@@ -66,38 +59,35 @@ def prune_with_settings_of_the_rank(source, out, settings):
 
 def prune_with_little_room(source, out):
     """On one rank nothing may be set aside: what lies in the windows is then read again by all."""
-    before = _stream_notes.ASIDE
-    _stream_notes.ASIDE = 0 if dist.get_rank() == 1 else before
+    before = _stream_job.ASIDE
+    _stream_job.ASIDE = 0 if dist.get_rank() == 1 else before
     try:
         return prune_each([((source, out, 0.55), {})])[0].readings
     finally:
-        _stream_notes.ASIDE = before
+        _stream_job.ASIDE = before
 
 
 def prune_on_a_full_disk(source, out, rank):
-    """The others come late to open and to write what the rank has failed to write by then."""
+    """The others come late to open what the rank has failed to write by then."""
+    before = _stream_job.opened
 
-    class Late(_stream_io.Outputs):
-        def __init__(self, *args):
+    @contextmanager
+    def full(paths, flags):
+        with before(paths, flags) as files:
+            if flags == os.O_RDWR:
+                raise OSError(28, "No space left on device", files[0][1])
+            yield files
+
+    def late(paths, flags):
+        if flags == os.O_RDWR:
             time.sleep(0.2)
-            super().__init__(*args)
+        return before(paths, flags)
 
-        def write(self, *args):
-            time.sleep(0.02)
-            super().write(*args)
-
-    class Full(_stream_io.Outputs):
-        def write(self, file, data, begin):
-            if begin:
-                raise OSError(28, "No space left on device", str(self.paths[file]))
-            super().write(file, data, begin)
-
-    before = _stream_job.Outputs
-    _stream_job.Outputs = Full if dist.get_rank() == rank else Late
+    _stream_job.opened = full if dist.get_rank() == rank else late
     try:
         prune_each([((source, out, 0.55), {})])
     finally:
-        _stream_job.Outputs = before
+        _stream_job.opened = before
 
 
 def fail_when_all_is_written(source, out, rank):
@@ -257,12 +247,13 @@ def run_command(folder, rank, port, timeout, gone, when, number, full=None):
     os.environ.update(environment(rank, 3, port) | {"DIMAP_RANK_TIMEOUT": str(timeout)})
     os.chdir(folder)
     os.dup2(os.open(f"error {rank}", os.O_CREAT | os.O_WRONLY), 2)
-    method = {"surveying": "check_agreement", "writing": "_write_piece"}[when]
+    method = {"surveying": "check_agreement", "writing": "_place"}[when]
     before = getattr(_stream_job.Job, method)
 
     def go(self, *args):
-        before(self, *args)
+        found = before(self, *args)
         os.kill(os.getpid(), number)
+        return found
 
     def stop(self, *args):
         raise OSError(28, "No space left on device", OUT)

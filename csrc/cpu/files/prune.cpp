@@ -38,16 +38,16 @@ struct FilePruning::Segment {
 struct FilePruning::Worker {
   explicit Worker(const Problem& problem, size_t rest)
       : written{std::vector<int64_t>(rest), std::vector<int64_t>(problem.tensors.size()),
-                std::vector<uint32_t>(problem.layers(), kKeyEnd)} {}
+                std::vector<uint32_t>(problem.tensors.size(), kKeyEnd)} {}
   Buffer bytes, aligned, mask, bits, values;
   Written written;
 };
 
-FilePruning::FilePruning(const Problem& problem, const Pool& pool, const Exchange* exchange)
+FilePruning::FilePruning(const Problem& problem, const Pool& pool, const Exchange* exchange, int64_t aside_most)
     : problem_(problem),
       pool_(pool),
       exchange_(exchange),
-      decision_(problem, pool, exchange, Keeps::kCounts, {}),
+      decision_(problem, pool, exchange, Keeps::kCounts, {}, aside_most),
       kept_(problem.tensors.size()) {
   share_ties();
   for (size_t c = 0; c < chunk_kept_.size(); ++c) kept_[decision_.reading().chunks[c].tensor] += chunk_kept_[c];
@@ -124,7 +124,7 @@ void FilePruning::prune_chunk(Worker& worker, const Chunk& chunk, void* weights)
   kernels().decide[static_cast<int>(dtype)](weights, chunk.n, bracket, mask, out);
   int64_t left = cut.keep_from > cut.tie ? chunk.quota : 0, kept = 0;
   uint32_t smallest = kKeyEnd;
-  const bool look = worker.written.smallest[chunk.layer] != 0;
+  const bool look = worker.written.smallest[chunk.tensor] != 0;
   for_type(dtype, [&]<DType kType>() {
     auto* w = static_cast<storage_t<kType>*>(weights);
     for (int64_t i = 0; left > 0 && i < chunk.n; ++i)
@@ -146,7 +146,7 @@ void FilePruning::prune_chunk(Worker& worker, const Chunk& chunk, void* weights)
     }
     worker.written.nonzero[chunk.tensor] += nonzero;
   });
-  uint32_t& known_smallest = worker.written.smallest[chunk.layer];
+  uint32_t& known_smallest = worker.written.smallest[chunk.tensor];
   known_smallest = std::min(known_smallest, smallest);
   const auto number = static_cast<size_t>(&chunk - decision_.reading().chunks.data());
   if (kept != chunk_kept_[number]) throw Changed(chunk.tensor);
@@ -216,20 +216,20 @@ FilePruning::Written FilePruning::write(const std::vector<File>& target_files, s
   pool_.begin("writing", bytes);
   std::deque<Worker> workers;
   for (int w = 0; w < pool_.workers(); ++w) workers.emplace_back(problem_, rest.size());
-  // Of most layers the smallest kept weight is among what was set aside; the others are looked at in writing.
-  std::vector<uint32_t> smallest(problem_.layers(), kKeyEnd);
+  // Of most tensors the smallest kept weight is among what was set aside; the others are looked at in writing.
+  std::vector<uint32_t> smallest(problem_.tensors.size(), kKeyEnd);
   for (const Chunk& chunk : chunks) {
     if (!chunk.mine || !known(chunk)) continue;
     const Cut& cut = decision_.cuts[chunk.layer];
-    uint32_t& least = smallest[chunk.layer];
+    uint32_t& least = smallest[chunk.tensor];
     if (chunk.quota > 0) least = std::min(least, cut.tie);
     reading.for_aside(chunk, [&](uint32_t key, int64_t) {
       if (key >= cut.keep_from) least = std::min(least, key);
     });
   }
   for (Worker& worker : workers)
-    for (size_t l = 0; l < smallest.size(); ++l)
-      if (smallest[l] != kKeyEnd) worker.written.smallest[l] = 0;  // no need to look
+    for (size_t t = 0; t < smallest.size(); ++t)
+      if (smallest[t] != kKeyEnd) worker.written.smallest[t] = 0;  // no need to look
   Targets targets(target_files);
   std::optional<Targets> mask_target;
   if (masks) mask_target.emplace(std::vector<File>{masks->file});
@@ -295,8 +295,8 @@ FilePruning::Written FilePruning::write(const std::vector<File>& target_files, s
   for (const Worker& worker : workers) {
     for (size_t r = 0; r < rest.size(); ++r) all.rest[r] += worker.written.rest[r];
     for (size_t t = 0; t < all.nonzero.size(); ++t) all.nonzero[t] += worker.written.nonzero[t];
-    for (size_t l = 0; l < smallest.size(); ++l)
-      if (smallest[l] == kKeyEnd) all.smallest[l] = std::min(all.smallest[l], worker.written.smallest[l]);
+    for (size_t t = 0; t < smallest.size(); ++t)
+      if (smallest[t] == kKeyEnd) all.smallest[t] = std::min(all.smallest[t], worker.written.smallest[t]);
   }
   return all;
 }

@@ -44,7 +44,7 @@ struct MaskFile {
 class FilePruning {
  public:
   // The problem's tensors lie in files; exchange: null where there is one rank. All must outlive this.
-  FilePruning(const Problem& problem, const Pool& pool, const Exchange* exchange);
+  FilePruning(const Problem& problem, const Pool& pool, const Exchange* exchange, int64_t aside_most = kAsideMost);
 
   const Decision& decision() const { return decision_; }
   const std::vector<int64_t>& kept() const { return kept_; }  // [tensors] by the masks, of all ranks
@@ -55,7 +55,7 @@ class FilePruning {
   struct Written {
     std::vector<int64_t> rest;       // [rest] elements that are not zero, of this rank
     std::vector<int64_t> nonzero;    // [tensors] kept weights that are not zero, of this rank
-    std::vector<uint32_t> smallest;  // [layers] key of the smallest kept weight of this rank; kKeyEnd: none
+    std::vector<uint32_t> smallest;  // [tensors] key of the smallest kept weight of this rank; kKeyEnd: none
   };
   // Writes this rank's part. targets: [files], in their full length and with their headers. places: [tensors]. With
   // places for bits, count_packed comes first. Throws FileError, Changed.

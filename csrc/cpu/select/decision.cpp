@@ -22,7 +22,6 @@ constexpr struct {
   int64_t survey_bytes = int64_t{8} << 20;  // all tables of a survey, about
   int64_t aside_share = 16;                 // at most one weight in this many is set aside,
   int64_t aside_least = 1 << 17;            // this many in any case,
-  int64_t aside_most = int64_t{1} << 25;    // and where they lie in files no more than this: 128 MiB
   double layer_share = 0.25;                // a layer of which more would be set aside is looked at otherwise
   int rounds = 64;                          // far more than any input needs
 } kTuning;
@@ -40,7 +39,7 @@ int64_t survey_bins_of(const Problem& problem) {
 }  // namespace
 
 Decision::Decision(const Problem& problem, const Pool& pool, const Exchange* exchange, Keeps keeps,
-                   std::span<uint8_t* const> masks)
+                   std::span<uint8_t* const> masks, int64_t aside_most)
     : cuts(problem.layers()),
       modules(problem.modules()),
       problem_(problem),
@@ -55,7 +54,7 @@ Decision::Decision(const Problem& problem, const Pool& pool, const Exchange* exc
       survey_bins_(survey_bins_of(problem)) {
   const int64_t total = std::accumulate(problem.module_total.begin(), problem.module_total.end(), int64_t{0});
   budget_ = total / kTuning.aside_share + kTuning.aside_least;
-  if (keeps == Keeps::kCounts) budget_ = std::min(budget_, kTuning.aside_most);
+  if (keeps == Keeps::kCounts) budget_ = std::min(budget_, aside_most);
   number_layers();
   decide(masks);
   for (size_t l = 0; l < problem.layers(); ++l) read_[l] = read_[l] && suffices(l);

@@ -16,6 +16,8 @@
 
 namespace dimap::cpu {
 
+constexpr int64_t kAsideMost = int64_t{1} << 25;  // numbers that are set aside of weights in files: 128 MiB
+
 using Flags = std::vector<uint8_t>;
 
 // Finds the cuts, in up to three looks at a module: through brackets that a sample suggests; where that was not sure or
@@ -26,7 +28,7 @@ class Decision {
   // exchange: where other ranks hold weights of the same layers; all of them decide together. masks: [tensors], which
   // the reading writes already, or none. Throws NonFinite, FileError, and what the exchange throws.
   Decision(const Problem& problem, const Pool& pool, const Exchange* exchange, Keeps keeps,
-           std::span<uint8_t* const> masks);
+           std::span<uint8_t* const> masks, int64_t aside_most = kAsideMost);
 
   // The same by surveys alone, of weights that only somebody else can read: survey(windows, bins) gives the tables of
   // all ranks' weights, [layers]. The problem has no tensors, only layers and their totals.

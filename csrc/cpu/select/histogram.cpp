@@ -79,11 +79,12 @@ void add_up(std::span<Histogram> histograms, const Exchange& exchange) {
 
 Sketch sketch_of(const Histogram& histogram, int64_t total, bool exact) {
   Sketch sketch;
-  sketch.exact = exact;
   sketch.total = static_cast<double>(total);
   int64_t taken = 0;
   for (const Histogram::Bin& bin : histogram.bins) taken += bin.count;
   const auto n = static_cast<double>(taken);
+  exact |= taken == total;  // a small layer's sample is all of it
+  sketch.exact = exact;
   sketch.scale = exact || taken == 0 ? 1 : sketch.total / n;
   if (exact) {
     sketch.deviation = 2e-5;  // of the squares in a bin around that of their mean, at most, over sigmas
