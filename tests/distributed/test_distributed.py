@@ -166,7 +166,7 @@ def test_a_rank_with_nothing_that_is_pruned(group, tmp_path):
 
 def test_a_rank_with_nothing_at_all(group, tmp_path):
     save_file(vit(width=4), tmp_path / IN)
-    check(group, tmp_path / IN, tmp_path / OUT, piece=4 << 20)
+    check(group, tmp_path / IN, tmp_path / OUT)
 
 
 def test_a_rank_without_room_makes_all_read_again(group, tmp_path):
