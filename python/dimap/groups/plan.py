@@ -223,7 +223,9 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
 
 def parameters_of(model: Model) -> dict[str, Tensor]:
     """A model's parameters, or the entries of a state dict, by name."""
-    return dict(model.items() if isinstance(model, Mapping) else model.named_parameters())
+    from torch import nn
+
+    return dict(model.named_parameters() if isinstance(model, nn.Module) else model.items())
 
 
 @contextmanager
