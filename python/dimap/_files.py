@@ -43,10 +43,8 @@ def replacing(path: Path, *, folder: bool = False, force: bool = False) -> Itera
             temporary.mkdir() if folder else temporary.touch(exist_ok=False)
             lock = _lock(temporary)
         except OSError as error:
-            raise OSError(
-                error.errno, f"must be in a folder that can be written to, got: {error.strerror}",
-                str(path),
-            ) from error  # fmt: skip
+            problem = f"must be in a folder that can be written to, got: {error.strerror}"
+            raise OSError(error.errno, problem, str(path)) from error
         with naming(path):
             yield temporary
             _sync(temporary)
@@ -67,10 +65,10 @@ def replacing(path: Path, *, folder: bool = False, force: bool = False) -> Itera
 def _lock(path: Path) -> int | None:
     """Hold a file or folder until the descriptor is closed, by the end of the program at the latest.
 
-    None where another program holds it, or where the system has no such locks.
+    None where another program holds it, or where the file system has no locks.
     """
     try:
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
     except OSError:
         return None
     try:
@@ -207,7 +205,7 @@ def _sync(path: Path) -> None:
 
 
 def _sync_folder(path: Path) -> None:
-    with suppress(OSError):  # some file systems, and Windows, do not sync folders
+    with suppress(OSError):  # some file systems do not sync folders
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)

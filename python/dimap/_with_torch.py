@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
@@ -54,4 +55,6 @@ class _TorchFinder:
                     f"torch.ops.dimap is not there: {error}", RuntimeWarning, stacklevel=2
                 )
 
-        loader.exec_module = load_and_register  # type: ignore[method-assign]
+        # A loader that takes no attributes is left alone: the first use of dimap's names registers.
+        with suppress(AttributeError):
+            loader.exec_module = load_and_register  # type: ignore[method-assign]

@@ -125,7 +125,6 @@ class Plan:
         import torch
         from torch import Tensor
 
-        dtypes = (torch.float32, torch.bfloat16, torch.float16)
         given: object = saliency  # callers are not bound by the annotation
         if not isinstance(given, Mapping):
             kind = type(given).__name__
@@ -142,23 +141,20 @@ class Plan:
             value: object = saliency[name]
             if not isinstance(value, Tensor):
                 raise TypeError(f"saliency of {name} must be a tensor, got {type(value).__name__}")
+            problem = ""
             if value.shape != weight.shape:
-                got = f"{tuple(weight.shape)}, got {tuple(value.shape)}"
-                raise ValueError(f"saliency of {name} must have shape {got}")
-            if value.dtype not in dtypes:
+                problem = f"have shape {tuple(weight.shape)}, got {tuple(value.shape)}"
+            elif value.dtype not in (torch.float32, torch.bfloat16, torch.float16):
                 got = str(value.dtype).removeprefix("torch.")
-                raise ValueError(
-                    f"saliency of {name} must be float32, bfloat16 or float16, got {got}"
-                )
-            if value.device != weight.device:
-                raise ValueError(
-                    f"saliency of {name} must be on {weight.device} like its weight, "
-                    f"got {value.device}"
-                )
-            if bool((negative := value.detach().flatten() < 0).any()):
+                problem = f"be float32, bfloat16 or float16, got {got}"
+            elif value.device != weight.device:
+                problem = f"be on {weight.device} like its weight, got {value.device}"
+            elif bool((negative := value.detach().flatten() < 0).any()):
                 at = int(negative.int().argmax())
                 got = f"{float(value.detach().flatten()[at]):g} at flat index {at}"
-                raise ValueError(f"saliency of {name} must not be negative, got {got}")
+                problem = f"not be negative, got {got}"
+            if problem:
+                raise ValueError(f"saliency of {name} must {problem}")
         return [saliency[name].detach() for name in self.names]
 
 
@@ -172,9 +168,10 @@ def scope_names(modules: Mapping[str, Sequence[Located]], scope: str) -> dict[st
 
     Raises ValueError where a layer lacks the number that its scope is named after.
     """
-    pruned = {module: layers for module, layers in modules.items() if module != AUX}
     names: dict[str, str] = {}
-    for module, layers in pruned.items():
+    for module, layers in modules.items():
+        if module == AUX:
+            continue
         seen: Counter[tuple[int | None, int | None]] = Counter()
         for layer in layers:
             if scope in ("type", "block", "stage"):
@@ -223,7 +220,9 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
 
 def parameters_of(model: Model) -> dict[str, Tensor]:
     """A model's parameters, or the entries of a state dict, by name."""
-    return dict(model.items() if isinstance(model, Mapping) else model.named_parameters())
+    from torch import nn
+
+    return dict(model.named_parameters() if isinstance(model, nn.Module) else model.items())
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Names to layers by rules: the part that known families and the caller's own patterns share."""
+"""Layers, and how names become layers by rules: known families and the caller's own patterns alike."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import NamedTuple, Protocol, TypeAlias
 
+AUX = "aux"  # the module of what is never pruned
 Shape: TypeAlias = tuple[int, ...]
+Modules: TypeAlias = "dict[str, list[Layer]]"
 
 
 @dataclass(frozen=True)
@@ -132,8 +134,9 @@ def locate(
     return number, None if not block else int(block)
 
 
-def show(name: str, shape: Shape) -> str:
-    return f"{name} {shape}"
+def by_module(found: Sequence[Found], names: Iterable[str], aux: list[Layer]) -> Modules:
+    modules = {name: [f.layer for f in found if f.layer.module == name] for name in names}
+    return {**modules, AUX: aux}
 
 
 def _order(found: Found) -> tuple[object, ...]:
@@ -151,3 +154,25 @@ def _layer_name(parameters: tuple[str, ...], rule: Rule) -> str:
     head = [column[0] for column in takewhile(lambda column: len(set(column)) == 1, columns)]
     tails = (".".join(words[len(head) :]).removesuffix(".weight") for words in split)
     return ".".join([*head, rule.name or "+".join(tails)])
+
+
+# What errors show
+
+
+def show(name: str, shape: Shape) -> str:
+    return f"{name} {shape}"
+
+
+def first(lines: Sequence[str], most: int = 8) -> list[str]:
+    more = [f"and {len(lines) - most} more"] if len(lines) > most else []
+    return [*lines[:most], *more]
+
+
+def kinds(shapes: Mapping[str, Shape]) -> str:
+    """The names of two or more dimensions (all, if there are none), numbers as *, with counts."""
+    kinds: dict[str, list[Shape]] = {}
+    matrices = {name: shape for name, shape in shapes.items() if len(shape) > 1}
+    for name, shape in (matrices or shapes).items():
+        kinds.setdefault(re.sub(r"(?<![^.])\d+(?![^.])", "*", name), []).append(shape)
+    lines = [f"  {len(found)} x {show(kind, found[0])}" for kind, found in kinds.items()]
+    return "\n".join(first(lines, 12))
