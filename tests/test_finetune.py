@@ -22,9 +22,9 @@ from safetensors.torch import load_file
 pytest.importorskip("timm")
 pytest.importorskip("torchvision")
 
-from dimap.cli import _finetune as _command_finetune
-from dimap.finetuning import _data, _training
-from dimap.finetuning._loss import distilled
+from dimap.cli import finetune as _command_finetune
+from dimap.finetuning import data as _data, training as _training
+from dimap.finetuning.loss import distilled
 from dimap.finetuning._processes import Processes
 from dimap.finetuning.settings import Settings
 from finetune_problems import (

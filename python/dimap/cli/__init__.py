@@ -13,7 +13,7 @@ from .. import __version__, build_info
 from ..checkpoint import open_checkpoint
 from ..checkpoint._inspect import inspect as inspect_checkpoint
 from ._expand import expand
-from ._finetune import finetune
+from .finetune import finetune
 from ._plot import plot
 from ._progress import Bar
 from ._prune import prune

@@ -11,11 +11,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from . import _data, _model
-from ._display import Display, TensorBoard, line, writer_class
+from . import data as _data, model as _model
+from .log import Display, TensorBoard, line, writer_class
 from ._processes import join, seed_epoch
-from ._state import BEST, LAST, Folder, fingerprint
-from ._training import Trainer, make_trainer
+from .state import BEST, LAST, Folder, fingerprint
+from .training import Trainer, make_trainer
 from .settings import make_settings
 
 

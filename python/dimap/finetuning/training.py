@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..holding import Holding, hold_masks
-from ._data import own_images
-from ._loss import distilled, make_loss, make_mixup, teach
+from .data import own_images
+from .loss import distilled, make_loss, make_mixup, teach
 from ._processes import Processes, reduce_loss
 from .settings import Settings
 

@@ -16,7 +16,7 @@ from .. import _timm
 from ..checkpoint import open_checkpoint
 from ..groups import AUX, find_modules
 from ..masks import check_masks, load_masks
-from ._data import Input
+from .data import Input
 from .settings import Settings
 
 
