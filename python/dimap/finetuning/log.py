@@ -1,64 +1,8 @@
-"""What a run shows: a bar with the time left, a line an epoch, and TensorBoard's logs."""
+"""What a run tells: a line for each epoch, and TensorBoard's logs."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from types import TracebackType
 from typing import Any
-
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-
-
-class Display:
-    """Shows a run on stderr: lines always, the bar where stderr is a terminal.
-
-    total: steps of the whole run. shown: whether this process speaks at all.
-    """
-
-    def __init__(self, total: int, done: int, *, shown: bool) -> None:
-        self.shown = shown
-        console = Console(stderr=True, highlight=False)
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(elapsed_when_finished=False),
-            console=console,
-            transient=True,
-            disable=not (shown and console.is_terminal and not console.is_dumb_terminal),
-        )
-        self._task = self._progress.add_task("", total=total or None, completed=done)
-
-    def say(self, text: str) -> None:
-        """One line, above the bar."""
-        if self.shown:
-            self._progress.console.print(text, soft_wrap=True, markup=False)
-
-    def step(self, text: str, advance: int = 0) -> None:
-        """What is going on, and how many more steps are done."""
-        self._progress.update(self._task, description=text, advance=advance)
-
-    def __enter__(self) -> Display:
-        self._progress.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._progress.stop()
 
 
 def line(row: dict[str, Any], epochs: int) -> str:
@@ -75,31 +19,7 @@ def line(row: dict[str, Any], epochs: int) -> str:
     return ", ".join(parts)
 
 
-class TensorBoard:
-    """Scalars for TensorBoard; does nothing where `folder` is None."""
-
-    def __init__(self, folder: Path | None, first_epoch: int) -> None:
-        self._writer: Any = None
-        if folder is not None:
-            # What an interrupted run wrote beyond its last checkpoint is hidden.
-            self._writer = writer_class()(str(folder), purge_step=first_epoch)
-
-    def write(self, row: dict[str, Any]) -> None:
-        """All numbers of a row of the history, at its epoch."""
-        if self._writer is None:
-            return
-        for name, value in row.items():
-            if name not in ("epoch", "k"):
-                self._writer.add_scalar(name.replace("train_", "train/"), value, row["epoch"])
-        self._writer.flush()
-
-    def close(self) -> None:
-        """Finish the files."""
-        if self._writer is not None:
-            self._writer.close()
-
-
-def writer_class() -> Any:
+def tensorboard_writer() -> Any:
     """TensorBoard's writer; ModuleNotFoundError that says what to install where it is missing."""
     try:
         from torch.utils.tensorboard import SummaryWriter
@@ -109,3 +29,11 @@ def writer_class() -> Any:
             name="tensorboard",
         ) from error
     return SummaryWriter
+
+
+def write_scalars(board: Any, row: dict[str, Any]) -> None:
+    """Write all numbers of a row of the history for TensorBoard, at its epoch."""
+    for name, value in row.items():
+        if name not in ("epoch", "k"):
+            board.add_scalar(name.replace("train_", "train/"), value, row["epoch"])
+    board.flush()

@@ -1,4 +1,4 @@
-"""One epoch of training, and the judging of a model."""
+"""One epoch of training, and the evaluation of a model."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, cast
 
 import torch
@@ -13,13 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..holding import Holding, hold_masks
-from .data import own_images
-from .loss import distilled, make_loss, make_mixup, teach
 from ._processes import Processes, reduce_loss
+from .data import own_images
 from .settings import Settings
 
-# timm's, each a function of the number of steps alone.
-SCHEDULES = ("cosine", "tanh", "step", "multistep", "poly")
 LOOK = 20  # steps from one look at the loss to the next: a look waits for the device
 
 
@@ -44,16 +42,29 @@ class Trainer:
     updates: int = 0
 
     @property
-    def judged(self) -> nn.Module:
-        """The weights that are judged and kept: the average where there is one."""
+    def evaluated(self) -> nn.Module:
+        """The weights that are evaluated and saved: the average where there is one."""
         return self.model if self.ema is None else self.ema.module
 
-    def autocast(self) -> Any:
-        """The context of a forward pass."""
-        if self.settings.amp == "none":
-            return nullcontext()
-        dtype = getattr(torch, self.settings.amp)
-        return torch.autocast(self.processes.device.type, dtype)
+    def state_dict(self) -> dict[str, Any]:
+        """All that `load_state_dict` needs to go on after a complete epoch."""
+        return {
+            "updates": self.updates,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "ema": None if self.ema is None else self.ema.module.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` gave."""
+        for name in ("model", "optimizer", "scaler"):
+            getattr(self, name).load_state_dict(state[name])
+        if self.ema is not None:
+            self.ema.module.load_state_dict(state["ema"])
+        self.updates = state["updates"]
+        if self.scheduler is not None:
+            self.scheduler.step_update(self.updates)  # a function of the number alone
 
     def train(self, loader: Any, epoch: int, tell: Callable[[float], None]) -> dict[str, float]:
         """One epoch; the mean loss and the last learning rate.
@@ -83,17 +94,27 @@ class Trainer:
                 count += len(images)
             self._step()
             if number == 1 or number % LOOK == 0:
-                seen = self._look(total, count, epoch)
+                seen = _finite_mean(total, count, epoch)
             tell(seen)
-        self._look(total, count, epoch)
+        _finite_mean(total, count, epoch)
         return {"train_loss": reduce_loss(total, count, self.processes), "lr": lr}
 
+    def _autocast(self) -> Any:
+        if self.settings.amp == "none":
+            return nullcontext()
+        return torch.autocast(self.processes.device.type, getattr(torch, self.settings.amp))
+
     def _loss(self, images: Tensor, labels: Tensor, loss_of: Callable[..., Tensor]) -> Tensor:
-        with self.autocast():
-            taught = teach(self.teacher, images) if self.teacher is not None else None
+        teacher_logits = None
+        with self._autocast():
+            if self.teacher is not None:
+                with torch.no_grad():
+                    teacher_logits = self.teacher(images)
             output = self.forward(images)
         loss = loss_of(output.float(), labels)
-        return loss if taught is None else distilled(loss, output, taught, self.settings)
+        if teacher_logits is None:
+            return loss
+        return distilled(loss, output, teacher_logits, self.settings)
 
     def _step(self) -> None:
         from timm.utils import dispatch_clip_grad
@@ -113,22 +134,14 @@ class Trainer:
         if self.scheduler is not None:
             self.scheduler.step_update(self.updates)
 
-    def _look(self, total: Tensor, count: int, epoch: int) -> float:
-        loss = float(total) / max(1, count)
-        if not math.isfinite(loss):
-            raise FloatingPointError(
-                f"the loss must be finite, got {loss} in epoch {epoch}: a lower lr may help"
-            )
-        return loss
-
     @torch.no_grad()
-    def judge(self, loader: Any) -> dict[str, float]:
+    def evaluate(self, loader: Any) -> dict[str, float]:
         """Loss and accuracy in percent over all validation images, each counted once."""
-        from timm.utils import AverageMeter, accuracy
+        from timm.utils import accuracy
 
-        model = self.judged.eval()
+        model = self.evaluated.eval()
         k = min(5, self.classes)
-        meters = {name: AverageMeter() for name in ("loss", "top1", "topk")}
+        sums = torch.zeros(4, dtype=torch.float64)  # of loss, top-1, top-k, and the images
         left = own_images(loader, self.processes)
         for images, labels in loader:
             if left is not None:
@@ -136,28 +149,69 @@ class Trainer:
                 left -= len(images)
             if not len(images):
                 break
-            with self.autocast():
+            with self._autocast():
                 output = model(images).float()
-            top1, topk = accuracy(output, labels, topk=(1, k))
-            values = (F.cross_entropy(output, labels), top1, topk)
-            for meter, value in zip(meters.values(), values, strict=True):
-                meter.update(float(value), len(images))
-        sums = [float(meter.sum) for meter in meters.values()]
-        *sums, count = self.processes.sum([*sums, float(meters["loss"].count)])
-        means = {name: s / max(1.0, count) for name, s in zip(meters, sums, strict=True)}
-        return {**means, "k": k}
+            means = F.cross_entropy(output, labels), *accuracy(output, labels, topk=(1, k))
+            sums += len(images) * torch.tensor([*map(float, means), 1.0], dtype=torch.float64)
+        *totals, count = self.processes.sum(sums.tolist())
+        loss, top1, topk = (total / max(1.0, count) for total in totals)
+        return {"loss": loss, "top1": top1, "topk": topk, "k": k}
+
+
+def _finite_mean(total: Tensor, count: int, epoch: int) -> float:
+    loss = float(total) / max(1, count)
+    if not math.isfinite(loss):
+        raise FloatingPointError(
+            f"the loss must be finite, got {loss} in epoch {epoch}: a lower lr may help"
+        )
+    return loss
 
 
 def grouped(loader: Any, size: int) -> Iterator[list[Any]]:
     """Batches in lists of `size`; the last list may be shorter."""
-    batches = []
-    for batch in loader:
-        batches.append(batch)
-        if len(batches) == size:
-            yield batches
-            batches = []
-    if batches:
-        yield batches
+    batches = iter(loader)
+    while group := list(islice(batches, size)):
+        yield group
+
+
+def make_mixup(settings: Settings, classes: int, epoch: int) -> Any:
+    """timm's Mixup, or None where images stay apart."""
+    from timm.data import Mixup
+
+    off = settings.mixup_off_epoch and epoch > settings.mixup_off_epoch
+    if not settings.mixes or off:
+        return None
+    return Mixup(
+        mixup_alpha=settings.mixup,
+        cutmix_alpha=settings.cutmix,
+        prob=settings.mixup_prob,
+        switch_prob=settings.mixup_switch_prob,
+        mode=settings.mixup_mode,
+        label_smoothing=settings.smoothing,
+        num_classes=classes,
+    )
+
+
+def make_loss(settings: Settings, *, soft: bool) -> nn.Module:
+    """The loss of outputs [n, classes] and labels [n], or shares [n, classes] where `soft`."""
+    from timm.loss import BinaryCrossEntropy
+
+    smoothing = 0.0 if soft else settings.smoothing  # Mixup has smoothed the shares
+    if settings.bce:
+        return cast(nn.Module, BinaryCrossEntropy(smoothing=smoothing))
+    return nn.CrossEntropyLoss(label_smoothing=smoothing)
+
+
+def distilled(loss: Tensor, output: Tensor, teacher_logits: Tensor, settings: Settings) -> Tensor:
+    """The loss, with a share of the divergence from the teacher's logits [n, classes]."""
+    t, alpha = settings.distill_temperature, settings.distill_alpha
+    divergence = F.kl_div(
+        F.log_softmax(output.float() / t, dim=1),
+        F.log_softmax(teacher_logits.float() / t, dim=1),
+        reduction="batchmean",
+        log_target=True,
+    )
+    return (1 - alpha) * loss + alpha * t * t * divergence
 
 
 def make_trainer(
@@ -171,19 +225,19 @@ def make_trainer(
 ) -> Trainer:
     """Everything that training needs, with the masks held from here on.
 
-    Raises ValueError for an optimizer or a schedule that timm does not have.
+    batches: in one epoch of this process.
+
+    Raises ValueError for an optimizer that timm does not have.
     """
     from timm.optim import create_optimizer_v2, list_optimizers
     from timm.scheduler import create_scheduler_v2
     from timm.utils import ModelEmaV3
 
+    if settings.opt not in list_optimizers():
+        raise ValueError(f"opt must be an optimizer of timm, got {settings.opt!r}")
     model.to(processes.device)
     if teacher is not None:
         teacher.to(processes.device).eval().requires_grad_(False)
-    if settings.opt not in list_optimizers():
-        raise ValueError(f"opt must be an optimizer of timm, got {settings.opt!r}")
-    if settings.sched not in SCHEDULES:
-        raise ValueError(f"sched must be one of {', '.join(SCHEDULES)}, got {settings.sched!r}")
     optimizer = create_optimizer_v2(
         model,
         opt=settings.opt,
