@@ -272,7 +272,7 @@ def test_distillation_is_the_divergence_from_the_teacher() -> None:
 def trainer(batches: int = 10, **options: Any) -> _training.Trainer:
     model = swin()
     masks = dimap.select(model, 0.5)
-    return _training.make_trainer(model, None, masks, 3, batches, CPU, Settings(**options))
+    return _training.Trainer(model, None, masks, 3, batches, CPU, Settings(**options))
 
 
 def test_clipping_sees_only_gradients_that_are_used() -> None:

@@ -16,11 +16,10 @@ from torch import Tensor, nn
 
 from ._processes import join, seed_epoch
 from .data import make_loader, open_images, set_epoch
-from .log import line, tensorboard_writer, write_scalars
 from .model import input_of, masks_of, open_model, outputs_of
 from .settings import Settings
 from .state import BEST, LAST, Folder, fingerprint
-from .training import Trainer, make_trainer
+from .training import Trainer
 
 
 @dataclass(frozen=True)
@@ -90,7 +89,7 @@ def finetune(
     settings = Settings(**options)
     _need("timm", "torchvision", "tqdm")
     if tensorboard:
-        tensorboard_writer()
+        _tensorboard_writer()
     folder = Folder(Path(out), resume=resume, force=force)
     images = open_images(
         data,
@@ -126,7 +125,9 @@ def finetune(
             "val_split": val_split,
             "class_map": class_map,
             "masks": fingerprint(held),
-            "teacher": fingerprint(teacher_model.state_dict()) if teacher_model else None,
+            "teacher": fingerprint(teacher_model.state_dict())
+            if teacher_model is not None
+            else None,
             "weights": fingerprint(source.model.state_dict()),
         }
         if folder.state is not None:
@@ -140,7 +141,7 @@ def finetune(
                 f"batch_size must be at most the training images of a process, got "
                 f"{settings.batch_size} for {len(images.train)} images and {processes.world} processes"
             )
-        trainer = make_trainer(
+        trainer = Trainer(
             source.model, teacher_model, held, classes, len(train), processes, settings
         )
         board = folder.path / "tensorboard" if tensorboard and processes.first else None
@@ -200,7 +201,7 @@ def _run(
         say(f"resumed after epoch {start - 1}")
     steps = settings.epochs * -(-len(train) // settings.accumulate)
     # What an interrupted run wrote for TensorBoard beyond its last checkpoint is hidden.
-    board = board_folder and tensorboard_writer()(str(board_folder), purge_step=start)
+    board = board_folder and _tensorboard_writer()(str(board_folder), purge_step=start)
     with tqdm(
         total=steps, initial=trainer.updates, file=sys.stderr, leave=False,
         disable=None if shown else True,  # None: where stderr is no terminal
@@ -234,10 +235,39 @@ def _run(
                     best=_best(history) is row,
                 )
                 if board:
-                    write_scalars(board, row)
-            say(line(row, settings.epochs))
+                    _write_scalars(board, row)
+            say(_line(row, settings.epochs))
     if board:
         board.close()
     trainer.holding.remove()
     processes.wait()
     return history
+
+
+def _line(row: dict[str, Any], epochs: int) -> str:
+    """A row of the history in words."""
+    said = f"validation loss {row['loss']:.4f}, top-1 {row['top1']:.2f} %"
+    said += f", top-{row['k']} {row['topk']:.2f} %"
+    if "train_loss" in row:
+        said = f"loss {row['train_loss']:.4f}, {said}, lr {row['lr']:.2e}"
+    return f"epoch {row['epoch']}/{epochs}, {said}, {row['seconds']:.0f} s"
+
+
+def _tensorboard_writer() -> Any:
+    """TensorBoard's writer; ModuleNotFoundError that says what to install where it is missing."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ModuleNotFoundError(
+            "TensorBoard logs need the package tensorboard: pip install tensorboard",
+            name="tensorboard",
+        ) from error
+    return SummaryWriter
+
+
+def _write_scalars(board: Any, row: dict[str, Any]) -> None:
+    """Write all numbers of a row of the history for TensorBoard, at its epoch."""
+    for name, value in row.items():
+        if name not in ("epoch", "k"):
+            board.add_scalar(name.replace("train_", "train/"), value, row["epoch"])
+    board.flush()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
 from itertools import islice
 from typing import Any, cast
 
@@ -13,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..holding import Holding, hold_masks
+from ..holding import hold_masks
 from ._processes import Processes, reduce_loss
 from .data import own_images
 from .settings import Settings
@@ -21,25 +20,63 @@ from .settings import Settings
 LOOK = 20  # steps from one look at the loss to the next: a look waits for the device
 
 
-@dataclass
 class Trainer:
-    """All that changes during a run.
+    """All that changes during a run. Masks are held from here on, until `holding.remove()`.
 
-    forward: `model`, compiled or distributed.
+    masks: parameter name -> bool tensor, True = kept.
+    classes: outputs of the model. batches: in one epoch of this process.
+
+    Raises ValueError for an optimizer that timm does not have.
     """
 
-    model: nn.Module
-    forward: nn.Module
-    optimizer: torch.optim.Optimizer
-    scheduler: Any
-    scaler: Any
-    ema: Any
-    holding: Holding
-    teacher: nn.Module | None
-    classes: int
-    processes: Processes
-    settings: Settings
-    updates: int = 0
+    def __init__(
+        self,
+        model: nn.Module,
+        teacher: nn.Module | None,
+        masks: Mapping[str, Tensor],
+        classes: int,
+        batches: int,
+        processes: Processes,
+        settings: Settings,
+    ) -> None:
+        from timm.optim import create_optimizer_v2, list_optimizers
+        from timm.scheduler import create_scheduler_v2
+        from timm.utils import ModelEmaV3
+
+        if settings.opt not in list_optimizers():
+            raise ValueError(f"opt must be an optimizer of timm, got {settings.opt!r}")
+        self.model, self.teacher = model.to(processes.device), teacher
+        self.classes, self.processes, self.settings = classes, processes, settings
+        self.updates = 0  # steps of the optimizer so far
+        if teacher is not None:
+            teacher.to(processes.device).eval().requires_grad_(False)
+        self.optimizer = create_optimizer_v2(
+            model,
+            opt=settings.opt,
+            lr=settings.lr,
+            weight_decay=settings.weight_decay,
+            momentum=settings.momentum,
+            layer_decay=settings.layer_decay,
+        )
+        self.holding = hold_masks(model, masks, self.optimizer)
+        self.scheduler: Any = None
+        if settings.epochs:
+            self.scheduler, _ = create_scheduler_v2(
+                self.optimizer,
+                sched=settings.sched,
+                # Rising first, then the whole of the schedule: the rate does not jump between them.
+                num_epochs=settings.epochs - settings.warmup,
+                warmup_prefix=True,
+                warmup_epochs=settings.warmup,
+                warmup_lr=settings.warmup_lr,
+                min_lr=settings.min_lr,
+                step_on_epochs=False,
+                updates_per_epoch=-(-batches // settings.accumulate),
+            )
+        forward = processes.wrap(model)
+        self.forward = cast(nn.Module, torch.compile(forward)) if settings.compile else forward
+        self.scaler = torch.amp.GradScaler(processes.device.type, enabled=settings.amp == "float16")
+        self.ema = ModelEmaV3(model, decay=settings.ema) if settings.ema is not None else None
 
     @property
     def evaluated(self) -> nn.Module:
@@ -212,66 +249,3 @@ def distilled(loss: Tensor, output: Tensor, teacher_logits: Tensor, settings: Se
         log_target=True,
     )
     return (1 - alpha) * loss + alpha * t * t * divergence
-
-
-def make_trainer(
-    model: nn.Module,
-    teacher: nn.Module | None,
-    masks: Mapping[str, Tensor],
-    classes: int,
-    batches: int,
-    processes: Processes,
-    settings: Settings,
-) -> Trainer:
-    """Everything that training needs, with the masks held from here on.
-
-    batches: in one epoch of this process.
-
-    Raises ValueError for an optimizer that timm does not have.
-    """
-    from timm.optim import create_optimizer_v2, list_optimizers
-    from timm.scheduler import create_scheduler_v2
-    from timm.utils import ModelEmaV3
-
-    if settings.opt not in list_optimizers():
-        raise ValueError(f"opt must be an optimizer of timm, got {settings.opt!r}")
-    model.to(processes.device)
-    if teacher is not None:
-        teacher.to(processes.device).eval().requires_grad_(False)
-    optimizer = create_optimizer_v2(
-        model,
-        opt=settings.opt,
-        lr=settings.lr,
-        weight_decay=settings.weight_decay,
-        momentum=settings.momentum,
-        layer_decay=settings.layer_decay,
-    )
-    holding = hold_masks(model, masks, optimizer)
-    scheduler = None
-    if settings.epochs:
-        scheduler, _ = create_scheduler_v2(
-            optimizer,
-            sched=settings.sched,
-            # Rising first, then the whole of the schedule: the rate does not jump between them.
-            num_epochs=settings.epochs - settings.warmup,
-            warmup_prefix=True,
-            warmup_epochs=settings.warmup,
-            warmup_lr=settings.warmup_lr,
-            min_lr=settings.min_lr,
-            step_on_epochs=False,
-            updates_per_epoch=-(-batches // settings.accumulate),
-        )
-    forward = processes.wrap(model)
-    return Trainer(
-        model=model,
-        forward=cast(nn.Module, torch.compile(forward)) if settings.compile else forward,
-        optimizer=optimizer,
-        scheduler=scheduler,
-        scaler=torch.amp.GradScaler(processes.device.type, enabled=settings.amp == "float16"),
-        ema=ModelEmaV3(model, decay=settings.ema) if settings.ema is not None else None,
-        holding=holding,
-        teacher=teacher,
-        classes=classes,
-        processes=processes,
-        settings=settings,
-    )
