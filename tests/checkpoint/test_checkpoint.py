@@ -565,7 +565,6 @@ def test_timm_without_a_hub(monkeypatch):
         raise ConnectionError("the hub is away")
 
     monkeypatch.setattr(timm, "create_model", unreachable)
-    monkeypatch.setattr("dimap._timm._hub_resolves", lambda: True)
     with pytest.raises(
         OSError, match=r"pretrained weights of timm:vit_tiny.* could not be had: the"
     ):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable
-from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,27 +15,29 @@ from rich.text import Text
 from ..finetuning.settings import Settings
 from ._support import IN_HELP, Debug, Json, clear_errors, print_json
 
-KINDS = {"int": int, "float": float, "str": str, "bool": bool, "tuple[float, ...]": str}
+
+def _numbers(text: str) -> tuple[float, ...]:
+    return tuple(float(part) for part in text.split(","))
 
 
 def _with_settings(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command one option for each field of `Settings`, beside its own parameters."""
     own = inspect.signature(command, eval_str=True)
     parameters = [p for p in own.parameters.values() if p.kind is not p.VAR_KEYWORD]
-    for each in fields(Settings):
-        kind: Any = KINDS[str(each.type).removesuffix(" | None")]
-        text = each.metadata["help"]
-        if choices := each.metadata.get("choices"):
-            text += f" One of {', '.join(choices)}."
-        option = typer.Option(help=text, rich_help_panel=each.metadata["panel"])
-        wanted = kind if each.default is not None else kind | None
-        annotation: Any = Annotated[wanted, option]
+    for name, field in Settings.model_fields.items():
+        extra: Any = field.json_schema_extra
+        details: dict[str, Any] = {"help": field.description, "rich_help_panel": extra["panel"]}
+        kind: Any = field.annotation
+        if name in ("mean", "std"):
+            kind = str | None
+            details |= {"parser": _numbers, "metavar": "N,N,N"}
+        option = typer.Option(**details)
         parameters.append(
             inspect.Parameter(
-                each.name,
+                name,
                 inspect.Parameter.KEYWORD_ONLY,
-                default=each.default,
-                annotation=annotation,
+                default=field.default,
+                annotation=Annotated[kind, option],
             )
         )
 
@@ -106,13 +108,13 @@ def finetune(
 
     Defaults are the DIMAP paper's. For several GPUs: torchrun --nproc-per-node N -m dimap finetune …
     """
-    import os
-
     with clear_errors(debug):
         from ..finetuning import finetune as work
 
         if dense and masks is not None:
             raise ValueError("--dense holds nothing, so --masks must not be given with it")
+        if options["auto_augment"] == "none":
+            options["auto_augment"] = None
         result = work(
             checkpoint,
             data,
@@ -128,7 +130,7 @@ def finetune(
             tensorboard=tensorboard,
             resume=resume,
             force=force,
-            **_values(options),
+            **options,
         )
     if os.environ.get("RANK", "0") != "0":
         return
@@ -140,19 +142,3 @@ def finetune(
         style="default",
     )
     Console().print(text, soft_wrap=True)
-
-
-def _values(options: dict[str, Any]) -> dict[str, Any]:
-    """Options as `Settings` takes them: "none" is None, numbers with commas are tuples."""
-    values = dict(options)
-    for name in ("mean", "std"):
-        if values[name] is not None:
-            try:
-                values[name] = tuple(float(part) for part in values[name].split(","))
-            except ValueError:
-                raise typer.BadParameter(
-                    f"--{name} must be numbers with commas, got {values[name]!r}"
-                ) from None
-    if values["auto_augment"] == "none":
-        values["auto_augment"] = None
-    return values

@@ -67,21 +67,29 @@ class Folder:
                     f"{name} must be what it was to resume {self.path}: {then}, got {now}"
                 )
 
-    def save_weights(self, name: str, model: nn.Module, metadata: Mapping[str, str]) -> None:
-        """Write a model's state dict as safetensors."""
-        with replacing(self.path / name, force=True) as temporary:
-            save_safetensors(temporary, model.state_dict(), metadata)
+    def save_epoch(
+        self,
+        model: nn.Module,
+        metadata: Mapping[str, str],
+        identity: Mapping[str, Any],
+        history: list[dict[str, Any]],
+        state: Mapping[str, Any],
+        *,
+        best: bool,
+    ) -> None:
+        """Write all files of an epoch; metadata goes into those of the weights.
 
-    def save_history(self, identity: Mapping[str, Any], history: list[dict[str, Any]]) -> None:
-        """Write the settings and a row for each epoch."""
+        state: what `resume` reads. best: whether no earlier epoch was better.
+        """
+        for name in (BEST, LAST) if best else (LAST,):
+            with replacing(self.path / name, force=True) as temporary:
+                save_safetensors(temporary, model.state_dict(), metadata)
         with replacing(self.path / HISTORY, force=True) as temporary:
             text = json.dumps({"settings": dict(identity), "epochs": history}, indent=1)
             temporary.write_text(text + "\n", encoding="utf-8")
-
-    def save_state(self, state: Mapping[str, Any]) -> None:
-        """Write what `resume` reads."""
+        state = {"dimap_finetune": VERSION, **state, "identity": identity, "history": history}
         with replacing(self.path / STATE, force=True) as temporary, open(temporary, "wb") as file:
-            torch.save({"dimap_finetune": VERSION, **state}, file)
+            torch.save(state, file)
 
 
 def _read(path: Path) -> dict[str, Any]:

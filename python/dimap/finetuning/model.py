@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from .. import _timm
 from ..checkpoint import open_checkpoint
 from ..groups import AUX, find_modules
 from ..masks import check_masks, load_masks
-from ._data import Input
+from .data import Input
 from .settings import Settings
 
 
@@ -44,21 +44,35 @@ def open_model(
     Raises OSError where the checkpoint cannot be read; ValueError where it does not say which model
     it is, or is not that model's.
     """
+    architecture: str | None
+    config: dict[str, Any]
     if isinstance(checkpoint, nn.Module):
         source = Source(checkpoint, type(checkpoint).__name__)
-        architecture = getattr(checkpoint, "pretrained_cfg", {}).get("architecture")
-        if architecture:
-            source.metadata["architecture"] = architecture
+        architecture, config = _pretrained(checkpoint).get("architecture"), {}
     else:
-        source = _from_file(os.fspath(checkpoint), settings, timm_model)
+        source, architecture, config = _read_model(os.fspath(checkpoint), settings, timm_model)
+    model = source.model
     if classes is not None:
-        _reset_classifier(source, classes, settings.seed)
-    if "architecture" in source.metadata:
-        _describe_classes(source)
+        if not hasattr(model, "reset_classifier"):
+            raise ValueError(f"{source.name} must have timm's reset_classifier for --reset-head")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(settings.seed)
+            cast(Any, model).reset_classifier(classes)
+    if architecture is not None:
+        source.metadata["architecture"] = architecture
+        # Where it is not the architecture's own number of classes.
+        count, own = getattr(model, "num_classes", None), _pretrained(model).get("num_classes")
+        if isinstance(count, int) and count != config.get("num_classes", own):
+            config = {**config, "num_classes": count}
+        if config:
+            source.metadata["config"] = json.dumps(config)
     return source
 
 
-def _from_file(path: str, settings: Settings, timm_model: str | None) -> Source:
+def _read_model(
+    path: str, settings: Settings, timm_model: str | None
+) -> tuple[Source, str, dict[str, Any]]:
+    """The model in a file, timm's name of it, and the arguments that it must be built with."""
     with open_checkpoint(path) as checkpoint:
         found = (timm_model, {}) if timm_model else _timm.described(path, checkpoint.metadata)
         if found is None:
@@ -66,34 +80,17 @@ def _from_file(path: str, settings: Settings, timm_model: str | None) -> Source:
                 f"{path} must say which timm model it is, or --timm-model NAME must, got neither"
             )
         architecture, config = found
+        if settings.input_size is not None:
+            config = {**config, "img_size": settings.input_size}
+        drop = {} if settings.drop_path is None else {"drop_path_rate": settings.drop_path}
         state = {name: checkpoint.get(name) for name in checkpoint.tensors}
-        extra = {"img_size": settings.input_size, "drop_path_rate": settings.drop_path}
-        arguments = {**config, **{k: v for k, v in extra.items() if v is not None}}
-        model = _timm.with_all_weights(architecture, arguments, state, path, settings.seed)
-        if extra["img_size"] is not None:
-            config = {**config, "img_size": extra["img_size"]}
-        metadata = {**checkpoint.metadata, "architecture": architecture}
-        if config:
-            metadata["config"] = json.dumps(config)
-        return Source(model, path, metadata)
+        model = _timm.with_all_weights(architecture, {**config, **drop}, state, path, settings.seed)
+        return Source(model, path, dict(checkpoint.metadata)), architecture, config
 
 
-def _reset_classifier(source: Source, classes: int, seed: int) -> None:
-    reset = getattr(source.model, "reset_classifier", None)
-    if reset is None:
-        raise ValueError(f"{source.name} must have timm's reset_classifier for --reset-head")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        reset(classes)
-
-
-def _describe_classes(source: Source) -> None:
-    """Say the number of classes where it is not the architecture's own."""
-    count = getattr(source.model, "num_classes", None)
-    config = json.loads(source.metadata.get("config", "{}"))
-    own = getattr(source.model, "pretrained_cfg", {}).get("num_classes")
-    if isinstance(count, int) and count != config.get("num_classes", own):
-        source.metadata["config"] = json.dumps({**config, "num_classes": count})
+def _pretrained(model: nn.Module) -> dict[str, Any]:
+    """What timm knows of a model's pretrained weights: its architecture, classes, input."""
+    return dict(getattr(model, "pretrained_cfg", None) or {})
 
 
 def input_of(source: Source, settings: Settings) -> Input:
@@ -105,7 +102,7 @@ def input_of(source: Source, settings: Settings) -> Input:
     channels = 3 if convolution is None else convolution.in_channels
     if channels not in (1, 3):
         raise ValueError(f"{source.name} must take images of 1 or 3 channels, got {channels}")
-    pretrained = getattr(model, "pretrained_cfg", None) or {}
+    pretrained = _pretrained(model)
     built_for = getattr(getattr(model, "patch_embed", None), "img_size", None)
     side = settings.input_size
     if side is not None:
@@ -127,7 +124,7 @@ def input_of(source: Source, settings: Settings) -> Input:
                 f"{name} must have one number for each of the {channels} channels, "
                 f"got {len(given[name])}"
             )
-    found = resolve_data_config(given, pretrained_cfg=dict(pretrained))
+    found = resolve_data_config(given, pretrained_cfg=pretrained)
     mean, std = (_fit(found[name], channels) for name in ("mean", "std"))
     return Input((channels, *sides), mean, std, found["crop_pct"], found["interpolation"])
 

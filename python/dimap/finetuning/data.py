@@ -7,11 +7,11 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from operator import methodcaller
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from PIL import Image, ImageOps
 from torch.utils.data import IterableDataset
 
 from ._processes import Processes
@@ -153,17 +153,7 @@ def _declared_classes(dataset: Any) -> int | None:
     return None
 
 
-@dataclass(frozen=True)
-class ToMode:
-    """Convert an image: "RGB" for augmentation, whatever the data set has, "L" for one channel."""
-
-    mode: str
-
-    def __call__(self, image: Image.Image) -> Image.Image:
-        return image if image.mode == self.mode else image.convert(self.mode)
-
-
-def loader(
+def make_loader(
     dataset: Any, given: Input, settings: Settings, processes: Processes, *, training: bool
 ) -> Any:
     """timm's loader: batches [n, channels, height, width] and labels [n], on the device."""
@@ -202,30 +192,12 @@ def loader(
             "timm must be able to load images with these settings, got "
             f"{type(error).__name__}: {error}"
         ) from error
+    # RGB for augmentation, whatever the data set has; in the end one channel where the model has one.
     *steps, to_array = dataset.transform.transforms
-    _mend_posterize(steps)
-    first = [ToMode("RGB"), *([Pad(settings.pad)] if settings.pad else [])]
-    last = [ToMode("L")] if given.size[0] == 1 else []
+    first = [methodcaller("convert", "RGB"), *([Pad(settings.pad)] if settings.pad else [])]
+    last = [methodcaller("convert", "L")] if given.size[0] == 1 else []
     dataset.transform = Compose([*first, *steps, *last, to_array])
     return made
-
-
-def _mend_posterize(steps: list[Any]) -> None:
-    """Let timm's policies ask for an image of 0 bits, which Pillow refuses from version 13 on."""
-    from timm.data import auto_augment
-
-    for step in steps:
-        policies = [getattr(step, "ops", None) or [], *(getattr(step, "policy", None) or [])]
-        for operation in (each for policy in policies for each in policy):
-            if getattr(operation, "aug_fn", None) is auto_augment.posterize:
-                operation.aug_fn = posterize
-
-
-def posterize(image: Image.Image, bits_to_keep: int, **_: Any) -> Image.Image:
-    """Keep the highest bits of each value, 0 to 8 of them."""
-    if bits_to_keep < 1:
-        return Image.new(image.mode, image.size)  # black
-    return image if bits_to_keep >= 8 else ImageOps.posterize(image, bits_to_keep)
 
 
 def set_epoch(loader: Any, epoch: int) -> None:
