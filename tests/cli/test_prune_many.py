@@ -20,12 +20,12 @@ pytest.importorskip("safetensors")
 pytest.importorskip("typer")
 
 from checkpoints import load_folder, shards, vit
-from dimap.checkpoint import _manifest, _share
-from dimap.checkpoint._inputs import Item, find_inputs
-from dimap.checkpoint._manifest import NAME, Manifest
-from dimap.checkpoint._prune_many import Job, Settings
+from dimap.checkpoint import _share, manifest
+from dimap.checkpoint.inputs import Item, find_inputs
+from dimap.checkpoint.manifest import NAME, Manifest
+from dimap.checkpoint.many import Job, Settings
 from dimap.checkpoint._share import Ranks
-from dimap.checkpoint._workers import prune_all
+from dimap.checkpoint.workers import prune_all
 from dimap.cli import app
 from safetensors.torch import load_file, save_file
 
@@ -250,9 +250,9 @@ def test_the_disk_is_full_for_one(run, here):
 
 
 def test_input_that_changes_while_it_is_read(run, here, monkeypatch):
-    from dimap.checkpoint import _prune_many
+    from dimap.checkpoint import many
 
-    original = _prune_many.prune_file
+    original = many.prune_file
 
     def changing(*arguments, **options):
         found = original(*arguments, **options)
@@ -260,7 +260,7 @@ def test_input_that_changes_while_it_is_read(run, here, monkeypatch):
         return found
 
     with monkeypatch.context() as patch:
-        patch.setattr(_prune_many, "prune_file", changing)
+        patch.setattr(many, "prune_file", changing)
         _, err = run("a.safetensors", code=1)
     assert "a.safetensors must not change while it is read" in err
     assert os.listdir("out") == [NAME]
@@ -277,7 +277,7 @@ def test_the_same_command_does_nothing_again_and_reads_nothing(run, monkeypatch)
     def read(*_):
         raise AssertionError("read")
 
-    monkeypatch.setattr(_manifest, "_hash", read)
+    monkeypatch.setattr(manifest, "_hash", read)
     told, _ = run(*ALL)
     assert set(states(told).values()) == {"done before"}
     assert told["checkpoints"][0]["kept"] == pruned_kept(1)
@@ -383,7 +383,7 @@ def test_a_manifest_of_a_later_version_is_refused(run):
 
 def test_many_processes_append_whole_lines(tmp_path):
     code = (
-        "import sys; from pathlib import Path; from dimap.checkpoint._manifest import Manifest\n"
+        "import sys; from pathlib import Path; from dimap.checkpoint.manifest import Manifest\n"
         "for i in range(200): Manifest(Path(sys.argv[1])).append(f'{sys.argv[2]}-{i}', 'begun', x='y' * 3000)"
     )
     command = [sys.executable, "-c", code, str(tmp_path)]
@@ -399,14 +399,14 @@ def test_many_processes_append_whole_lines(tmp_path):
 KILLED = """
 import os, signal, sys
 from dimap import cli
-from dimap.checkpoint import _manifest
-original, calls, moment = _manifest.Manifest.append, [], int(sys.argv.pop(1))
+from dimap.checkpoint import manifest
+original, calls, moment = manifest.Manifest.append, [], int(sys.argv.pop(1))
 def append(self, name, state, **more):
     calls.append(state)
     if len(calls) == moment:
         os.kill(os.getpid(), signal.SIGKILL)
     original(self, name, state, **more)
-_manifest.Manifest.append = append
+manifest.Manifest.append = append
 cli.main()
 """
 

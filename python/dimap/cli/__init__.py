@@ -12,11 +12,11 @@ from rich.console import Console
 from .. import __version__, build_info
 from ..checkpoint import open_checkpoint
 from ..checkpoint._inspect import inspect as inspect_checkpoint
-from ._expand import expand
-from ._plot import plot
-from ._progress import Bar
-from ._prune import prune
-from ._support import (
+from .expand import expand
+from .plot import plot
+from .progress import Bar
+from .prune import prune
+from .common import (
     Debug,
     Json,
     Layers,

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.text import Text
 
 from ..finetuning.settings import Settings
-from ._support import IN_HELP, Debug, Json, clear_errors, print_json
+from .common import IN_HELP, Debug, Json, clear_errors, print_json
 
 
 def _numbers(text: str) -> tuple[float, ...]:

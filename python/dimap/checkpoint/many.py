@@ -20,12 +20,12 @@ import torch
 
 from .. import __version__
 from .._files import remove
-from ..cli._progress import Bar
-from ..cli._support import sentence
+from ..cli.progress import Bar
+from ..cli.common import sentence
 from ..pruning import Normalize, Scope
 from . import open_checkpoint
-from ._inputs import ENDINGS, TIMM, Item
-from ._manifest import Manifest, hashed, same_files, stamps_of
+from .inputs import ENDINGS, TIMM, Item
+from .manifest import Manifest, hashed, same_files, stamps_of
 from ._prune_file import prune_file
 
 State = Literal["done", "done before", "failed"]

@@ -13,13 +13,13 @@ from rich.text import Text
 
 from ..checkpoint import open_checkpoint
 from ..checkpoint._prune_file import prune_file
-from ..checkpoint._prune_many import Job, Settings
+from ..checkpoint.many import Job, Settings
 from ..distributed.ranks import launched
 from ..methods import METHODS
 from ..report._tables import layers as layer_table
-from ._progress import Bar
-from ._prune_many import prune_many
-from ._support import (
+from .progress import Bar
+from .prune_many import prune_many
+from .common import (
     IN_HELP,
     Debug,
     Json,

@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.text import Text
 
 from ..bitmask import expand as expand_file
-from ._progress import Bar
-from ._support import Debug, Json, clear_errors, print_json
+from .progress import Bar
+from .common import Debug, Json, clear_errors, print_json
 
 
 def expand(

@@ -14,8 +14,8 @@ from rich.text import Text
 
 from .._files import check_free
 from ..checkpoint import open_checkpoint
-from ._progress import Bar
-from ._support import IN_HELP, Debug, RandomInit, clear_errors
+from .progress import Bar
+from .common import IN_HELP, Debug, RandomInit, clear_errors
 
 
 class Picture(str, Enum):
