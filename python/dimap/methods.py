@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from .groups import Model, Patterns
+from .groups.plan import Normalize, Plan, Scope, check_choice, renamed
 
-from . import saliency as saliencies
-from .groups import Patterns
-from .groups._plan import Model, Normalize, Plan, check_choice, renamed
-from .groups._scopes import Scope
-from .saliency import Batches, Loss
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .saliency import Batches, Loss
 
 __all__ = ["METHODS", "Method"]
 
@@ -36,13 +37,25 @@ class Method:
         return self.saliency is not None
 
 
+def _taylor(*arguments: Any, **options: Any) -> dict[str, Tensor]:
+    from .saliency import taylor  # which imports torch
+
+    return taylor(*arguments, **options)
+
+
+def _snip(*arguments: Any, **options: Any) -> dict[str, Tensor]:
+    from .saliency import snip
+
+    return snip(*arguments, **options)
+
+
 METHODS: Mapping[str, Method] = {
     "dimap": Method("module", "layer", "He and Zhou, ICLR 2024"),
     "lamp": Method("global", "layer", "Lee et al., ICLR 2021"),
     "uniform": Method("layer", "layer", "magnitude, the same ratio in every layer"),
     "global_magnitude": Method("global", "scope", "magnitude, one threshold for the network"),
-    "taylor": Method("global", "scope", "Molchanov et al., CVPR 2019", saliencies.taylor),
-    "snip": Method("global", "scope", "Lee et al., ICLR 2019", saliencies.snip),
+    "taylor": Method("global", "scope", "Molchanov et al., CVPR 2019", _taylor),
+    "snip": Method("global", "scope", "Lee et al., ICLR 2019", _snip),
 }
 
 
@@ -78,6 +91,8 @@ def rank(
     patterns: Patterns | None,
 ) -> Ranking:
     """What a call of `dimap.select` is to rank; everything is checked before data are read."""
+    from torch import nn
+
     check_choice("method", method, tuple(METHODS))
     chosen = METHODS[method]
     if saliency is not None and chosen.needs_data:

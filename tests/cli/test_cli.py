@@ -411,7 +411,7 @@ def test_unexpected_error_is_one_line_too(run, monkeypatch):
     def broken(*_):
         raise KeyError("cause\nmore")
 
-    monkeypatch.setattr("dimap.cli.inspect_checkpoint", broken)
+    monkeypatch.setattr("dimap.checkpoint._inspect.inspect", broken)
     assert "KeyError" in fails(run, "inspect", "in.safetensors")
 
 
@@ -501,7 +501,8 @@ def test_bar_on_a_terminal_after_a_while(terminal, monkeypatch, capsys):
     monkeypatch.setattr("dimap.cli.progress.DELAY", 0.0)
     with Bar("opening") as bar:
         bar._timer.join()
-        assert list(bar.over("writing", {"a": 3, "b": 1})) == ["a", "b"]
+        bar.step("writing", 4)
+        bar.advance(3)
     out, err = capsys.readouterr()
     assert out == ""
     assert "writing" in err
@@ -510,7 +511,8 @@ def test_bar_on_a_terminal_after_a_while(terminal, monkeypatch, capsys):
 def test_no_bar_for_short_work(terminal, monkeypatch, capsys):
     monkeypatch.setattr("dimap.cli.progress.DELAY", 3600.0)
     with Bar("opening") as bar:
-        list(bar.over("writing", {"a": 3}))
+        bar.step("writing", 3)
+        bar.advance(3)
     assert capsys.readouterr() == ("", "")
 
 
@@ -519,5 +521,6 @@ def test_no_bar_without_a_terminal(monkeypatch, capsys):
     for name in ("FORCE_COLOR", "TTY_COMPATIBLE"):
         monkeypatch.delenv(name, raising=False)
     with Bar("opening") as bar:
-        list(bar.over("writing", {"a": 3}))
+        bar.step("writing", 3)
+        bar.advance(3)
     assert capsys.readouterr() == ("", "")

@@ -21,10 +21,10 @@ pytest.importorskip("typer")
 
 from checkpoints import load_folder, shards, vit
 from dimap.checkpoint import _share, manifest
+from dimap.checkpoint._share import Ranks
 from dimap.checkpoint.inputs import Item, find_inputs
 from dimap.checkpoint.manifest import NAME, Manifest
 from dimap.checkpoint.many import Job, Settings
-from dimap.checkpoint._share import Ranks
 from dimap.checkpoint.workers import prune_all
 from dimap.cli import app
 from safetensors.torch import load_file, save_file
@@ -202,6 +202,7 @@ def test_a_share_out_of_range(run):
 
 @pytest.mark.parametrize(
     "arguments", [["a.safetensors"], [*ALL], ["a.safetensors", "o.safetensors", "--jobs", "2"],
+                  ["a.safetensors", "o.safetensors", "--checksum"],
                   ["a.safetensors", "--out-dir", "out", "--jobs", "0"]],
 )  # fmt: skip
 def test_usage(here, arguments):
@@ -277,7 +278,7 @@ def test_the_same_command_does_nothing_again_and_reads_nothing(run, monkeypatch)
     def read(*_):
         raise AssertionError("read")
 
-    monkeypatch.setattr(manifest, "_hash", read)
+    monkeypatch.setattr(manifest, "_sha256", read)
     told, _ = run(*ALL)
     assert set(states(told).values()) == {"done before"}
     assert told["checkpoints"][0]["kept"] == pruned_kept(1)
@@ -292,7 +293,7 @@ def pruned_kept(seed):
 
 def test_hashes_are_those_of_the_files(run):
     hashlib = pytest.importorskip("hashlib")
-    run("a.safetensors", "llm")
+    run("a.safetensors", "llm", "--checksum")
     found = {line["out"]: line for line in lines() if line["state"] == "done"}
     (file,) = found["a.safetensors"]["input"]
     assert file["sha256"] == hashlib.sha256(Path("a.safetensors").read_bytes()).hexdigest()
@@ -302,11 +303,25 @@ def test_hashes_are_those_of_the_files(run):
     assert len(found["llm"]["outputs"]["out"]) == len(os.listdir("llm"))
 
 
-def test_a_touched_input_is_read_and_found_the_same(run):
-    run(*ALL)
+def test_a_touched_file_is_the_same_where_its_checksum_is(run):
+    run(*ALL, "--checksum")
     os.utime("a.safetensors")
     os.utime("out/b.pth", (1, 1))
     assert run(*ALL)[0]["done_before"] == 3
+    data = Path("out/b.pth").read_bytes()
+    Path("out/b.pth").write_bytes(data[:-1] + b"x")
+    assert "out/b.pth: is not what was made" in run(*ALL, code=1)[1]
+
+
+def test_a_touched_file_is_another_without_checksums(run):
+    run(*ALL)
+    assert {f["sha256"] for line in lines() for f in line.get("input", ())} == {None}
+    os.utime("a.safetensors")
+    os.utime("out/b.pth", (1, 1))
+    told, err = run(*ALL, code=1)
+    assert list(states(told).values()) == ["failed", "failed", "done before"]
+    assert "was made when a.safetensors was another and is replaced only by force" in err
+    assert run(*ALL, "--force")[0]["done"] == 2
 
 
 def test_a_changed_input_is_told_and_made_again_by_force(run):

@@ -12,12 +12,12 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from ..cli.progress import Bar
 from ..families import Family
 from ..groups import AUX, Layer, find_modules
 from ..groups import family_of as family_of_names
 from ..pruning import count_nonzero
 from . import Checkpoint
+from ._stream_types import Progress
 
 
 @dataclass
@@ -114,7 +114,7 @@ def _row(count: Count, layers: int) -> tuple[str, ...]:
     return (count.name, str(layers), f"{count.weights:,}", f"{count.nonzero:,}", share, dtypes)
 
 
-def inspect(checkpoint: Checkpoint, bar: Bar) -> Inspection:
+def inspect(checkpoint: Checkpoint, progress: Progress) -> Inspection:
     """Count every weight, reading each tensor once.
 
     Raises ValueError where the names are of no known family.
@@ -123,7 +123,11 @@ def inspect(checkpoint: Checkpoint, bar: Bar) -> Inspection:
     family = family_of(modules, checkpoint.tensors)
     found = [p for layers in modules.values() for layer in layers for p in layer.parameters]
     sizes = {name: checkpoint.tensors[name].nbytes for name in found}
-    nonzero = {n: count_nonzero(checkpoint.get(n)) for n in bar.over("reading", sizes)}
+    progress.step("reading", sum(sizes.values()))
+    nonzero = {}
+    for name, size in sizes.items():
+        nonzero[name] = count_nonzero(checkpoint.get(name))
+        progress.advance(size)
     total = Count("all")
     counts = []
     for name, layers in modules.items():

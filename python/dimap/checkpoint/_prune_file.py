@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from .. import _timm
 from .._files import replacing
-from ..cli.progress import Bar
 from ..distributed.ranks import Alone, Ranks
 from ..groups import AUX, Layer, find_modules
 from ..pruning import Normalize, Pruning, Scope, prune
@@ -20,6 +19,7 @@ from ..report._output import report_output
 from ..stream import StreamPruning, pruning_checkpoint
 from . import Checkpoint
 from ._safetensors import Shards
+from ._stream_types import Progress, Silent
 
 
 def prune_file(
@@ -36,7 +36,7 @@ def prune_file(
     force: bool,
     timm_model: str | None,
     input_size: tuple[int, ...] | None,
-    bar: Bar,
+    progress: Progress | None = None,
     ranks: Ranks | None = None,
 ) -> Report:
     """Write the pruned checkpoint to `out`, with its masks and report where they are wanted.
@@ -49,6 +49,7 @@ def prune_file(
     All outputs appear complete or not at all.
     """
     ranks = ranks or Alone()
+    progress = progress or Silent()
     if ranks.size > 1 and not isinstance(checkpoint, Shards):
         raise ValueError(
             f"IN must be safetensors to be shared among {ranks.size} ranks, got {checkpoint.path}"
@@ -79,7 +80,7 @@ def prune_file(
                     masks=masks,
                     bitmask=bitmask,
                     force=force,
-                    progress=bar,
+                    progress=progress,
                     ranks=ranks,
                 )
             )
@@ -87,16 +88,18 @@ def prune_file(
         else:
             masks_file = masks and outputs.enter_context(replacing(masks, force=force))
             writer = outputs.enter_context(checkpoint.create(out, force=force))
-            bar.step("pruning")
+            progress.step("pruning")
             state = {name: checkpoint.get(name) for name in _parameters(modules)}
             pruning = prune(state, ratios, scope=scope, normalize=normalize)
             writer.pack = frozenset(pruning.masks if bitmask else ())
             sizes = {name: checkpoint.tensors[name].nbytes for name in writer.names}
-            for name in bar.over("writing", sizes):
+            progress.step("writing", sum(sizes.values()))
+            for name, size in sizes.items():
                 writer.put(name, state[name] if name in state else checkpoint.get(name))
+                progress.advance(size)
             if masks_file:
                 pruning.save_masks(masks_file)
-        bar.step("counting")
+        progress.step("counting")
         found = {name: state[name] for name in _parameters(modules)}
         model, why = None, "the first rank counts them"
         if ranks.rank == 0:
@@ -106,7 +109,7 @@ def prune_file(
         built = replace(built, notes=(*notes, *checkpoint.notes))
         if told:
             told.write(built, pruning)
-        bar.step("completing")
+        progress.step("completing")
     return built
 
 

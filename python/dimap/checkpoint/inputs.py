@@ -130,10 +130,5 @@ def _check_no_shard(path: Path) -> None:
 
 def _size(source: str) -> int:
     path = Path(source)
-    if source.startswith(TIMM):
-        return 0
-    if not path.is_dir():
-        with suppress(OSError):
-            return path.stat().st_size
-        return 0
-    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    files = path.rglob("*") if path.is_dir() else (path,)
+    return sum(file.stat().st_size for file in files if file.is_file())

@@ -3,38 +3,28 @@
 A line is appended under a lock, in one write, and brought to the disk. A line that a crash tore is
 passed over, and the next one begins on a line of its own. The last line of an output counts.
 
-A file is told by its SHA-256. Bytes are read again for it only where a file's length, times or
-inode are not those that were recorded with the hash: continuing costs a few system calls a file.
+A file is known again by its length, times and inode: continuing costs a few system calls a file.
+Where these are others and a SHA-256 was noted, the file's bytes are read and compared.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
-import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from .._files import naming
-
-if sys.platform != "win32":
-    import fcntl
 
 NAME = "dimap-manifest.jsonl"
 VERSION = 1
 CHUNK = 4 << 20  # bytes that are hashed at a time
 
-
-class File(NamedTuple):
-    """path: relative to the checkpoint or output folder. stamp: its times and inode then."""
-
-    path: str
-    bytes: int
-    sha256: str
-    stamp: tuple[int, ...]
+Record = dict[str, Any]  # a line of the manifest, or what it says of a file
 
 
 class Manifest:
@@ -43,12 +33,12 @@ class Manifest:
     def __init__(self, folder: Path) -> None:
         self.path = folder / NAME
 
-    def read(self) -> dict[str, dict[str, Any]]:
+    def read(self) -> dict[str, Record]:
         """The last line of every output: its name -> the line.
 
         Raises ValueError where a line is of a later version.
         """
-        found: dict[str, dict[str, Any]] = {}
+        found: dict[str, Record] = {}
         try:
             data = self.path.read_bytes()
         except FileNotFoundError:
@@ -71,17 +61,13 @@ class Manifest:
         """Add a line; it is on the disk when this returns."""
         record = {"version": VERSION, "out": name, "state": state, **more}
         line = json.dumps(record, allow_nan=False).encode() + b"\n"
-        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_CLOEXEC", 0)
         with naming(self.path):
-            descriptor = os.open(self.path, flags, 0o666)
+            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
             try:
-                if sys.platform != "win32":
-                    fcntl.flock(descriptor, fcntl.LOCK_EX)  # until it is closed
+                fcntl.flock(descriptor, fcntl.LOCK_EX)  # until it is closed
                 end = os.lseek(descriptor, 0, os.SEEK_END)
-                if end:
-                    os.lseek(descriptor, end - 1, os.SEEK_SET)
-                    if os.read(descriptor, 1) != b"\n":
-                        line = b"\n" + line
+                if end and os.pread(descriptor, 1, end - 1) != b"\n":
+                    line = b"\n" + line
                 while line:
                     line = line[os.write(descriptor, line) :]
                 os.fsync(descriptor)
@@ -89,61 +75,58 @@ class Manifest:
                 os.close(descriptor)
 
 
-def files_of(path: Path) -> list[Path]:
-    """A file itself; all files in a folder, symbolic links followed."""
+def files_of(path: Path, checksum: bool = False) -> list[Record]:
+    """What the manifest says of a file, or of all files in a folder, symbolic links followed.
+
+    path: relative to the folder. stamp: length, times and inode. sha256: None without `checksum`.
+    """
     if not path.is_dir():
-        return [path]
-    return sorted(
-        Path(folder) / file
-        for folder, _, files in os.walk(path, followlinks=True)
-        for file in files
-    )
+        files = [path]
+    else:
+        walked = os.walk(path, followlinks=True)
+        files = sorted(Path(folder) / file for folder, _, names in walked for file in names)
+    stamps = [_stamp(file) for file in files]
+    with ThreadPoolExecutor() as pool:
+        sums = pool.map(_sha256, files) if checksum else [None] * len(files)
+        return [
+            {
+                "path": file.name if file == path else file.relative_to(path).as_posix(),
+                "bytes": stamp[0],
+                "sha256": sha256,
+                "stamp": stamp,
+            }
+            for file, stamp, sha256 in zip(files, stamps, sums, strict=True)
+        ]
 
 
-def stamp_of(path: Path) -> tuple[int, ...]:
+def same_stamps(some: Sequence[Record], others: Sequence[Record]) -> bool:
+    """Whether two lists tell of the same files, none of which was written to between."""
+    return [(f["path"], f["stamp"]) for f in some] == [(f["path"], f["stamp"]) for f in others]
+
+
+def same_files(path: Path, recorded: Sequence[Record]) -> bool:
+    """Whether a checkpoint's files are those that were recorded, by stamp or by SHA-256."""
+    here = files_of(path)
+    if [(f["path"], f["bytes"]) for f in here] != [(f["path"], f["bytes"]) for f in recorded]:
+        return False
+    folder = path if path.is_dir() else path.parent
+    unsure = [old for new, old in zip(here, recorded, strict=True) if new["stamp"] != old["stamp"]]
+    if any(old["sha256"] is None for old in unsure):
+        return False
+    with ThreadPoolExecutor() as pool:
+        sums = pool.map(lambda old: _sha256(folder / old["path"]) == old["sha256"], unsure)
+        return all(sums)
+
+
+def _stamp(path: Path) -> list[int]:
     """Length, times and inode: other bytes come with another stamp."""
     found = path.stat()
-    return (found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino)
+    return [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
 
 
-def stamps_of(path: Path) -> dict[str, tuple[int, ...]]:
-    """The stamps of a checkpoint's files."""
-    return {_relative(file, path): stamp_of(file) for file in files_of(path)}
-
-
-def hashed(paths: Sequence[Path], threads: int = 1) -> list[list[File]]:
-    """The files of every checkpoint, read, as many at a time as there are threads."""
-    with ThreadPoolExecutor(max(1, threads)) as pool:
-        begun = [
-            [pool.submit(_hash, file, _relative(file, path)) for file in files_of(path)]
-            for path in paths
-        ]
-        return [[file.result() for file in files] for files in begun]
-
-
-def same_files(path: Path, recorded: Sequence[dict[str, Any]], threads: int = 1) -> bool:
-    """Whether a checkpoint's files are, byte by byte, those that were recorded."""
-    known = {file.path: file for file in (File(**row) for row in recorded)}
-    stamps = stamps_of(path)
-    if {name: stamp[0] for name, stamp in stamps.items()} != {
-        f.path: f.bytes for f in known.values()
-    }:
-        return False
-    unsure = [name for name, stamp in stamps.items() if stamp != tuple(known[name].stamp)]
-    with ThreadPoolExecutor(max(1, threads)) as pool:
-        root = path if path.is_dir() else path.parent
-        found = pool.map(lambda name: _hash(root / name, name).sha256 == known[name].sha256, unsure)
-        return all(found)
-
-
-def _relative(file: Path, checkpoint: Path) -> str:
-    return file.name if file == checkpoint else file.relative_to(checkpoint).as_posix()
-
-
-def _hash(file: Path, name: str) -> File:
+def _sha256(path: Path) -> str:
     digest, buffer = hashlib.sha256(), bytearray(CHUNK)
-    stamp = stamp_of(file)
-    with naming(file), open(file, "rb", buffering=0) as opened:
+    with naming(path), open(path, "rb", buffering=0) as opened:
         while count := opened.readinto(buffer):
             digest.update(memoryview(buffer)[:count])
-    return File(name, stamp[0], digest.hexdigest(), stamp)
+    return digest.hexdigest()

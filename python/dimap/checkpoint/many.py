@@ -1,7 +1,7 @@
 """Prune checkpoints into a folder: what is done stays done, and what fails holds nothing up.
 
-The line "begun" in the manifest stands before an output appears, the line "done" after it has been
-read back. An output without "done" is thus of a command that crashed between, and is made again.
+The line "begun" in the manifest stands before an output appears, the line "done" after it is there.
+An output without "done" is thus of a command that crashed between, and is made again.
 """
 
 from __future__ import annotations
@@ -14,23 +14,19 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
-
-import torch
+from typing import Literal
 
 from .. import __version__
+from .._errors import sentence
 from .._files import remove
-from ..cli.progress import Bar
-from ..cli.common import sentence
-from ..pruning import Normalize, Scope
+from ..groups.plan import Normalize, Scope
 from . import open_checkpoint
-from .inputs import ENDINGS, TIMM, Item
-from .manifest import Manifest, hashed, same_files, stamps_of
 from ._prune_file import prune_file
+from .inputs import ENDINGS, TIMM, Item
+from .manifest import Manifest, Record, files_of, same_files, same_stamps
 
 State = Literal["done", "done before", "failed"]
-Record = dict[str, Any]  # a line of the manifest
-Task = tuple[Item, Record | None]
+Task = tuple[Item, Record | None]  # what to prune, and the last line about its output
 
 
 @dataclass(frozen=True)
@@ -52,6 +48,7 @@ class Job:
     masks, reports: folders, or None where none are wanted.
     timm_model, input_size: for counting FLOPs (see `prune_file`).
     force: replace outputs that are there and that the manifest does not tell to be these.
+    checksum: note the SHA-256 of inputs and outputs.
     debug: print tracebacks.
     """
 
@@ -62,6 +59,7 @@ class Job:
     timm_model: str | None = None
     input_size: tuple[int, ...] | None = None
     force: bool = False
+    checksum: bool = False
     debug: bool = False
 
     def outputs(self, name: str) -> dict[str, Path]:
@@ -125,41 +123,37 @@ def prune_one(job: Job, item: Item, record: Record | None) -> Outcome:
     record: the last line about this output in the manifest.
     """
     start = time.monotonic()
+    state: State = "done before"
     try:
-        if _is_done(job, item, record):
-            assert record is not None
-            return Outcome(item.source, item.name, "done before", **_counts(record))
-        done = _prune(job, item, record)
+        if not _is_done(job, item, record):
+            state, record = "done", _prune(job, item, record)
     except Exception as error:
         if job.debug:
             traceback.print_exc()
         seconds = round(time.monotonic() - start, 3)
         return Outcome(item.source, item.name, "failed", seconds=seconds, error=sentence(error))
-    seconds = round(time.monotonic() - start, 3)
-    return Outcome(item.source, item.name, "done", seconds=seconds, **_counts(done))
-
-
-def _counts(record: Record) -> Any:
-    return {name: record[name] for name in ("weights", "kept", "nonzero")}
+    assert record is not None
+    seconds = 0.0 if state == "done before" else round(time.monotonic() - start, 3)
+    counts = (record["weights"], record["kept"], record["nonzero"])
+    return Outcome(item.source, item.name, state, *counts, seconds)
 
 
 def _is_done(job: Job, item: Item, record: Record | None) -> bool:
-    """Whether all outputs are there, made with these settings from these bytes.
+    """Whether all outputs are there, made with these settings from these files.
 
     Raises FileExistsError where something else is there and not `force`.
     """
     places = job.outputs(item.name)
     present = {kind: path for kind, path in places.items() if os.path.lexists(path)}
-    state = record["state"] if record else None
-    if not present or state == "begun":
+    if not present or (record and record["state"] == "begun"):
         return False
-    if record is None or state != "done":
+    if record is None or record["state"] != "done":
         why = "exists already"
     elif record["settings"] != asdict(job.settings):
         why = "was made with other settings"
-    elif not _same(item.source, record["input"]):
+    elif not item.source.startswith(TIMM) and not same_files(Path(item.source), record["input"]):
         why = f"was made when {item.source} was another"
-    elif not all(_same(str(p), record["outputs"].get(kind)) for kind, p in present.items()):
+    elif not all(same_files(p, record["outputs"].get(kind, ())) for kind, p in present.items()):
         why = "is not what was made"
     else:
         return len(present) == len(places)  # else the missing ones are made again
@@ -169,14 +163,9 @@ def _is_done(job: Job, item: Item, record: Record | None) -> bool:
     return False
 
 
-def _same(path: str, recorded: Sequence[Record] | None) -> bool:
-    if path.startswith(TIMM):
-        return recorded == []
-    return recorded is not None and same_files(Path(path), recorded, torch.get_num_threads())
-
-
 def _prune(job: Job, item: Item, record: Record | None) -> Record:
     """Prune, and tell the manifest; returns what it was told."""
+    start = time.monotonic()
     manifest = Manifest(job.out_dir)
     places = job.outputs(item.name)
     replace = any(os.path.lexists(path) for path in places.values())  # `_is_done` allows it
@@ -184,10 +173,8 @@ def _prune(job: Job, item: Item, record: Record | None) -> Record:
     for path in places.values():
         path.parent.mkdir(parents=True, exist_ok=True)
     manifest.append(item.name, "begun", **common)
-    start = time.monotonic()
     try:
-        from_disk = not item.source.startswith(TIMM)
-        before = stamps_of(Path(item.source)) if from_disk else {}
+        before = _inputs(item)
         with open_checkpoint(item.source, random_init=job.settings.random_init) as checkpoint:
             report = prune_file(
                 checkpoint,
@@ -202,32 +189,32 @@ def _prune(job: Job, item: Item, record: Record | None) -> Record:
                 force=replace,
                 timm_model=job.timm_model,
                 input_size=job.input_size,
-                bar=Bar(""),  # never shown
             )
     except Exception as error:
         # The outputs are what they were: so is what the manifest tells of them.
         with suppress(OSError):
             if record and record["state"] != "failed" and replace:
-                manifest.append(**_again(record))
+                kept = {key: record[key] for key in record if key not in ("version", "out")}
+                manifest.append(item.name, **kept)
             else:
                 manifest.append(item.name, "failed", **common, error=sentence(error))
         raise
-    sources = [Path(item.source)] if from_disk else []
-    files = hashed([*places.values(), *sources], torch.get_num_threads())
-    outputs = dict(zip(places, files, strict=False))
-    inputs = files[-1] if from_disk else []
-    if {file.path: file.stamp for file in inputs} != before:
+    read = _inputs(item, job.checksum)
+    if not same_stamps(before, read):
         for path in places.values():
             remove(path)
         raise ValueError(f"{item.source} must not change while it is read")
-    counts = {"weights": report.weights, "kept": report.kept, "nonzero": report.nonzero}
-    told = {kind: [file._asdict() for file in made] for kind, made in outputs.items()}
-    read = [file._asdict() for file in inputs]
-    done = {**common, "input": read, "outputs": told, **counts}
+    done = {
+        **common,
+        "input": read,
+        "outputs": {kind: files_of(path, job.checksum) for kind, path in places.items()},
+        "weights": report.weights,
+        "kept": report.kept,
+        "nonzero": report.nonzero,
+    }
     manifest.append(item.name, "done", **done, seconds=round(time.monotonic() - start, 3))
     return done
 
 
-def _again(record: Record) -> Record:
-    kept = {key: value for key, value in record.items() if key not in ("version", "out")}
-    return {"name": record["out"], **kept}
+def _inputs(item: Item, checksum: bool = False) -> list[Record]:
+    return [] if item.source.startswith(TIMM) else files_of(Path(item.source), checksum)

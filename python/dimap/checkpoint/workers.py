@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import queue
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from multiprocessing.connection import Connection, wait
-from typing import Any
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from itertools import islice
+from multiprocessing.connection import wait as wait_for
+from multiprocessing.process import BaseProcess
 
-import torch
-
-from ..cli.common import clean_up_on_signals
+from .._errors import unwind_on_signals
 from .many import Job, Outcome, Task, prune_one
-
-SPAWN = multiprocessing.get_context("spawn")  # a fork would copy locks that threads hold
 
 
 def prune_all(job: Job, tasks: Iterator[Task], jobs: int) -> Iterator[Outcome]:
@@ -26,104 +24,103 @@ def prune_all(job: Job, tasks: Iterator[Task], jobs: int) -> Iterator[Outcome]:
     A process has its share of this one's threads. With one job no process is started.
     """
     if jobs == 1:
-        for task in tasks:
-            yield prune_one(job, *task)
+        yield from (prune_one(job, *task) for task in tasks)
         return
-    lock = threading.Lock()
-    outcomes: queue.Queue[Outcome | BaseException | None] = queue.Queue()
-
-    def drive(worker: _Worker) -> None:
-        try:
-            while True:
-                with lock:
-                    task = next(tasks, None)
-                if task is None:
-                    break
-                outcomes.put(worker.run(task))
-        except BaseException as error:
-            outcomes.put(error)
-        else:
-            outcomes.put(None)
-
-    workers = [_Worker(job, max(1, torch.get_num_threads() // jobs)) for _ in range(jobs)]
-    threads = [threading.Thread(target=drive, args=(worker,), daemon=True) for worker in workers]
+    threads = max(1, _threads() // jobs)
+    workers = [_Worker(threads) for _ in range(jobs)]
+    idle = list(workers)
+    busy: dict[Future[Outcome], tuple[_Worker, Task]] = {}
+    outcomes: list[Outcome] = []
     try:
-        with _ignoring_interrupts():  # a worker is stopped by this process, not by the terminal
-            for worker in workers:
-                worker.start()
-        for thread in threads:
-            thread.start()
-        busy = jobs
-        while busy:
-            outcome = outcomes.get()
-            if isinstance(outcome, BaseException):
-                raise outcome
-            if outcome is None:
-                busy -= 1
-            else:
-                yield outcome
+        while True:
+            for task in islice(tasks, len(idle)):
+                worker = idle.pop()
+                busy[worker.submit(job, task)] = worker, task
+            yield from outcomes
+            if not busy:
+                return
+            outcomes = []
+            for future in wait(busy, return_when=FIRST_COMPLETED).done:
+                worker, task = busy.pop(future)
+                outcomes.append(worker.outcome(future, task))
+                idle.append(worker)
     finally:
         for worker in workers:
-            worker.stop()
+            worker.end()
 
 
 class _Worker:
-    """A process that prunes one checkpoint after the other."""
+    """A process that prunes one checkpoint after the other, and another one once it was killed.
 
-    def __init__(self, job: Job, threads: int) -> None:
-        self._job, self._threads = job, threads
-        self._process: Any = None
-        self._stopped = False
+    It is an executor of its own: one whose process is killed gives up all that was submitted to it.
+    """
 
-    def start(self) -> None:
-        self._pipe, theirs = SPAWN.Pipe()
-        self._process = SPAWN.Process(
-            target=_serve, args=(theirs, self._job, self._threads), daemon=True
-        )
-        self._process.start()
-        theirs.close()  # so that its end is seen
+    _executor: ProcessPoolExecutor | None = None
+    _process: BaseProcess
 
-    def run(self, task: Task) -> Outcome:
-        if not self._process.is_alive() and not self._stopped:
-            self.start()
+    def __init__(self, threads: int) -> None:
+        self._threads = threads
+
+    def submit(self, job: Job, task: Task) -> Future[Outcome]:
+        if self._executor is not None:
+            try:
+                return self._executor.submit(_prune, job, task)
+            except BrokenProcessPool:  # its process was killed while it had nothing to do
+                self._executor.shutdown()
+        spawn = multiprocessing.get_context("spawn")  # a fork would copy locks of threads
+        self._executor = ProcessPoolExecutor(1, spawn, _begin, (self._threads,))
+        before = multiprocessing.active_children()
+        with _ignoring_interrupts():  # this process ends the worker, not the terminal
+            future = self._executor.submit(_prune, job, task)
+        self._process = next(p for p in multiprocessing.active_children() if p not in before)
+        return future
+
+    def outcome(self, future: Future[Outcome], task: Task) -> Outcome:
         try:
-            self._pipe.send(task)
-            outcome: Outcome = self._pipe.recv()
-            return outcome
-        except (EOFError, OSError):
-            self._process.join()
-            code = self._process.exitcode
-            how = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
-            if code == -9:
-                how += ", as where memory runs out"
-            item = task[0]
-            return Outcome(item.source, item.name, "failed", error=f"its process {how}")
+            return future.result()
+        except BrokenProcessPool:
+            assert self._executor is not None
+            self._executor.shutdown()  # the process has ended; now its exit code is there
+            self._executor = None
+        code = self._process.exitcode or 0
+        how = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
+        if code == -signal.SIGKILL:
+            how += ", as where memory runs out"
+        item, _ = task
+        return Outcome(item.source, item.name, "failed", error=f"its process {how}")
 
-    def stop(self) -> None:
+    def end(self) -> None:
         """End the process; it removes what it has begun."""
-        self._stopped = True
-        if self._process is not None:
+        if self._executor is not None:
             self._process.terminate()
-            self._process.join()
+            self._executor.shutdown(cancel_futures=True)
 
 
-def _serve(pipe: Connection, job: Job, threads: int) -> None:
-    clean_up_on_signals()
-    torch.set_num_threads(threads)
+def _begin(threads: int) -> None:
+    """Prepare a worker's process."""
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    unwind_on_signals()
     threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _prune(job: Job, task: Task) -> Outcome:
     try:
-        with suppress(EOFError, OSError):
-            while True:
-                pipe.send(prune_one(job, *pipe.recv()))
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it is ending already
+        return prune_one(job, *task)
+    except SystemExit as ended:  # by SIGTERM; the executor would send it and wait for more
+        os._exit(int(ended.code or 0))
 
 
 def _end_with_parent() -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
-    wait([parent.sentinel])
+    wait_for([parent.sentinel])
     os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _threads() -> int:
+    """How many threads this process may use."""
+    first = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
+    return int(first) if first.isdecimal() else os.cpu_count() or 1
 
 
 @contextmanager

@@ -1,74 +1,56 @@
-"""The command line: `dimap prune` and `dimap inspect`."""
+"""The command line: a file for each command, which is imported when its command is run."""
 
 from __future__ import annotations
 
-import platform
-from typing import Annotated
+from importlib import import_module
+from typing import Annotated, Any
 
-import torch
 import typer
-from rich.console import Console
+from typer.core import TyperCommand, TyperGroup
 
 from .. import __version__, build_info
-from ..checkpoint import open_checkpoint
-from ..checkpoint._inspect import inspect as inspect_checkpoint
-from .expand import expand
-from .plot import plot
-from .progress import Bar
-from .prune import prune
-from .common import (
-    Debug,
-    Json,
-    Layers,
-    RandomInit,
-    Source,
-    clean_up_on_signals,
-    clear_errors,
-    print_json,
-)
-from .finetune import finetune
+from .._errors import unwind_on_signals
+
+COMMANDS = {  # what `dimap --help` says of them
+    "prune": "Set the least important weights of checkpoints to zero.",
+    "inspect": "Show the modules of a checkpoint, their layers and weights, and how sparse they are.",
+    "expand": "Write the dense checkpoint that a bitmask one stands for.",
+    "plot": "Draw a picture of a pruned checkpoint or of results.",
+    "finetune": "Train a pruned checkpoint; its pruned weights stay exactly zero.",
+}
+
+
+class Commands(TyperGroup):
+    """`COMMANDS` by name; NAME.py is imported, and its function NAME called, when NAME is run."""
+
+    def __init__(self, **attributes: Any) -> None:
+        super().__init__(**attributes)
+        self.commands = {name: TyperCommand(name, help=text) for name, text in COMMANDS.items()}
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        name, _, rest = super().resolve_command(ctx, args)
+        assert name is not None
+        single = typer.Typer(add_completion=False)
+        single.command(name)(getattr(import_module(f".{name}", __name__), name))
+        return name, typer.main.get_command(single), rest
+
 
 app = typer.Typer(
+    cls=Commands,
     help="Prune transformers by DIMAP: exact, in one shot, from the weights alone.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_show_locals=False,
 )
 
-# Each other command has a file of its own, _command_NAME.py, and one line here.
-app.command()(prune)
-app.command()(plot)
-app.command()(finetune)
-app.command()(expand)
-
-
-@app.command()
-def inspect(
-    source: Source,
-    random_init: RandomInit = False,
-    layers: Layers = False,
-    as_json: Json = False,
-    debug: Debug = False,
-) -> None:
-    """Show the modules of a checkpoint, their layers and weights, and how sparse they are."""
-    with (
-        clear_errors(debug),
-        Bar("opening") as bar,
-        open_checkpoint(source, random_init=random_init) as checkpoint,
-    ):
-        found = inspect_checkpoint(checkpoint, bar)
-    if as_json:
-        print_json(found.to_dict())
-    else:
-        console = Console()
-        console.print(found)
-        if layers:
-            console.print(found.layer_table())
-
 
 def _show_version(wanted: bool) -> None:
     if not wanted:
         return
+    import platform
+
+    import torch
+
     typer.echo(f"dimap {__version__}")
     running = {"Python": platform.python_version(), "torch": torch.__version__}
     built = {f"built with {k}" if k == "torch" else k: v for k, v in build_info().items()}
@@ -96,5 +78,5 @@ def _options(
 
 def main() -> None:
     """Entry point of the command `dimap`."""
-    clean_up_on_signals()
+    unwind_on_signals()
     app(prog_name="dimap")

@@ -1,17 +1,15 @@
-"""What the commands share: their options, arguments checked, errors told in one sentence."""
+"""What the commands share: options, checks of arguments, how errors and results are printed."""
 
 from __future__ import annotations
 
 import json
-import signal
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.text import Text
+
+from .._errors import sentence
 
 IN_HELP = (
     "A .safetensors file, a Hugging Face folder, a .pth, .pt or .bin file, or timm:NAME "
@@ -30,52 +28,47 @@ Debug = Annotated[
 ]
 
 
-def clean_up_on_signals() -> None:
-    """Let SIGTERM and SIGHUP unwind the program as Ctrl-C does, so that outputs are cleaned up."""
-    for name in ("SIGTERM", "SIGHUP"):
-        number = getattr(signal, name, None)
-        if number is not None and signal.getsignal(number) is signal.SIG_DFL:
-            signal.signal(number, lambda number, _: sys.exit(128 + number))
-
-
 @contextmanager
-def clear_errors(debug: bool) -> Iterator[None]:
+def report_errors(debug: bool) -> Iterator[None]:
     """Turn an exception into one sentence on stderr and exit code 1; 130 for Ctrl-C."""
     try:
         yield
     except KeyboardInterrupt:
-        complain("interrupted")
+        print_error("interrupted")
         raise typer.Exit(130) from None
     except (typer.Exit, typer.BadParameter, BrokenPipeError):
         raise
     except Exception as error:
         if debug:
             raise
-        complain(sentence(error))
+        print_error(sentence(error))
         raise typer.Exit(1) from None
 
 
-def sentence(error: Exception) -> str:
-    """An error in one sentence, for a user."""
-    if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror}"
-    if isinstance(error, OSError) and error.errno is not None:
-        return str(error.strerror)
-    first = (str(error).splitlines() or [""])[0]
-    if isinstance(error, (ValueError, TypeError, OSError, ImportError)) and first:
-        return str(error)
-    if isinstance(error, RuntimeError) and first:  # of the operators, and of a forward pass
-        return first
-    return f"{type(error).__name__}: {first} (--debug shows where)"
-
-
-def complain(text: str) -> None:
+def print_error(text: str) -> None:
     """Say on stderr what went wrong."""
-    message = Text("dimap: error: ", style="bold red").append(text, style="not bold default")
-    Console(stderr=True, highlight=False).print(message, soft_wrap=True)
+    _print("dimap: error: ", text, "bold red", stderr=True)
 
 
-def shares(options: list[str]) -> dict[str, float]:
+def print_wrote(text: str) -> None:
+    """Say which files were written."""
+    _print("wrote ", text, "green")
+
+
+def _print(head: str, text: str, style: str, *, stderr: bool = False) -> None:
+    from rich.console import Console
+    from rich.text import Text
+
+    line = Text(head, style=style).append(text, style="not bold default")
+    Console(stderr=stderr, highlight=False).print(line, soft_wrap=True)
+
+
+def print_json(data: Any) -> None:
+    """The one object of --json."""
+    typer.echo(json.dumps(data, indent=2, allow_nan=False))
+
+
+def parse_shares(options: list[str]) -> dict[str, float]:
     """--module NAME=SHARE, each name once."""
     shares: dict[str, float] = {}
     for option in options:
@@ -90,7 +83,7 @@ def shares(options: list[str]) -> dict[str, float]:
     return shares
 
 
-def sides(text: str | None) -> tuple[int, ...] | None:
+def parse_input_size(text: str | None) -> tuple[int, ...] | None:
     """--input-size: a side, HxW or CxHxW."""
     if text is None:
         return None
@@ -99,8 +92,3 @@ def sides(text: str | None) -> tuple[int, ...] | None:
         raise typer.BadParameter(f"--input-size must be like 224 or 3x224x224, got {text!r}")
     numbers = tuple(map(int, parts))
     return numbers * 2 if len(numbers) == 1 else numbers
-
-
-def print_json(data: Any) -> None:
-    """The one object of --json."""
-    typer.echo(json.dumps(data, indent=2, allow_nan=False))

@@ -8,12 +8,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.text import Text
 
-from ..bitmask import expand as expand_file
+from .common import Debug, Json, print_json, print_wrote, report_errors
 from .progress import Bar
-from .common import Debug, Json, clear_errors, print_json
 
 
 def expand(
@@ -38,8 +35,10 @@ def expand(
     OUT appears complete or not at all.
     """
     start = time.monotonic()
-    with clear_errors(debug), Bar("opening") as bar:
-        expand_file(source, out, force=force, progress=bar)
+    with report_errors(debug), Bar("opening") as bar:
+        from .. import bitmask
+
+        bitmask.expand(source, out, force=force, progress=bar)
         before, after = _bytes(source), _bytes(out)
     seconds = time.monotonic() - start
     if as_json:
@@ -54,10 +53,7 @@ def expand(
         )
         return
     share = f"{before / 1e6:,.1f} MB, {100 * before / after:.1f} % of it"
-    text = Text("wrote ", style="green").append(
-        f"{out} in {seconds:.1f} s: {after / 1e6:,.1f} MB from {share}", style="default"
-    )
-    Console().print(text, soft_wrap=True)
+    print_wrote(f"{out} in {seconds:.1f} s: {after / 1e6:,.1f} MB from {share}")
 
 
 def _bytes(path: Path) -> int:

@@ -9,11 +9,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.text import Text
 
 from ..finetuning.settings import Settings
-from .common import IN_HELP, Debug, Json, clear_errors, print_json
+from .common import IN_HELP, Debug, Json, print_json, print_wrote, report_errors
 
 
 def _numbers(text: str) -> tuple[float, ...]:
@@ -108,7 +106,7 @@ def finetune(
 
     Defaults are the DIMAP paper's. For several GPUs: torchrun --nproc-per-node N -m dimap finetune …
     """
-    with clear_errors(debug):
+    with report_errors(debug):
         from ..finetuning import finetune as work
 
         if dense and masks is not None:
@@ -137,8 +135,4 @@ def finetune(
     if as_json:
         print_json(result.to_dict())
         return
-    text = Text("wrote ", style="green").append(
-        f"{result.best} (top-1 {result.best_top1:.2f} %, epoch {result.best_epoch})",
-        style="default",
-    )
-    Console().print(text, soft_wrap=True)
+    print_wrote(f"{result.best} (top-1 {result.best_top1:.2f} %, epoch {result.best_epoch})")

@@ -2,37 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
-from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Literal
 
 import typer
-from rich.console import Console
-from rich.text import Text
 
-from .._files import check_free
-from ..checkpoint import open_checkpoint
+from .common import IN_HELP, Debug, RandomInit, print_wrote, report_errors
 from .progress import Bar
-from .common import IN_HELP, Debug, RandomInit, clear_errors
 
-
-class Picture(str, Enum):
-    """What to draw."""
-
-    kept = "kept"
-    weights = "weights"
-    mask = "mask"
-    accuracy = "accuracy"
-
-
-OPTIONS = {  # of some pictures only
-    "masks": (Picture.kept, Picture.weights, Picture.mask),
-    "random_init": (Picture.kept, Picture.weights, Picture.mask),
-    "layer": (Picture.mask,),
-    "block": (Picture.weights,),
-    "dense": (Picture.accuracy,),
+Picture = Literal["kept", "weights", "mask", "accuracy"]
+OPTIONS: dict[str, tuple[Picture, ...]] = {  # of some pictures only
+    "masks": ("kept", "weights", "mask"),
+    "random_init": ("kept", "weights", "mask"),
+    "layer": ("mask",),
+    "block": ("weights",),
+    "dense": ("accuracy",),
 }
 SOURCE_HELP = (
     f"{IN_HELP} What is zero in it is pruned, or what --masks say. For kept, a report of dimap "
@@ -88,44 +74,44 @@ def plot(
     }  # fmt: skip
     for option, pictures in OPTIONS.items():
         if given[option] is not None and picture not in pictures:
-            names = " and ".join(other.value for other in pictures)
+            names = " and ".join(pictures)
             raise typer.BadParameter(f"--{option.replace('_', '-')} is for {names} only")
-    if picture is Picture.mask and layer is None:
+    if picture == "mask" and layer is None:
         raise typer.BadParameter("give --layer NAME, the layer whose mask to draw")
-    blocks = _blocks(block or [])
-    with clear_errors(debug):
+    blocks = _parse_blocks(block or [])
+    with report_errors(debug), ExitStack() as opened:
         from .. import plots
+        from .._files import check_free
 
         plots.check_path(out)
         check_free(out, force=force)
-        if picture is Picture.accuracy:
+        if picture == "accuracy":
             plots.accuracy_curves(plots.load_rows(source), out, dense=dense, title=title)
-        elif picture is Picture.kept and source.endswith(".json"):
+        elif picture == "kept" and source.endswith(".json"):
             from ..report import Report
 
             if masks is not None:
                 raise ValueError(f"masks must come with a checkpoint, got the report {source}")
             plots.kept_ratios(Report.from_json(Path(source)), out, title=title)
         else:
-            with ExitStack() as opened, Bar("drawing"):
-                checkpoint = opened.enter_context(open_checkpoint(source, random_init=random_init))
-                found: Mapping[str, Any] | None = None
-                if masks is not None:
-                    from ..masks import open_masks
+            from ..checkpoint import open_checkpoint
+            from ..masks import open_masks
 
-                    found = opened.enter_context(open_masks(masks))
-                if picture is Picture.kept:
-                    plots.kept_ratios(checkpoint, out, masks=found, title=title)
-                elif picture is Picture.weights:
-                    plots.weight_histograms(
-                        checkpoint, out, masks=found, blocks=blocks or None, title=title
-                    )
-                else:
-                    plots.mask_picture(checkpoint, str(layer), out, masks=found, title=title)
-        Console().print(Text("wrote ", style="green").append(str(out), style="default"))
+            opened.enter_context(Bar("drawing"))
+            checkpoint = opened.enter_context(open_checkpoint(source, random_init=random_init))
+            found = opened.enter_context(open_masks(masks)) if masks is not None else None
+            if picture == "kept":
+                plots.kept_ratios(checkpoint, out, masks=found, title=title)
+            elif picture == "weights":
+                plots.weight_histograms(
+                    checkpoint, out, masks=found, blocks=blocks or None, title=title
+                )
+            else:
+                plots.mask_picture(checkpoint, str(layer), out, masks=found, title=title)
+    print_wrote(str(out))
 
 
-def _blocks(texts: Sequence[str]) -> list[int | tuple[int, int]]:
+def _parse_blocks(texts: Sequence[str]) -> list[int | tuple[int, int]]:
     blocks: list[int | tuple[int, int]] = []
     for text in texts:
         numbers = text.split(".")

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 DELAY = 1.0  # seconds
 
@@ -14,60 +14,68 @@ DELAY = 1.0  # seconds
 class Bar:
     """A bar on stderr that appears after `DELAY`, and never where stderr is no terminal.
 
-    with Bar("opening") as bar:                  # work of unknown length
-        bar.step("pruning")
-        for name in bar.over("writing", sizes):  # sizes: name -> bytes
-            ...
+    with Bar("opening") as bar:               # work of unknown length
+        bar.step("reading", total=1 << 30)    # another piece of it, of known length
+        bar.advance(1 << 20)
     """
 
     def __init__(self, description: str, *, wanted: bool = True) -> None:
-        console = Console(stderr=True)
-        self._wanted = wanted and console.is_terminal and not console.is_dumb_terminal
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TaskProgressColumn(),
-            TimeElapsedColumn(),
-            console=console,
-            transient=True,
-        )
-        self._task = self._progress.add_task(description, total=None)
-        self._timer = threading.Timer(DELAY, self._show)
-        self._timer.daemon = True
+        self._description, self._done = description, 0
+        self._total: int | None = None
         self._lock = threading.Lock()
-        self._shown = self._over = False
+        self._progress: Progress | None = None
+        self._timer: threading.Timer | None = None
+        if wanted:
+            self._timer = threading.Timer(DELAY, self._show)
+            self._timer.daemon = True
 
     def step(self, description: str, total: int | None = None) -> None:
         """Begin the next piece of work; `total` in any unit, None where it is not known."""
-        # A new task: rich cannot take the length back from one that has it.
-        self._progress.remove_task(self._task)
-        self._task = self._progress.add_task(description, total=total)
+        with self._lock:
+            self._description, self._total, self._done = description, total, 0
+            if self._progress is not None:
+                self._begin(self._progress)
 
     def advance(self, amount: int) -> None:
         """Count what is done of the step; any thread may say it."""
-        self._progress.advance(self._task, amount)
+        with self._lock:
+            self._done += amount
+            if self._progress is not None:
+                self._progress.update(self._progress.task_ids[0], completed=self._done)
 
-    def over(self, description: str, sizes: Mapping[str, int]) -> Iterator[str]:
-        """Go through the names, and count each one's size when it is done."""
-        self.step(description, sum(sizes.values()))
-        for name, size in sizes.items():
-            yield name
-            self._progress.advance(self._task, size)
+    def _begin(self, progress: Progress) -> None:
+        for task in progress.task_ids:  # rich cannot take the length back from one that has it
+            progress.remove_task(task)
+        progress.add_task(self._description, total=self._total, completed=self._done)
 
     def _show(self) -> None:
+        from rich.console import Console
+        from rich.progress import (
+            BarColumn,
+            Progress,
+            TaskProgressColumn,
+            TextColumn,
+            TimeElapsedColumn,
+        )
+
+        console = Console(stderr=True)
+        if not console.is_terminal or console.is_dumb_terminal:
+            return
+        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
+        progress = Progress(*columns, TimeElapsedColumn(), console=console, transient=True)
         with self._lock:
-            if not self._over:
-                self._shown = True
-                self._progress.start()
+            self._begin(progress)
+            progress.start()
+            self._progress = progress
 
     def __enter__(self) -> Bar:
-        if self._wanted:
+        if self._timer is not None:
             self._timer.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._timer.cancel()
-        with self._lock:
-            self._over = True
-        if self._shown:  # else it would print an empty line
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer.join()  # it may be about to show the bar
+        if self._progress is not None:
             self._progress.stop()

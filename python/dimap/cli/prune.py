@@ -3,71 +3,25 @@
 from __future__ import annotations
 
 import time
-from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
-from rich.console import Console
-from rich.text import Text
 
-from ..checkpoint import open_checkpoint
-from ..checkpoint._prune_file import prune_file
-from ..checkpoint.many import Job, Settings
-from ..distributed.ranks import launched
-from ..methods import METHODS
-from ..report._tables import layers as layer_table
-from .progress import Bar
-from .prune_many import prune_many
+from ..groups.plan import Normalize, Scope
 from .common import (
     IN_HELP,
     Debug,
     Json,
     Layers,
     RandomInit,
-    clear_errors,
+    parse_input_size,
+    parse_shares,
     print_json,
-    shares,
-    sides,
+    print_wrote,
+    report_errors,
 )
-
-
-class Format(str, Enum):
-    """How pruned weights are stored."""
-
-    dense = "dense"
-    bitmask = "bitmask"
-
-
-class Scope(str, Enum):
-    """Where one threshold holds."""
-
-    module = "module"
-    global_ = "global"
-    layer = "layer"
-    type = "type"
-    block = "block"
-    stage = "stage"
-
-
-class Normalize(str, Enum):
-    """Where squares are summed."""
-
-    layer = "layer"
-    block = "block"
-    stage = "stage"
-    module = "module"
-    scope = "scope"
-
-
-class Method(str, Enum):
-    """The methods that need no data."""
-
-    dimap = "dimap"
-    lamp = "lamp"
-    uniform = "uniform"
-    global_magnitude = "global_magnitude"
-
+from .progress import Bar
 
 PATHS_HELP = f"""{IN_HELP} OUT is a file where IN is a file, a folder where it is a folder.
 
@@ -91,8 +45,9 @@ def prune(
         typer.Option(metavar="NAME=SHARE", help="Another share for one module, as in qkv=0.4."),
     ] = None,
     method: Annotated[
-        Method, typer.Option(help="A ready-made choice of --scope and --normalize.")
-    ] = Method.dimap,
+        Literal["dimap", "lamp", "uniform", "global_magnitude"],
+        typer.Option(help="A ready-made choice of --scope and --normalize."),
+    ] = "dimap",
     scope: Annotated[
         Scope | None,
         typer.Option(
@@ -110,13 +65,13 @@ def prune(
         ),
     ] = None,
     form: Annotated[
-        Format,
+        Literal["dense", "bitmask"],
         typer.Option(
             "--format",
             help="bitmask stores one bit a weight and the nonzero values; `dimap expand` and "
             "dimap.load_file give the dense weights back bit by bit.",
         ),
-    ] = Format.dense,
+    ] = "dense",
     masks: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write the masks, one bit a weight.")
     ] = None,
@@ -139,6 +94,14 @@ def prune(
     jobs: Annotated[
         int, typer.Option("--jobs", "-j", min=1, help="With --out-dir: how many IN at a time.")
     ] = 1,
+    checksum: Annotated[
+        bool,
+        typer.Option(
+            "--checksum",
+            help="With --out-dir: note the SHA-256 of every file, so that those that were copied or "
+            "touched can be told from those that were changed.",
+        ),
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace outputs that exist.")] = False,
     random_init: RandomInit = False,
     timm_model: Annotated[
@@ -160,58 +123,64 @@ def prune(
     OUT appears complete or not at all. Metadata, dtypes and a folder's other files are kept.
 
     With --out-dir many checkpoints are pruned. DIR/dimap-manifest.jsonl tells what is done, with
-    the SHA-256 of inputs and outputs: after a crash the same command continues and does nothing
-    again. Where the settings, an IN or an OUT are other than told there, OUT is kept; --force
-    replaces it. One that fails is told and the others go on; the exit code is then 1.
+    length, times and inode of inputs and outputs: after a crash the same command continues and
+    does nothing again. Where the settings, an IN or an OUT are other than told there, OUT is kept;
+    --force replaces it. One that fails is told and the others go on; the exit code is then 1.
 
     Under torchrun its processes share the checkpoints, or the one checkpoint.
     """
-    others = shares(module or [])
-    size = sides(input_size)
-    if sparsity is None and not others:
+    shares, size = parse_shares(module or []), parse_input_size(input_size)
+    if sparsity is None and not shares:
         raise typer.BadParameter("give --sparsity, or --module NAME=SHARE for every module")
-    chosen = METHODS[method.value]
-    if out_dir is not None:
+    if out_dir is None and len(paths) != 2:
+        raise typer.BadParameter("give IN and OUT, or any number of IN and --out-dir DIR")
+    for option, given in (("--jobs", jobs > 1), ("--checksum", checksum)):
+        if out_dir is None and given:
+            raise typer.BadParameter(f"{option} is for --out-dir: give it, or leave {option} out")
+    with report_errors(debug):
+        from ..checkpoint.many import Job, Settings
+        from ..methods import METHODS
+
         settings = Settings(
             sparsity,
-            others,
-            scope.value if scope else chosen.scope,
-            normalize.value if normalize else chosen.normalize,
+            shares,
+            scope or METHODS[method].scope,
+            normalize or METHODS[method].normalize,
             random_init,
-            form is Format.bitmask,
+            bitmask=form == "bitmask",
         )
-        job = Job(out_dir, settings, masks, report, timm_model, size, force, debug)
-        with clear_errors(debug):
+        if out_dir is not None:
+            from .prune_many import prune_many
+
+            job = Job(out_dir, settings, masks, report, timm_model, size, force, checksum, debug)
             prune_many(paths, job, jobs, as_json)
-        return
-    if len(paths) != 2:
-        raise typer.BadParameter("give IN and OUT, or any number of IN and --out-dir DIR")
-    if jobs > 1:
-        raise typer.BadParameter("--jobs is for --out-dir: give it, or leave --jobs out")
-    source, out = paths[0], Path(paths[1])
-    start = time.monotonic()
-    with (
-        clear_errors(debug),
-        launched() as ranks,
-        Bar("opening", wanted=ranks.rank == 0) as bar,
-        open_checkpoint(source, random_init=random_init) as checkpoint,
-    ):
-        built = prune_file(
-            checkpoint,
-            out,
-            sparsity,
-            others,
-            scope=scope.value if scope else chosen.scope,
-            normalize=normalize.value if normalize else chosen.normalize,
-            masks=masks,
-            report=report,
-            bitmask=form is Format.bitmask,
-            force=force,
-            timm_model=timm_model,
-            input_size=size,
-            bar=bar,
-            ranks=ranks,
-        )
+            return
+        from ..checkpoint import open_checkpoint
+        from ..checkpoint._prune_file import prune_file
+        from ..distributed.ranks import launched
+
+        source, out, start = paths[0], Path(paths[1]), time.monotonic()
+        with (
+            launched() as ranks,
+            Bar("opening", wanted=ranks.rank == 0) as bar,
+            open_checkpoint(source, random_init=random_init) as checkpoint,
+        ):
+            built = prune_file(
+                checkpoint,
+                out,
+                sparsity,
+                shares,
+                scope=settings.scope,
+                normalize=settings.normalize,
+                masks=masks,
+                report=report,
+                bitmask=settings.bitmask,
+                force=force,
+                timm_model=timm_model,
+                input_size=size,
+                progress=bar,
+                ranks=ranks,
+            )
     if ranks.rank > 0:
         return  # the first one tells
     seconds = time.monotonic() - start
@@ -219,10 +188,13 @@ def prune(
         files = {"in": source, "out": str(out), "masks": masks and str(masks)}
         print_json({**files, "seconds": round(seconds, 3), "report": built.to_dict()})
         return
+    from rich.console import Console
+
+    from ..report._tables import layers as layer_table
+
     console = Console()
     console.print(built)
     if layers:
         console.print(layer_table(built))
     names = ", ".join(str(path) for path in (out, masks, report) if path)
-    text = Text("wrote ", style="green").append(f"{names} in {seconds:.1f} s", style="default")
-    console.print(text, soft_wrap=True)
+    print_wrote(f"{names} in {seconds:.1f} s")

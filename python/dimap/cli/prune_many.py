@@ -9,17 +9,14 @@ from dataclasses import asdict
 from typing import Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
+from ..checkpoint._share import Ranks
 from ..checkpoint.inputs import find_inputs
 from ..checkpoint.manifest import Manifest
 from ..checkpoint.many import Job, Outcome, State, Task, check_job
-from ..checkpoint._share import Ranks
 from ..checkpoint.workers import prune_all
+from .common import print_error, print_json
 from .progress import Bar
-from .common import complain, print_json
 
 COLOURS: dict[State, str] = {"done": "green", "done before": "default", "failed": "red"}
 
@@ -55,7 +52,7 @@ def prune_many(arguments: Sequence[str], job: Job, jobs: int, as_json: bool) -> 
             bar.advance(sizes[outcome.out])
             if outcome.error:
                 named = outcome.source in outcome.error
-                complain(outcome.error if named else f"{outcome.source}: {outcome.error}")
+                print_error(outcome.error if named else f"{outcome.source}: {outcome.error}")
     outcomes = sorted(ranks.collect(outcomes), key=lambda outcome: order[outcome.out])
     if ranks.rank > 0:
         return  # rank 0 tells: an exit code here would end what the others still do
@@ -86,6 +83,10 @@ def _to_dict(job: Job, outcomes: Sequence[Outcome], seconds: float) -> dict[str,
 
 
 def _print(job: Job, outcomes: Sequence[Outcome], seconds: float) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
     console = Console(highlight=False)
     table = Table(box=None, pad_edge=False, header_style="bold", show_edge=False)
     table.add_column("OUT", overflow="fold")

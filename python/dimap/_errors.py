@@ -1,0 +1,32 @@
+"""What a user is told of an error, and how signals end the program."""
+
+from __future__ import annotations
+
+import signal
+import sys
+
+
+def sentence(error: BaseException) -> str:
+    """An error in one sentence, for a user."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, OSError) and error.errno is not None:
+        return str(error.strerror)
+    first = (str(error).splitlines() or [""])[0]
+    if isinstance(error, (ValueError, TypeError, OSError, ImportError)) and first:
+        return str(error)
+    if isinstance(error, RuntimeError) and first:  # of the operators, and of a forward pass
+        return first
+    return f"{type(error).__name__}: {first} (--debug shows where)"
+
+
+def unwind_on_signals() -> None:
+    """Let SIGTERM and SIGHUP raise SystemExit, so that outputs are cleaned up as after Ctrl-C."""
+
+    def unwind(number: int, _: object) -> None:
+        signal.signal(number, signal.SIG_IGN)  # a second one must not interrupt the cleaning up
+        sys.exit(128 + number)
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, unwind)
