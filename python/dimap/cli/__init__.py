@@ -13,6 +13,7 @@ from .. import __version__, build_info
 from ..checkpoint import open_checkpoint
 from ..checkpoint._inspect import inspect as inspect_checkpoint
 from ._expand import expand
+from ._inspect_tables import layer_table, summary
 from ._plot import plot
 from ._progress import Bar
 from ._prune import prune
@@ -61,9 +62,9 @@ def inspect(
         print_json(found.to_dict())
     else:
         console = Console()
-        console.print(found)
+        console.print(summary(found))
         if layers:
-            console.print(found.layer_table())
+            console.print(layer_table(found))
 
 
 def _show_version(wanted: bool) -> None:
