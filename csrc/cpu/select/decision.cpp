@@ -149,8 +149,11 @@ void Decision::read(const Flags& which, std::span<uint8_t* const> masks) {
     if (wanted[l])
       expected[problem_.layer_module[l]] += static_cast<int64_t>(reading_.expected(static_cast<int32_t>(l))) + 1;
   }
-  if (exchange_) exchange_->sum(expected);  // all leave out the same ones
-  const int64_t budget = budget_ * (exchange_ ? problem_.ranks : 1);
+  int64_t budget = budget_;  // each rank may have another
+  if (exchange_) {           // all leave out the same ones
+    exchange_->sum(expected);
+    exchange_->sum({&budget, 1});
+  }
   while (std::accumulate(expected.begin(), expected.end(), int64_t{0}) > budget) {
     const auto largest = std::max_element(expected.begin(), expected.end());
     *largest = 0;
