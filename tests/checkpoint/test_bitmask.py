@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from dimap.checkpoint import _stream_job
+from dimap.checkpoint import prune
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -152,7 +152,7 @@ def test_a_file_comes_back_bit_by_bit(tmp_path, threads, dtype, step, sparsity, 
 def test_places_are_counted_where_the_survey_did_not_note_them(
     tmp_path, threads, monkeypatch, aside
 ):
-    monkeypatch.setattr(_stream_job, "ASIDE", aside)
+    monkeypatch.setattr(prune, "ASIDE", aside)
     save_file(vit(step=0.01), tmp_path / "in.safetensors")
     dense, _, back = both(tmp_path / "in.safetensors", tmp_path, 0.55)
     assert back.read_bytes() == dense.read_bytes()
@@ -278,13 +278,13 @@ def test_several_processes_write_the_same(tmp_path):
 def test_swin_b_takes_at_most_51_percent(tmp_path):
     """The true one's shapes, float32 at 55 %: by the layout alone, which gives the exact size."""
     timm = pytest.importorskip("timm")
-    from dimap.checkpoint import _bitmask_layout as layout
+    from dimap.checkpoint import bitmask, header
 
     with torch.device("meta"):
         model = timm.create_model("swin_base_patch4_window7_224")
     state = {name: t for name, t in model.state_dict().items()}
-    described = [(name, t.dtype, list(t.shape)) for name, t in state.items()]
-    dense = layout.make_header(described, {"format": "pt"}, "dense")
+    described = [(name, header.dtype_of(t.dtype), list(t.shape)) for name, t in state.items()]
+    dense = header.make_header(described, {"format": "pt"}, "dense")
     pruned = [
         p
         for m, xs in dimap.find_modules(model).items()
@@ -293,9 +293,9 @@ def test_swin_b_takes_at_most_51_percent(tmp_path):
         for p in x.parameters
     ]
     nonzero = {name: state[name].numel() - round(0.55 * state[name].numel()) for name in pruned}
-    packed = layout.lay_out(dense, nonzero, "dense")
-    assert layout.size_of(dense) > 340_000_000
-    assert layout.size_of(packed.header) <= 0.51 * layout.size_of(dense)
+    packed = bitmask.lay_out(dense, nonzero, "dense")
+    assert dense.file_size > 340_000_000
+    assert packed.header.file_size <= 0.51 * dense.file_size
 
 
 MEMORY = """

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("safetensors")
 
-from dimap.checkpoint._header import parse_header, read_header
+from dimap.checkpoint.header import parse_header, read_header
 from dimap.stream import prune_checkpoint
 from safetensors import SafetensorError
 from safetensors.torch import load, save
@@ -33,7 +33,7 @@ def parse(header, data=8):
 def test_a_good_header():
     header = parse({"__metadata__": {"a": "b"}, "w": entry(shape=(1, 2))})
     (w,) = header.entries
-    assert (w.name, w.dtype, w.shape) == ("w", torch.float32, (1, 2))
+    assert (w.name, w.dtype.torch(), w.shape) == ("w", torch.float32, (1, 2))
     assert (w.begin, w.end) == (len(header.raw), len(header.raw) + 8)
     assert header.metadata == {"a": "b"}
 
@@ -104,7 +104,7 @@ def test_changed_bytes_are_refused_or_harmless(data):
         loaded = load(bytes(changed))
     except SafetensorError:
         return  # it is stricter still
-    assert {e.name: (e.dtype, e.shape) for e in header.entries} == {
+    assert {e.name: (e.dtype.torch(), e.torch_shape) for e in header.entries} == {
         name: (t.dtype, tuple(t.shape)) for name, t in loaded.items()
     }
 

@@ -419,7 +419,7 @@ def test_failing_at_the_end_leaves_nothing(run, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("dimap.checkpoint.Writer.finish", full)
+    monkeypatch.setattr("dimap.checkpoint.engine.Told.finish", full)
     arguments = ["o.safetensors", "-s", 0.5, "--masks", "m", "--report", "r"]
     message = fails(run, "prune", "in.safetensors", *arguments)
     assert "o.safetensors: No space left on device" in message
@@ -454,13 +454,13 @@ def test_module_is_the_command_and_shows_no_bar_without_a_terminal(run):
 
 INTERRUPTED = """
 import os, signal, sys
-from dimap.checkpoint._stream_job import Job
+from dimap.checkpoint import prune
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
-number, place = int(sys.argv.pop(1)), Job._place
-def place_and_end(self, *args):
+number, place = int(sys.argv.pop(1)), prune.place_of
+def place_and_end(*args):
     os.kill(os.getpid(), number)
-    return place(self, *args)
-Job._place = place_and_end
+    return place(*args)
+prune.place_of = place_and_end
 from dimap.cli import main
 main()
 """

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from checkpoints import CASES, DTYPES, shards, vit
 from dimap import cli
-from dimap.checkpoint import _stream_job
+from dimap.checkpoint import prune
 from dimap.distributed.ranks import Group as Ranks
 from dimap.distributed.ranks import launched
 from dimap.stream import prune_checkpoint, pruning_checkpoint
@@ -59,17 +59,17 @@ def prune_with_settings_of_the_rank(source, out, settings):
 
 def prune_with_little_room(source, out):
     """On one rank nothing may be set aside: what lies in the windows is then read again by all."""
-    before = _stream_job.ASIDE
-    _stream_job.ASIDE = 0 if dist.get_rank() == 1 else before
+    before = prune.ASIDE
+    prune.ASIDE = 0 if dist.get_rank() == 1 else before
     try:
         return prune_each([((source, out, 0.55), {})])[0].readings
     finally:
-        _stream_job.ASIDE = before
+        prune.ASIDE = before
 
 
 def prune_on_a_full_disk(source, out, rank):
     """The others come late to open what the rank has failed to write by then."""
-    before = _stream_job.opened
+    before = prune.opened
 
     @contextmanager
     def full(paths, flags):
@@ -83,11 +83,11 @@ def prune_on_a_full_disk(source, out, rank):
             time.sleep(0.2)
         return before(paths, flags)
 
-    _stream_job.opened = full if dist.get_rank() == rank else late
+    prune.opened = full if dist.get_rank() == rank else late
     try:
         prune_each([((source, out, 0.55), {})])
     finally:
-        _stream_job.opened = before
+        prune.opened = before
 
 
 def fail_when_all_is_written(source, out, rank):
@@ -247,19 +247,19 @@ def run_command(folder, rank, port, timeout, gone, when, number, full=None):
     os.environ.update(environment(rank, 3, port) | {"DIMAP_RANK_TIMEOUT": str(timeout)})
     os.chdir(folder)
     os.dup2(os.open(f"error {rank}", os.O_CREAT | os.O_WRONLY), 2)
-    method = {"surveying": "check_agreement", "writing": "_place"}[when]
-    before = getattr(_stream_job.Job, method)
+    function = {"surveying": "check_agreement", "writing": "place_of"}[when]
+    before = getattr(prune, function)
 
-    def go(self, *args):
-        found = before(self, *args)
+    def go(*args):
+        found = before(*args)
         os.kill(os.getpid(), number)
         return found
 
-    def stop(self, *args):
+    def stop(*args):
         raise OSError(28, "No space left on device", OUT)
 
     if rank in (gone, full):
-        setattr(_stream_job.Job, method, go if rank == gone else stop)
+        setattr(prune, function, go if rank == gone else stop)
     arguments = ["prune", IN, OUT, "-s", "0.5", "--report", "report.json"]
     cli.app(arguments)
 

@@ -1,12 +1,15 @@
 """Checkpoints in and out: a safetensors file, a Hugging Face folder, a .pth file, a timm model.
 
 A `Checkpoint` lists names, shapes and dtypes and gives tensors one at a time; its `create` gives a
-`Writer` that takes them back in the order of `Writer.names`. Only weights change: metadata, index,
-optimizer state and a folder's other files are carried over.
+`Writer` that takes them back. Only weights change: metadata, index, optimizer state and a folder's
+other files are carried over.
 
     with open_checkpoint("in.safetensors") as source, source.create("out.safetensors") as writer:
         for name in writer.names:
             writer.put(name, source.get(name))
+
+Rooms: `header` (safetensors headers), `bitmask` (the sparse format), `folder` (files and folders of
+safetensors), `memory` (state dicts; imports torch), `prune` and `expand` (from files to files).
 """
 
 from __future__ import annotations
@@ -15,11 +18,13 @@ import errno
 import os
 from pathlib import Path
 
-from ._memory import PICKLED, open_pickled, open_timm
-from ._safetensors import Folder, open_single
-from ._types import Checkpoint, Writer
+from .base import Checkpoint, Writer
+from .folder import Folder, open_file
+from .header import Spec
 
-__all__ = ["Checkpoint", "Writer", "open_checkpoint"]
+__all__ = ["PICKLED", "Checkpoint", "Spec", "Writer", "open_checkpoint"]
+
+PICKLED = (".pth", ".pt", ".bin")  # endings of files of torch.save
 
 
 def open_checkpoint(path: str | os.PathLike[str], *, random_init: bool = False) -> Checkpoint:
@@ -35,6 +40,8 @@ def open_checkpoint(path: str | os.PathLike[str], *, random_init: bool = False) 
     """
     text = os.fspath(path)
     if text.startswith("timm:"):
+        from .memory import open_timm
+
         return open_timm(text, random_init=random_init)
     if random_init:
         raise ValueError(f"random weights (--random-init) are only for timm:NAME, got {text}")
@@ -44,8 +51,10 @@ def open_checkpoint(path: str | os.PathLike[str], *, random_init: bool = False) 
     if not file.exists():
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), text)
     if file.suffix == ".safetensors":
-        return open_single(file)
+        return open_file(file)
     if file.suffix in PICKLED:
+        from .memory import open_pickled
+
         return open_pickled(file)
     raise ValueError(
         f"{text} must be a folder, timm:NAME, or a file that ends in .safetensors, "

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from rich import box
-from rich.console import Group
-from rich.table import Table
-from rich.text import Text
-from torch import Tensor
-
+from .. import _C
 from ..families import Family
-from ..groups import AUX, Layer, find_modules
-from ..groups import family_of as family_of_names
-from ..pruning import count_nonzero
-from . import Checkpoint
-from ._stream_types import Progress
+from ..groups import family_of
+from .base import Checkpoint, Progress
+from .engine import READ, Told, elements, opened
+from .folder import Shards
 
 
 @dataclass
@@ -76,58 +70,18 @@ class Inspection:
             "modules": [module.to_dict() for module in self.modules],
         }
 
-    def __rich__(self) -> Group:
-        head = Table.grid(padding=(0, 2))
-        head.add_column(style="bold")
-        head.add_column(overflow="fold")
-        head.add_row(self.form, Text(self.path))
-        if self.family:
-            head.add_row("family", Text(f"{self.family.name}: {self.family.models}"))
-        columns = ("module", "layers", "weights", "nonzero", "sparsity", "dtype")
-        table = Table(*columns, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_footer=True)
-        for column in table.columns[1:5]:
-            column.justify = "right"
-        for module in self.modules:
-            table.add_row(*_row(module, len(module.layers)))
-        layers = sum(len(module.layers) for module in self.modules)
-        for column, text in zip(table.columns, _row(self.total, layers), strict=True):
-            column.footer = text
-        return Group(head, table, *(Text(note, style="yellow") for note in self.notes))
-
-    def layer_table(self) -> Table:
-        """One line for each layer that can be pruned, module after module."""
-        columns = ("layer", "module", "weights", "nonzero", "sparsity", "dtype")
-        table = Table(*columns, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-        for column in table.columns[2:5]:
-            column.justify = "right"
-        for module in (module for module in self.modules if module.name != AUX):
-            for layer in module.layers:
-                name, *counts = _row(layer, 0)
-                table.add_row(Text(name), module.name, *counts[1:])
-            table.add_section()
-        return table
-
-
-def _row(count: Count, layers: int) -> tuple[str, ...]:
-    share = f"{100 * count.sparsity:.2f} %"
-    dtypes = ", ".join(count.dtypes)
-    return (count.name, str(layers), f"{count.weights:,}", f"{count.nonzero:,}", share, dtypes)
-
 
 def inspect(checkpoint: Checkpoint, progress: Progress) -> Inspection:
-    """Count every weight, reading each tensor once.
+    """Count every weight, reading each tensor once. Elements of less than a byte count as nonzero.
 
     Raises ValueError where the names are of no known family.
     """
-    modules = find_modules(checkpoint.tensors)
-    family = family_of(modules, checkpoint.tensors)
-    found = [p for layers in modules.values() for layer in layers for p in layer.parameters]
-    sizes = {name: checkpoint.tensors[name].nbytes for name in found}
-    progress.step("reading", sum(sizes.values()))
-    nonzero = {}
-    for name, size in sizes.items():
-        nonzero[name] = count_nonzero(checkpoint.get(name))
-        progress.advance(size)
+    modules = checkpoint.find_modules()
+    names = [p for layers in modules.values() for layer in layers for p in layer.parameters]
+    if isinstance(checkpoint, Shards):
+        nonzero = _count_in_files(checkpoint, names, progress)
+    else:
+        nonzero = _count_in_memory(checkpoint, names, progress)
     total = Count("all")
     counts = []
     for name, layers in modules.items():
@@ -135,16 +89,15 @@ def inspect(checkpoint: Checkpoint, progress: Progress) -> Inspection:
         for layer in layers:
             one = Count(layer.name)
             for parameter in layer.parameters:
-                tensor = checkpoint.tensors[parameter]
-                dtype = str(tensor.dtype).removeprefix("torch.")
-                for count in (one, module, total):
-                    count.add(tensor.numel(), nonzero[parameter], [dtype])
+                spec = checkpoint.tensors[parameter]
+                for counted in (one, module, total):
+                    counted.add(spec.numel(), nonzero[parameter], [spec.dtype.name])
             module.layers.append(one)
         counts.append(module)
     return Inspection(
         checkpoint.path,
         checkpoint.form,
-        family,
+        family_of({name: checkpoint.tensors[name].shape for name in names}),
         checkpoint.metadata,
         checkpoint.notes,
         counts,
@@ -152,8 +105,30 @@ def inspect(checkpoint: Checkpoint, progress: Progress) -> Inspection:
     )
 
 
-def family_of(modules: Mapping[str, list[Layer]], tensors: Mapping[str, Tensor]) -> Family | None:
-    """The family by whose table `find_modules` grouped the tensors."""
-    names = [p for layers in modules.values() for layer in layers for p in layer.parameters]
-    shapes = {name: tuple(tensors[name].shape) for name in names}
-    return family_of_names(shapes)
+def _count_in_files(checkpoint: Shards, names: list[str], progress: Progress) -> dict[str, int]:
+    """Of a tensor that is stored as bits and values, the values are counted."""
+    number = {shard.path: file for file, shard in enumerate(checkpoint.shards)}
+    homes = [checkpoint.home[name] for name in names]
+    stored = [home.layout.places[name].values for name, home in zip(names, homes, strict=True)]
+    told = Told(progress)
+    with opened([shard.path for shard in checkpoint.shards], READ) as files:
+        tensors = [(number[h.path], *elements(e)) for h, e in zip(homes, stored, strict=True)]
+        counts = _C.count_nonzero(files, tensors, progress=told)
+    told.finish()
+    return {
+        entry.name: count if entry.dtype.size else entry.numel()
+        for entry, count in zip(stored, counts, strict=True)
+    }
+
+
+def _count_in_memory(
+    checkpoint: Checkpoint, names: list[str], progress: Progress
+) -> dict[str, int]:
+    from ..pruning import count_nonzero
+
+    progress.step("reading", sum(checkpoint.tensors[name].nbytes for name in names))
+    counts = {}
+    for name in names:
+        counts[name] = count_nonzero(checkpoint.get(name))
+        progress.advance(checkpoint.tensors[name].nbytes)
+    return counts

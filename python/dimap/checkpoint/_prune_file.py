@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
-
-from .. import _timm
 from .._files import replacing
 from ..distributed.ranks import Alone, Ranks
-from ..groups import AUX, Layer, find_modules
-from ..pruning import Normalize, Pruning, Scope, prune
+from ..groups import AUX
+from ..groups.plan import Normalize, Scope
 from ..report import Report, build_report
 from ..report._output import report_output
-from ..stream import StreamPruning, pruning_checkpoint
-from . import Checkpoint
-from ._safetensors import Shards
-from ._stream_types import Progress, Silent
+from .base import Checkpoint, Progress, check_apart
+from .folder import Shards
+from .prune import pruning_checkpoint
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from ..pruning import Pruning
+    from .memory import StateDict
+    from .prune import StreamPruning
 
 
 def prune_file(
@@ -49,16 +53,26 @@ def prune_file(
     All outputs appear complete or not at all.
     """
     ranks = ranks or Alone()
-    progress = progress or Silent()
-    if ranks.size > 1 and not isinstance(checkpoint, Shards):
+    in_files = isinstance(checkpoint, Shards)
+
+    def step(description: str) -> None:
+        if progress is not None:
+            progress.step(description)
+
+    if ranks.size > 1 and not in_files:
         raise ValueError(
             f"IN must be safetensors to be shared among {ranks.size} ranks, got {checkpoint.path}"
         )
-    modules = find_modules(checkpoint.tensors)
+    modules = checkpoint.find_modules()
     ratios = _ratios(sparsity, shares, [name for name in modules if name != AUX])
-    _check_apart(checkpoint.path, out, masks, report)
-    if bitmask and not isinstance(checkpoint, Shards) and out.suffix != ".safetensors":
+    others = {"IN": Path(checkpoint.path), "OUT": out}
+    for option, path in (("--masks", masks), ("--report", report)):
+        if path is not None:
+            check_apart(option, path, others)
+            others[option] = path
+    if bitmask and not in_files and out.suffix != ".safetensors":
         raise ValueError(f"the output must end in .safetensors with --format bitmask, got {out}")
+    names = [p for layers in modules.values() for layer in layers for p in layer.parameters]
     with ExitStack() as outputs:
         # Begun before the work, so that an output that cannot be written is told at once. What is
         # begun last is completed first: OUT before the small files.
@@ -84,37 +98,30 @@ def prune_file(
                     ranks=ranks,
                 )
             )
-            state = checkpoint.tensors
         else:
+            from ..pruning import prune
+
+            held: StateDict = checkpoint  # type: ignore[assignment]  # the only other kind
             masks_file = masks and outputs.enter_context(replacing(masks, force=force))
-            writer = outputs.enter_context(checkpoint.create(out, force=force))
-            progress.step("pruning")
-            state = {name: checkpoint.get(name) for name in _parameters(modules)}
+            (file,) = outputs.enter_context(held.creating(out, force=force))
+            step("pruning")
+            state = {name: held.get(name) for name in names}
             pruning = prune(state, ratios, scope=scope, normalize=normalize)
-            writer.pack = frozenset(pruning.masks if bitmask else ())
-            sizes = {name: checkpoint.tensors[name].nbytes for name in writer.names}
-            progress.step("writing", sum(sizes.values()))
-            for name, size in sizes.items():
-                writer.put(name, state[name] if name in state else checkpoint.get(name))
-                progress.advance(size)
+            step("writing")
+            held.save(file, out.suffix, pack=pruning.masks if bitmask else ())
             if masks_file:
                 pruning.save_masks(masks_file)
-        progress.step("counting")
-        found = {name: state[name] for name in _parameters(modules)}
+        step("counting")
         model, why = None, "the first rank counts them"
         if ranks.rank == 0:
-            model, why = _model(checkpoint, found, timm_model)
+            model, why = _model(checkpoint, names, timm_model)
         built = build_report(pruning, model, input_size)
         notes = built.notes if model else (f"no FLOPs: {why}",)
         built = replace(built, notes=(*notes, *checkpoint.notes))
         if told:
             told.write(built, pruning)
-        progress.step("completing")
+        step("completing")
     return built
-
-
-def _parameters(modules: Mapping[str, Sequence[Layer]]) -> list[str]:
-    return [p for layers in modules.values() for layer in layers for p in layer.parameters]
 
 
 def _ratios(
@@ -132,29 +139,37 @@ def _ratios(
     return given
 
 
-def _check_apart(source: str, out: Path, masks: Path | None, report: Path | None) -> None:
-    """No output may be the input or another output, or lie in a folder that is one of them."""
-    taken = {Path(source).resolve(): "IN", out.resolve(): "OUT"}
-    for option, path in (("--masks", masks), ("--report", report)):
-        if path is None:
-            continue
-        place = path.resolve()
-        for other, name in taken.items():
-            if place == other or other in place.parents:
-                raise ValueError(f"{option} must lie apart from {name}, got {path}")
-        taken[place] = option
-
-
 def _model(
-    checkpoint: Checkpoint, state: dict[str, Tensor], timm_model: str | None
+    checkpoint: Checkpoint, names: list[str], timm_model: str | None
 ) -> tuple[nn.Module | None, str]:
-    """The pruned model for counting FLOPs, or the reason why there is none."""
-    if timm_model is not None:
-        return _timm.with_weights(timm_model, {}, state), ""
-    described = _timm.described(checkpoint.path, checkpoint.metadata)
+    """The model for counting FLOPs, pruned or only its shapes, or the reason why there is none."""
+    described: tuple[str, dict[str, Any]] | None = (timm_model, {}) if timm_model else None
+    if described is None and not _may_be_described(checkpoint):
+        return None, NOT_DESCRIBED
+    from .. import _timm
+
+    described = described or _timm.described(checkpoint.path, checkpoint.metadata)
     if described is None:
-        return None, "IN does not say which timm model it is; --timm-model NAME says it"
+        return None, NOT_DESCRIBED
+    state: dict[str, Tensor] = {
+        name: checkpoint.tensors[name].meta()
+        if isinstance(checkpoint, Shards)
+        else checkpoint.get(name)
+        for name in names
+    }
     try:
         return _timm.with_weights(*described, state), ""
     except (ValueError, ModuleNotFoundError) as error:
+        if timm_model:
+            raise
         return None, str(error)
+
+
+NOT_DESCRIBED = "IN does not say which timm model it is; --timm-model NAME says it"
+
+
+def _may_be_described(checkpoint: Checkpoint) -> bool:
+    """Whether `_timm.described` may find something: it imports torch, which is not needed else."""
+    return (
+        "architecture" in checkpoint.metadata or (Path(checkpoint.path) / "config.json").is_file()
+    )

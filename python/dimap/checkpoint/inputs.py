@@ -20,8 +20,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from ._memory import PICKLED
-from ._types import INDEX, SINGLE
+from . import PICKLED
+from .base import INDEX, SINGLE
 
 ENDINGS = (".safetensors", *PICKLED)
 TIMM = "timm:"

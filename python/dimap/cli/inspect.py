@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from .common import Debug, Json, Layers, RandomInit, Source, print_json, report_errors
 from .progress import Bar
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from ..checkpoint._inspect import Count, Inspection
+
+COLUMNS = ("weights", "nonzero", "sparsity", "dtype")
 
 
 def inspect(
@@ -15,17 +24,61 @@ def inspect(
 ) -> None:
     """Show the modules of a checkpoint, their layers and weights, and how sparse they are."""
     with report_errors(debug), Bar("opening") as bar:
-        from .. import checkpoint
-        from ..checkpoint import _inspect
+        from ..checkpoint import _inspect, open_checkpoint
 
-        with checkpoint.open_checkpoint(source, random_init=random_init) as opened:
-            found = _inspect.inspect(opened, bar)
+        with open_checkpoint(source, random_init=random_init) as checkpoint:
+            found = _inspect.inspect(checkpoint, bar)
     if as_json:
         print_json(found.to_dict())
-        return
+    else:
+        _print(found, layers=layers)
+
+
+def _print(found: Inspection, *, layers: bool) -> None:
+    """What it is, and one line for each module; with `layers`, one for each that can be pruned."""
     from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from ..groups import AUX
 
     console = Console()
-    console.print(found)
-    if layers:
-        console.print(found.layer_table())
+    head = Table.grid(padding=(0, 2))
+    head.add_column(style="bold")
+    head.add_column(overflow="fold")
+    head.add_row(found.form, Text(found.path))
+    if found.family:
+        head.add_row("family", Text(f"{found.family.name}: {found.family.models}"))
+    table = _table("module", "layers")
+    for module in found.modules:
+        table.add_row(module.name, str(len(module.layers)), *_counts(module))
+    total = str(sum(len(module.layers) for module in found.modules))
+    cells = (found.total.name, total, *_counts(found.total))
+    for column, text in zip(table.columns, cells, strict=True):
+        column.footer = text
+    table.columns[1].justify = "right"
+    console.print(head, table, *(Text(note, style="yellow") for note in found.notes), sep="\n")
+    if not layers:
+        return
+    table = _table("layer", "module")
+    table.show_footer = False
+    for module in found.modules:
+        for layer in module.layers if module.name != AUX else ():
+            table.add_row(Text(layer.name), module.name, *_counts(layer))
+        table.add_section()
+    console.print(table)
+
+
+def _table(*columns: str) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(*columns, *COLUMNS, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_footer=True)
+    for column in table.columns[2:5]:
+        column.justify = "right"
+    return table
+
+
+def _counts(count: Count) -> tuple[str, ...]:
+    share, dtypes = f"{100 * count.sparsity:.2f} %", ", ".join(count.dtypes)
+    return (f"{count.weights:,}", f"{count.nonzero:,}", share, dtypes)

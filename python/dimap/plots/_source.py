@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..checkpoint import Checkpoint
-from ..groups import AUX, Layer, Patterns, find_modules
+from ..groups import AUX, Layer, Patterns, family_of, find_modules, group_names
 from ..report._tables import _leaves
 from ..report._types import Report
 
@@ -34,7 +33,7 @@ class Source:
     def of(
         cls,
         modules: Mapping[str, list[Layer]],
-        tensors: Mapping[str, Tensor],
+        tensors: Mapping[str, Any],
         weight: Callable[[str], Tensor],
         mask: Callable[[str], Tensor],
         *,
@@ -72,7 +71,7 @@ def source_of(
     if isinstance(model, Source):
         return model
     weights: Mapping[str, Tensor]
-    tensors: Mapping[str, Tensor]
+    tensors: Mapping[str, Any]  # a checkpoint has only their shapes
     modules = getattr(model, "modules", None)
     if isinstance(modules, Mapping) and hasattr(model, "parameters"):  # a Pruning
         if not hasattr(model, "masks"):
@@ -83,16 +82,17 @@ def source_of(
     else:
         if isinstance(model, Checkpoint):
             tensors, get = model.tensors, model.get
+            modules = group_names(model.shapes(), patterns)
         elif isinstance(model, (nn.Module, Mapping)):
             tensors = model.state_dict() if isinstance(model, nn.Module) else model
             get = tensors.__getitem__
+            modules = find_modules(tensors, patterns)
         else:
             kind = type(model).__name__
             raise TypeError(
                 "model must be a Pruning, an open checkpoint, an nn.Module or a state dict, "
                 f"got {kind}"
             )
-        modules = find_modules(tensors, patterns)
     if masks is not None:
         _check_masks(masks, modules)
 
@@ -129,11 +129,9 @@ def _check_masks(masks: Mapping[str, Tensor], modules: Mapping[str, Sequence[Lay
         )
 
 
-def _family(modules: Mapping[str, list[Layer]], tensors: Mapping[str, Tensor]) -> str | None:
-    from ..checkpoint._inspect import family_of
-
-    shaped: Any = {name: SimpleNamespace(shape=tuple(t.shape)) for name, t in tensors.items()}
-    family = family_of(modules, shaped)
+def _family(modules: Mapping[str, list[Layer]], tensors: Mapping[str, Any]) -> str | None:
+    names = [p for layers in modules.values() for layer in layers for p in layer.parameters]
+    family = family_of({name: tuple(tensors[name].shape) for name in names})
     return family.name if family else None
 
 

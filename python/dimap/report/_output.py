@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .._files import replacing
 from ..checkpoint import Checkpoint
-from ..checkpoint._safetensors import Shards
+from ..checkpoint.folder import Shards
 from ..groups import Layer
 from . import Report
 

@@ -8,12 +8,23 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Protocol
 
 from .._files import replacing
+from ..groups import Layer, group_names, is_parameter
+from .header import Spec
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+class Progress(Protocol):
+    """What is told of the work as it goes on; `advance` in bytes."""
+
+    def step(self, description: str, total: int | None = None) -> None: ...
+    def advance(self, amount: int) -> None: ...
 
 
 class Checkpoint(ABC):
@@ -22,7 +33,7 @@ class Checkpoint(ABC):
     Attributes:
         path: as it was given.
         form: "safetensors", "folder", "pickled" or "timm".
-        tensors: name -> tensor on the meta device, in the order of the file; never empty.
+        tensors: name -> `Spec` (dtype, shape, nbytes), in the order of the file; never empty.
         metadata: strings stored beside the tensors of a safetensors file.
         notes: what the user should know about this checkpoint, one sentence each.
     """
@@ -34,7 +45,7 @@ class Checkpoint(ABC):
         self,
         path: str | os.PathLike[str],
         form: str,
-        tensors: Mapping[str, Tensor],
+        tensors: Mapping[str, Spec],
         metadata: Mapping[str, str],
     ) -> None:
         self.path = os.fspath(path)
@@ -49,6 +60,18 @@ class Checkpoint(ABC):
     def get(self, name: str) -> Tensor:
         """One tensor, on the CPU. Writing into it changes no file."""
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of what `dimap.find_modules` takes for parameters, by name."""
+        return {
+            name: spec.shape
+            for name, spec in self.tensors.items()
+            if is_parameter(name, spec.dtype.is_floating_point)
+        }
+
+    def find_modules(self) -> dict[str, list[Layer]]:
+        """`dimap.find_modules` on the names and shapes."""
+        return group_names(self.shapes())
+
     @contextmanager
     def create(self, out: str | os.PathLike[str], *, force: bool = False) -> Iterator[Writer]:
         """Write a checkpoint of the same form to `out`: complete when the block ends, or not there.
@@ -59,6 +82,14 @@ class Checkpoint(ABC):
         Raises FileExistsError, or another OSError where `out` cannot be written; ValueError where
         `out` is the checkpoint that is read, lies inside it or around it, or has the wrong ending.
         """
+        with self.creating(out, force=force) as files:
+            writer = self._writer(files, Path(out).suffix)
+            yield writer
+            writer.finish()
+
+    @contextmanager
+    def creating(self, out: str | os.PathLike[str], *, force: bool = False) -> Iterator[list[Path]]:
+        """`create`, for those who fill the files themselves, which are there and empty."""
         target = Path(out)
         folder = self.form == "folder"
         self._check_apart(target)
@@ -69,13 +100,15 @@ class Checkpoint(ABC):
         if folder and force and target.is_dir():
             _check_replaceable(target)
         with replacing(target, folder=folder, force=force) as temporary:
-            writer = self._writer(temporary, target.suffix)
-            yield writer
-            writer.finish()
+            yield self._files(temporary)
+
+    def _files(self, temporary: Path) -> list[Path]:
+        """The files to be filled, all else being there; `temporary` is an empty file or folder."""
+        return [temporary]
 
     @abstractmethod
-    def _writer(self, temporary: Path, ending: str) -> Writer:
-        """A writer into `temporary`, an empty file or folder that is to have this ending."""
+    def _writer(self, files: list[Path], ending: str) -> Writer:
+        """A writer that fills the files, for an output that has this ending."""
 
     def _check_apart(self, out: Path) -> None:
         if self.form == "timm":
@@ -86,55 +119,65 @@ class Checkpoint(ABC):
         if source in target.parents or target in source.parents:
             raise ValueError(f"the output must lie apart from {self.path}, got {out}")
 
-    def close(self) -> None:  # noqa: B027 - optional: only some forms hold files open
-        """Let go of the files; tensors that were read stay valid."""
-
     def __enter__(self) -> Checkpoint:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, *_: object) -> None:  # noqa: B027 - no file is held open
+        """Tensors that were read stay valid."""
 
 
 class Writer(ABC):
-    """Takes the tensors of a new checkpoint, one by one, in the order of `names`.
+    """Takes the tensors of a new checkpoint, one by one.
 
     A tensor must have the shape and dtype of the one that it stands for.
 
-    pack: names of those that a file made from tensors in memory stores as bits and values.
+    names: of all tensors, in the order of the file.
     """
 
-    pack: Collection[str] = ()
-
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+    def __init__(self, tensors: Mapping[str, Spec]) -> None:
         self.names = tuple(tensors)
-        self._tensors = tensors
-        self._done = 0
+        self._left = dict(tensors)
 
     def put(self, name: str, tensor: Tensor) -> None:
-        """Write the next tensor."""
-        due = self.names[self._done] if self._done < len(self.names) else None
-        if name != due:
-            raise ValueError(f"tensors must be written in order, {due} next, got {name}")
-        want = self._tensors[name]
-        if tensor.shape != want.shape or tensor.dtype != want.dtype:
+        """Write a tensor, once."""
+        want = self._left.get(name)
+        if want is None:
+            raise ValueError(f"a tensor must be one of the checkpoint's, put once, got {name}")
+        if tuple(tensor.shape) != want.torch_shape or str(tensor.dtype) != str(want.dtype):
             raise ValueError(
-                f"{name} must be {want.dtype} {list(want.shape)}, "
+                f"{name} must be {want.dtype} {list(want.torch_shape)}, "
                 f"got {tensor.dtype} {list(tensor.shape)}"
             )
         self._write(name, tensor.detach())
-        self._done += 1
+        del self._left[name]
 
     @abstractmethod
     def _write(self, name: str, tensor: Tensor) -> None: ...
 
     def finish(self) -> None:
         """Complete the files; called by `Checkpoint.create`."""
-        if self._done < len(self.names):
-            raise ValueError(f"every tensor must be written, got none for {self.names[self._done]}")
+        if self._left:
+            raise ValueError(f"every tensor must be written, got none for {next(iter(self._left))}")
 
 
-def shorten(items: Iterable[str], most: int = 8) -> str:
+def raw_bytes(tensor: Tensor) -> memoryview:
+    """A tensor's bytes in row-major order, on the CPU."""
+    import torch
+
+    flat = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)
+    data: memoryview = flat.view(torch.uint8).numpy().data
+    return data
+
+
+def check_apart(kind: str, path: Path, others: Mapping[str, Path]) -> None:
+    """An output must not be one of the others, or lie in one; kind: what it is, for the error."""
+    place = path.resolve()
+    for name, other in others.items():
+        if other.resolve() in (place, *place.parents):
+            raise ValueError(f"{kind} must lie apart from {name}, got {path}")
+
+
+def shorten(items: Collection[str] | Iterable[str], most: int = 8) -> str:
     """The first few of many names, for an error message."""
     texts = list(items)
     return ", ".join(texts[:most]) + (f" and {len(texts) - most} more" if len(texts) > most else "")

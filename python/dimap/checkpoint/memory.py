@@ -6,7 +6,7 @@ import errno
 import os
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,11 @@ from torch import Tensor
 
 from .. import _timm
 from .._files import save_safetensors
-from ._types import Checkpoint, Writer, shorten
+from . import PICKLED
+from .base import Checkpoint, Writer, shorten
+from .bitmask import write_packed
+from .header import Spec, dtype_of
 
-PICKLED = (".pth", ".pt", ".bin")
 # Keys under which training scripts put the weights.
 NESTS = ("model", "state_dict", "model_state_dict", "model_state")
 
@@ -40,7 +42,7 @@ class StateDict(Checkpoint):
         metadata: Mapping[str, str],
     ) -> None:
         tensors = {
-            name: torch.empty(value.shape, dtype=value.dtype, device="meta")
+            name: Spec(dtype_of(value.dtype), tuple(value.shape))
             for name, value in state.items()
             if isinstance(value, Tensor)
         }
@@ -51,14 +53,35 @@ class StateDict(Checkpoint):
         tensor: Tensor = self.state[name]
         return tensor.detach()
 
-    def _writer(self, temporary: Path, ending: str) -> Writer:
-        return _StateDictWriter(self, temporary, safetensors=ending == ".safetensors")
+    def save(self, target: Path, ending: str, pack: Collection[str] = ()) -> None:
+        """Fill the empty file with what the tensors are now.
+
+        ending: that the output is to have. pack: of a safetensors file, the tensors that are stored
+        as bits and values where that is smaller.
+        """
+        if ending == ".safetensors":
+            state = {name: self.get(name) for name in self.tensors}
+            if pack:
+                write_packed(target, state, self.metadata, pack, self.path)
+            else:
+                save_safetensors(target, state, self.metadata)
+            return
+        try:
+            with open(target, "wb") as file:
+                torch.save(self.root, file)
+        except RuntimeError as error:  # torch's word for a write that failed, over the true one
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise OSError(errno.EIO, f"could not be written ({error})") from error
+
+    def _writer(self, files: list[Path], ending: str) -> Writer:
+        return _StateDictWriter(self, files[0], ending)
 
 
 class _StateDictWriter(Writer):
-    def __init__(self, source: StateDict, target: Path, *, safetensors: bool) -> None:
+    def __init__(self, source: StateDict, target: Path, ending: str) -> None:
         super().__init__(source.tensors)
-        self._source, self._target, self._safetensors = source, target, safetensors
+        self._source, self._target, self._ending = source, target, ending
 
     def _write(self, name: str, tensor: Tensor) -> None:
         # Into the tensor that is there: it stays a Parameter, or tied to another, if it was so.
@@ -66,23 +89,7 @@ class _StateDictWriter(Writer):
 
     def finish(self) -> None:
         super().finish()
-        if self._safetensors:
-            state = {name: self._source.get(name) for name in self.names}
-            if self.pack:
-                from ..bitmask import write_packed  # which opens checkpoints
-
-                source = self._source
-                write_packed(self._target, state, source.metadata, self.pack, source.path)
-            else:
-                save_safetensors(self._target, state, self._source.metadata)
-            return
-        try:
-            with open(self._target, "wb") as file:
-                torch.save(self._source.root, file)
-        except RuntimeError as error:  # torch's word for a write that failed, over the true one
-            if isinstance(error.__context__, OSError):
-                raise error.__context__ from None
-            raise OSError(errno.EIO, f"could not be written ({error})") from error
+        self._source.save(self._target, self._ending)
 
 
 def open_timm(path: str, *, random_init: bool) -> StateDict:

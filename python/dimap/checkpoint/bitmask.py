@@ -1,4 +1,4 @@
-"""Where a bitmask file keeps what: its header from that of the dense file, and back.
+"""The bitmask format: where a bitmask file keeps what, and files of it made from tensors in memory.
 
 The format is written down in docs/format.md. What a file says of itself is checked in full before
 any of it is used; what does not fit, or is of another version, is refused.
@@ -6,22 +6,24 @@ any of it is used; what does not fit, or is of another version, is refused.
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Collection, Iterable, Mapping
-from math import prod
-from typing import NamedTuple
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
-import torch
+from .._files import replacing
+from .base import raw_bytes
+from .header import DTYPES, Entry, Header, dtype_of, make_header, parse_header
 
-from ._header import DTYPES, MOST, Entry, Header, parse_header
+if TYPE_CHECKING:
+    import os
+
+    from torch import Tensor
 
 VERSION = "1"
 VERSION_KEY = "dimap_bitmask"  # metadata of a bitmask file
 DENSE_KEY = "dimap_dense"  # metadata: the dense file's header; of an index: the dense one's text
 BITS = ".bitmask"  # ends the name of a tensor's bits
-PACKED = (torch.float32, torch.bfloat16, torch.float16)
-CODES = {dtype: code for code, dtype in DTYPES.items()}
+PACKED = ("F32", "BF16", "F16")
 
 
 class Place(NamedTuple):
@@ -39,16 +41,6 @@ class Layout(NamedTuple):
     places: dict[str, Place]  # by name, in the dense file's order
 
 
-def size_of(header: Header) -> int:
-    """Bytes of a file with this header."""
-    return max((entry.end for entry in header.entries), default=len(header.raw))
-
-
-def unpacked(header: Header) -> Layout:
-    """A dense file, seen as one of which nothing is packed."""
-    return Layout(header, header, {entry.name: Place(entry, None) for entry in header.entries})
-
-
 def is_packed(metadata: Mapping[str, str]) -> bool:
     """Whether a file's metadata say that it is a bitmask file, of whatever version."""
     return VERSION_KEY in metadata
@@ -56,10 +48,9 @@ def is_packed(metadata: Mapping[str, str]) -> bool:
 
 def pays(entry: Entry, nonzero: int) -> bool:
     """Whether a tensor is smaller as bits and values."""
-    count = prod(entry.shape)
-    if entry.dtype not in PACKED:
+    if entry.dtype.code not in PACKED:
         return False
-    return (count + 7) // 8 + nonzero * entry.dtype.itemsize < count * entry.dtype.itemsize
+    return (entry.numel() + 7) // 8 + nonzero * entry.dtype.size < entry.nbytes
 
 
 def lay_out(dense: Header, nonzero: Mapping[str, int], where: str) -> Layout:
@@ -80,13 +71,13 @@ def lay_out(dense: Header, nonzero: Mapping[str, int], where: str) -> Layout:
         packed = count is not None and pays(entry, count) and entry.name + BITS not in names
         stored.append((entry, count if packed else None))
     # From the largest type to the smallest, the bits last: so every tensor lies aligned.
-    stored.sort(key=lambda item: -item[0].dtype.itemsize)
+    stored.sort(key=lambda item: -item[0].dtype.bits)
     described = [
         (entry.name, entry.dtype, list(entry.shape) if count is None else [count])
         for entry, count in stored
     ]
     described += [
-        (entry.name + BITS, torch.uint8, [(prod(entry.shape) + 7) // 8])
+        (entry.name + BITS, DTYPES["U8"], [(entry.numel() + 7) // 8])
         for entry, count in stored
         if count is not None
     ]
@@ -95,13 +86,13 @@ def lay_out(dense: Header, nonzero: Mapping[str, int], where: str) -> Layout:
     return _join(header, dense, where)
 
 
-def read_layout(header: Header, where: str) -> Layout | None:
-    """The layout of a bitmask file from its header; None for a dense file.
+def read_layout(header: Header, where: str) -> Layout:
+    """The layout of a file from its header; of a dense one every tensor is stored as it is.
 
     Raises ValueError for another version, and for a header that contradicts itself.
     """
     if not is_packed(header.metadata):
-        return None
+        return Layout(header, header, {entry.name: Place(entry, None) for entry in header.entries})
     if (found := header.metadata[VERSION_KEY]) != VERSION:
         raise ValueError(f"{where} must have bitmask format version {VERSION}, got {found[:80]!r}")
     if DENSE_KEY not in header.metadata:
@@ -140,13 +131,13 @@ def _check(entry: Entry, values: Entry, bits: Entry | None, where: str) -> None:
                 f"got {list(values.shape)}, and no bits"
             )
         return
-    if entry.dtype not in PACKED:
+    if entry.dtype.code not in PACKED:
         raise ValueError(
             f"{where}: {entry.name} must be float32, bfloat16 or float16 to have bits, "
             f"got {entry.dtype}"
         )
-    count = prod(entry.shape)
-    if bits.dtype != torch.uint8 or bits.shape != ((count + 7) // 8,):
+    count = entry.numel()
+    if bits.dtype.code != "U8" or bits.shape != ((count + 7) // 8,):
         raise ValueError(
             f"{where}: {bits.name} must be uint8 [{(count + 7) // 8}] for {count} weights, "
             f"got {bits.dtype} {list(bits.shape)}"
@@ -158,26 +149,82 @@ def _check(entry: Entry, values: Entry, bits: Entry | None, where: str) -> None:
         )
 
 
-def why(error: RuntimeError) -> str:
-    """What `ops.unpack` says, without its place in the source."""
-    return re.sub(r"^\w+, \S+:\d+, ", "", str(error).split("\n")[0])
+def check_bits(bits: memoryview, weights: int, values: int, where: str) -> None:
+    """Bits must say as many values as there are, and none beyond the weights."""
+    if weights % 8 and bits[-1] >> weights % 8:
+        raise ValueError(f"{where} must have zeros in the unused bits, got ones")
+    ones = int.from_bytes(bits, "little").bit_count()
+    if ones != values:
+        raise ValueError(f"{where} must have as many values as its bits say, {ones}, got {values}")
 
 
-def make_header(
-    tensors: Iterable[tuple[str, torch.dtype, Collection[int]]],
+def save_file(
+    tensors: Mapping[str, Tensor],
+    path: str | os.PathLike[str],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write a bitmask file; a file that is there already is replaced.
+
+    tensors: name -> tensor of any device and of a dtype that safetensors have. Those of float32,
+        bfloat16 and float16 are packed where that makes them smaller, the others stored as they are.
+    metadata: strings to store beside them.
+
+    Raises TypeError for what is no tensor, or not of strings; ValueError for tensors that cannot be
+    stored; OSError where the file cannot be written. The file appears complete or not at all.
+    """
+    _check_state(tensors, metadata or {})
+    with replacing(Path(path), force=True) as temporary:
+        write_packed(temporary, tensors, metadata or {}, tensors, str(path))
+
+
+def write_packed(
+    file: Path,
+    tensors: Mapping[str, Tensor],
     metadata: Mapping[str, str],
+    pack: Collection[str],
     where: str,
-) -> Header:
-    """The header of a safetensors file of these tensors, one after the other."""
-    found: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
-    at = 0
-    for name, dtype, shape in tensors:
-        end = at + prod(shape) * dtype.itemsize
-        found[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [at, end]}
-        at = end
-    text = json.dumps(found, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    if len(text) > MOST:
-        raise ValueError(f"{where} must need a header of at most {MOST} bytes, got {len(text)}")
-    raw = len(text).to_bytes(8, "little") + text
-    return parse_header(raw, len(raw) + at, where)
+) -> None:
+    """Fill the empty file with tensors, those in `pack` packed where that makes them smaller."""
+    from .. import ops
+
+    order = sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)
+    described = [(name, dtype_of(tensors[name].dtype), tensors[name].shape) for name in order]
+    dense = make_header(described, metadata, where)
+    packed: dict[str, tuple[Tensor, Tensor]] = {}
+    for entry in dense.entries:
+        if entry.name in pack and entry.dtype.code in PACKED:
+            bits, values = ops.pack(tensors[entry.name].detach().cpu())
+            if pays(entry, values.numel()):  # else let go of it at once
+                packed[entry.name] = bits, values
+    layout = lay_out(dense, {name: values.numel() for name, (_, values) in packed.items()}, where)
+    parts: dict[str, Tensor] = {}
+    for name, place in layout.places.items():
+        parts[name] = tensors[name]
+        if place.bits:
+            parts[place.bits.name], parts[name] = packed[name]
+    with open(file, "wb") as out:
+        out.write(layout.header.raw)
+        for entry in layout.header.entries:
+            out.write(raw_bytes(parts[entry.name]))
+
+
+def _check_state(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    import torch
+
+    for key, value in metadata.items():
+        if not isinstance(key, str) or not isinstance(value, str):
+            raise TypeError(f"metadata must map strings to strings, got {key!r}: {value!r}")
+    if not tensors:
+        raise ValueError("tensors must hold at least one tensor, got none")
+    for name, tensor in tensors.items():
+        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
+            raise TypeError(
+                f"tensors must map names to tensors, got {name!r}: {type(tensor).__name__}"
+            )
+        if name == "__metadata__":
+            raise ValueError(f"tensors must not be called {name!r}: the file format uses it")
+        if dtype_of(tensor.dtype).code not in DTYPES or dtype_of(tensor.dtype).size == 0:
+            raise ValueError(f"{name} must have a dtype of safetensors, got {tensor.dtype}")
+        if tensor.layout != torch.strided or tensor.is_meta:
+            kind = "meta" if tensor.is_meta else str(tensor.layout).removeprefix("torch.")
+            raise ValueError(f"{name} must be a dense tensor with weights, got a {kind} one")

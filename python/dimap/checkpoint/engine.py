@@ -1,0 +1,73 @@
+"""What `dimap._C` is given and tells, where it works on files: descriptors, elements, progress."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from .._files import naming
+from .base import Progress
+from .header import Entry, Header
+
+READ, FILL = os.O_RDONLY, os.O_RDWR
+
+
+class Told:
+    """What `_C` tells of its work, told to a `Progress`."""
+
+    def __init__(self, progress: Progress | None) -> None:
+        self._progress = progress
+        self._step, self._done, self._total = "", 0, 0
+
+    def __call__(self, step: str, done: int, total: int) -> None:
+        if self._progress is None:
+            return
+        if done == 0 and (step != self._step or self._done > 0):
+            self.finish()
+            self._step, self._done, self._total = step, 0, total
+            self._progress.step(step, total)
+        elif done > self._done:
+            self._progress.advance(done - self._done)
+            self._done = done
+
+    def finish(self) -> None:
+        """The last step is done."""
+        if self._progress is not None and self._done < self._total:
+            self._progress.advance(self._total - self._done)
+            self._done = self._total
+
+
+def elements(entry: Entry) -> tuple[int, int, int, int]:
+    """What `_C` counts: (offset, elements, bytes of one, mask); where several share a byte, bytes."""
+    size = entry.dtype.size or 1
+    return entry.begin, entry.nbytes // size, size, entry.dtype.mask
+
+
+@contextmanager
+def opened(paths: Sequence[Path], flags: int) -> Iterator[list[tuple[int, str]]]:
+    """Descriptors of files that exist, and their paths; flags: READ, or FILL for outputs.
+
+    Outputs are never created: rank 0 may have given up and removed them by now.
+    """
+    if flags == FILL:
+        flags |= getattr(os, "O_NOFOLLOW", 0)
+    found: list[tuple[int, str]] = []
+    try:
+        for path in paths:
+            found.append((os.open(path, flags | os.O_CLOEXEC), str(path)))
+        yield found
+    finally:
+        for descriptor, _ in found:
+            os.close(descriptor)
+
+
+def begin(output: tuple[int, str], header: Header, *, first: bool = True) -> None:
+    """Give an output its length; the first of several ranks writes the header."""
+    descriptor, path = output
+    with naming(Path(path)):
+        os.ftruncate(descriptor, header.file_size)
+        at = 0
+        while first and at < len(header.raw):
+            at += os.pwrite(descriptor, header.raw[at:], at)
