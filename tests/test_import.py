@@ -32,6 +32,17 @@ def test_does_not_import_torch(module: str) -> None:
     )
 
 
+@pytest.mark.parametrize("command", ["", "prune", "inspect", "expand", "plot"])
+def test_help_imports_what_it_shows_only(command: str) -> None:
+    check(
+        f"import sys; from dimap.cli import app\ntry: app({[*command.split(), '--help']})\n"
+        "except SystemExit as end: assert not end.code\n"
+        "heavy = {'torch', 'numpy', 'dimap.checkpoint'} & set(sys.modules); assert not heavy, heavy\n"
+        "commands = {m for m in sys.modules if m in ('dimap.cli.prune', 'dimap.cli.finetune')}\n"
+        f"assert commands <= {{'dimap.cli.{command}'}}, commands"
+    )
+
+
 @pytest.mark.parametrize("order", ["dimap, torch", "torch, dimap"])
 def test_operators_are_registered_in_either_order(order: str) -> None:
     check(f"import {order}; {SCORE}; assert 'dimap.pruning' not in __import__('sys').modules")

@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import errno
 import glob
+import itertools
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,69 +51,50 @@ def find_inputs(arguments: Sequence[str], out_dir: Path) -> list[Item]:
     """
     items: dict[Path | str, Item] = {}
     for argument in arguments:
-        for source, name in _expand(argument, out_dir):
-            place = source if source.startswith(TIMM) else Path(source).resolve()
-            items.setdefault(place, Item(source, name, _size(source)))  # once, if named twice
+        if argument.startswith(TIMM):
+            name = argument.removeprefix(TIMM).replace("/", "-") + ".safetensors"
+            items.setdefault(argument, Item(argument, name, 0))
+            continue
+        for path, name in _expand(argument, out_dir):
+            _check_no_shard(path)
+            source = argument if path == Path(argument) else str(path)
+            items.setdefault(
+                path.resolve(), Item(source, name, _size(path))
+            )  # once, if named twice
     return list(items.values())
 
 
-def _expand(argument: str, out_dir: Path) -> Iterator[tuple[str, str]]:
-    """The checkpoints of one argument, and the names of their outputs."""
+def _expand(argument: str, out_dir: Path) -> list[tuple[Path, str]]:
+    """The checkpoints of one argument, without outputs of an earlier run; and their outputs' names."""
     path = Path(argument)
-    if argument.startswith(TIMM):
-        yield argument, argument.removeprefix(TIMM).replace("/", "-") + ".safetensors"
-    elif path.is_dir() and not _is_checkpoint(path):
-        yield from _inside(path, out_dir)
+    if path.is_dir() and not _is_checkpoint(path):
+        if path.resolve() == out_dir.resolve():
+            raise ValueError(f"--out-dir must lie apart from IN, got {out_dir} for both")
+        base, candidates = path, [p for p in path.iterdir() if not p.name.startswith(".")]
+        wanted = (
+            f"must be a checkpoint ({SINGLE} or {INDEX}), or hold checkpoints "
+            f"({', '.join(ENDINGS)}, or folders with {SINGLE} or {INDEX})"
+        )
     elif os.path.lexists(path):
-        _check_no_shard(path)
-        yield argument, path.resolve().name if path.name in ("", "..") else path.name
+        return [(path, path.resolve().name if path.name in ("", "..") else path.name)]
     elif glob.has_magic(argument):
-        yield from _matches(argument, out_dir)
+        fixed = itertools.takewhile(lambda part: not glob.has_magic(part), path.parts)
+        base, candidates = Path(*fixed), [Path(p) for p in glob.glob(argument, recursive=True)]
+        wanted = "must match a checkpoint, matches none"
     else:
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), argument)
-
-
-def _inside(folder: Path, out_dir: Path) -> Iterator[tuple[str, str]]:
-    """The checkpoints directly in a folder; what has a hidden name is left out."""
-    if folder.resolve() == out_dir.resolve():
-        raise ValueError(f"--out-dir must lie apart from IN, got {out_dir} for both")
-    children = sorted(p for p in folder.iterdir() if not p.name.startswith("."))
-    found = [p for p in children if _is_checkpoint(p) and not _within(p, out_dir)]
+    made = out_dir.resolve()
+    found = [p for p in sorted(candidates) if _is_checkpoint(p)]
+    found = [p for p in found if not p.resolve().is_relative_to(made)]
     if not found:
-        raise FileNotFoundError(
-            errno.ENOENT,
-            f"must be a checkpoint ({SINGLE} or {INDEX}), or hold checkpoints "
-            f"({', '.join(ENDINGS)}, or folders with {SINGLE} or {INDEX})",
-            str(folder),
-        )
-    for path in found:
-        _check_no_shard(path)
-        yield str(path), path.name
-
-
-def _matches(pattern: str, out_dir: Path) -> Iterator[tuple[str, str]]:
-    """The checkpoints that match a pattern, outputs of an earlier run left out."""
-    parts = Path(pattern).parts
-    fixed = next(i for i, part in enumerate(parts) if glob.has_magic(part))
-    base = Path(*parts[:fixed])
-    found = [Path(match) for match in sorted(glob.glob(pattern, recursive=True))]
-    found = [p for p in found if _is_checkpoint(p) and not _within(p, out_dir)]
-    if not found:
-        raise FileNotFoundError(errno.ENOENT, "must match a checkpoint, matches none", pattern)
-    for path in found:
-        _check_no_shard(path)
-        yield str(path), path.relative_to(base).as_posix()
+        raise FileNotFoundError(errno.ENOENT, wanted, argument)
+    return [(p, p.relative_to(base).as_posix()) for p in found]
 
 
 def _is_checkpoint(path: Path) -> bool:
     if path.is_dir():
         return (path / SINGLE).exists() or (path / INDEX).exists()
     return path.suffix in ENDINGS
-
-
-def _within(path: Path, folder: Path) -> bool:
-    place = path.resolve()
-    return folder.resolve() in (place, *place.parents)
 
 
 def _check_no_shard(path: Path) -> None:
@@ -128,7 +110,6 @@ def _check_no_shard(path: Path) -> None:
         )
 
 
-def _size(source: str) -> int:
-    path = Path(source)
+def _size(path: Path) -> int:
     files = path.rglob("*") if path.is_dir() else (path,)
     return sum(file.stat().st_size for file in files if file.is_file())

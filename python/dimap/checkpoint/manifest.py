@@ -80,22 +80,17 @@ def files_of(path: Path, checksum: bool = False) -> list[Record]:
 
     path: relative to the folder. stamp: length, times and inode. sha256: None without `checksum`.
     """
-    if not path.is_dir():
-        files = [path]
-    else:
+    files = [path]
+    if path.is_dir():
         walked = os.walk(path, followlinks=True)
         files = sorted(Path(folder) / file for folder, _, names in walked for file in names)
+    names = [str(file.relative_to(path)) if file != path else file.name for file in files]
     stamps = [_stamp(file) for file in files]
     with ThreadPoolExecutor() as pool:
         sums = pool.map(_sha256, files) if checksum else [None] * len(files)
         return [
-            {
-                "path": file.name if file == path else file.relative_to(path).as_posix(),
-                "bytes": stamp[0],
-                "sha256": sha256,
-                "stamp": stamp,
-            }
-            for file, stamp, sha256 in zip(files, stamps, sums, strict=True)
+            {"path": name, "bytes": stamp[0], "sha256": sha256, "stamp": stamp}
+            for name, stamp, sha256 in zip(names, stamps, sums, strict=True)
         ]
 
 
@@ -110,12 +105,11 @@ def same_files(path: Path, recorded: Sequence[Record]) -> bool:
     if [(f["path"], f["bytes"]) for f in here] != [(f["path"], f["bytes"]) for f in recorded]:
         return False
     folder = path if path.is_dir() else path.parent
-    unsure = [old for new, old in zip(here, recorded, strict=True) if new["stamp"] != old["stamp"]]
-    if any(old["sha256"] is None for old in unsure):
-        return False
-    with ThreadPoolExecutor() as pool:
-        sums = pool.map(lambda old: _sha256(folder / old["path"]) == old["sha256"], unsure)
-        return all(sums)
+    return all(
+        new["stamp"] == old["stamp"]
+        or (old["sha256"] is not None and old["sha256"] == _sha256(folder / old["path"]))
+        for new, old in zip(here, recorded, strict=True)
+    )
 
 
 def _stamp(path: Path) -> list[int]:

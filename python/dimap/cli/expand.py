@@ -42,15 +42,8 @@ def expand(
         before, after = _bytes(source), _bytes(out)
     seconds = time.monotonic() - start
     if as_json:
-        print_json(
-            {
-                "in": str(source),
-                "out": str(out),
-                "bytes_in": before,
-                "bytes_out": after,
-                "seconds": round(seconds, 3),
-            }
-        )
+        told = {"in": str(source), "out": str(out), "bytes_in": before, "bytes_out": after}
+        print_json({**told, "seconds": round(seconds, 3)})
         return
     share = f"{before / 1e6:,.1f} MB, {100 * before / after:.1f} % of it"
     print_wrote(f"{out} in {seconds:.1f} s: {after / 1e6:,.1f} MB from {share}")
