@@ -20,7 +20,6 @@ import torch
 
 from .. import __version__
 from .._files import remove
-from ..cli._progress import Bar
 from ..cli._support import sentence
 from ..pruning import Normalize, Scope
 from . import open_checkpoint
@@ -202,7 +201,6 @@ def _prune(job: Job, item: Item, record: Record | None) -> Record:
                 force=replace,
                 timm_model=job.timm_model,
                 input_size=job.input_size,
-                bar=Bar(""),  # never shown
             )
     except Exception as error:
         # The outputs are what they were: so is what the manifest tells of them.

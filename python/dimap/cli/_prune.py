@@ -209,7 +209,7 @@ def prune(
             force=force,
             timm_model=timm_model,
             input_size=size,
-            bar=bar,
+            progress=bar,
             ranks=ranks,
         )
     if ranks.rank > 0:
