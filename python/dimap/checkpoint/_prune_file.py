@@ -6,20 +6,21 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from .. import _timm
 from .._files import replacing
 from ..distributed.ranks import Alone, Ranks
 from ..groups import AUX
 from ..groups.plan import Normalize, Scope
 from ..report import Report, build_report
 from ..report._output import report_output
-from .base import Checkpoint, Progress, check_apart
+from .base import Checkpoint, Progress, Silent, check_apart
 from .folder import Shards
 from .prune import pruning_checkpoint
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
     from ..pruning import Pruning
     from .memory import StateDict
@@ -52,13 +53,8 @@ def prune_file(
 
     All outputs appear complete or not at all.
     """
-    ranks = ranks or Alone()
+    ranks, told = ranks or Alone(), progress or Silent()
     in_files = isinstance(checkpoint, Shards)
-
-    def step(description: str) -> None:
-        if progress is not None:
-            progress.step(description)
-
     if ranks.size > 1 and not in_files:
         raise ValueError(
             f"IN must be safetensors to be shared among {ranks.size} ranks, got {checkpoint.path}"
@@ -76,12 +72,12 @@ def prune_file(
     with ExitStack() as outputs:
         # Begun before the work, so that an output that cannot be written is told at once. What is
         # begun last is completed first: OUT before the small files.
-        told = None
+        reported = None
         if report is not None:
             ranks.outputs(report)
             if ranks.rank == 0:
-                told = outputs.enter_context(report_output(report, modules, force=force))
-                told.before(checkpoint)
+                reported = outputs.enter_context(report_output(report, modules, force=force))
+                reported.before(checkpoint)
         pruning: Pruning | StreamPruning
         if isinstance(checkpoint, Shards):
             pruning = outputs.enter_context(
@@ -104,23 +100,23 @@ def prune_file(
             held: StateDict = checkpoint  # type: ignore[assignment]  # the only other kind
             masks_file = masks and outputs.enter_context(replacing(masks, force=force))
             (file,) = outputs.enter_context(held.creating(out, force=force))
-            step("pruning")
+            told.step("pruning")
             state = {name: held.get(name) for name in names}
             pruning = prune(state, ratios, scope=scope, normalize=normalize)
-            step("writing")
+            told.step("writing")
             held.save(file, out.suffix, pack=pruning.masks if bitmask else ())
             if masks_file:
                 pruning.save_masks(masks_file)
-        step("counting")
+        told.step("counting")
         model, why = None, "the first rank counts them"
         if ranks.rank == 0:
             model, why = _model(checkpoint, names, timm_model)
         built = build_report(pruning, model, input_size)
         notes = built.notes if model else (f"no FLOPs: {why}",)
         built = replace(built, notes=(*notes, *checkpoint.notes))
-        if told:
-            told.write(built, pruning)
-        step("completing")
+        if reported:
+            reported.write(built, pruning)
+        told.step("completing")
     return built
 
 
@@ -143,33 +139,16 @@ def _model(
     checkpoint: Checkpoint, names: list[str], timm_model: str | None
 ) -> tuple[nn.Module | None, str]:
     """The model for counting FLOPs, pruned or only its shapes, or the reason why there is none."""
-    described: tuple[str, dict[str, Any]] | None = (timm_model, {}) if timm_model else None
-    if described is None and not _may_be_described(checkpoint):
-        return None, NOT_DESCRIBED
-    from .. import _timm
-
-    described = described or _timm.described(checkpoint.path, checkpoint.metadata)
+    described = (
+        (timm_model, {}) if timm_model else _timm.described(checkpoint.path, checkpoint.metadata)
+    )
     if described is None:
-        return None, NOT_DESCRIBED
-    state: dict[str, Tensor] = {
-        name: checkpoint.tensors[name].meta()
-        if isinstance(checkpoint, Shards)
-        else checkpoint.get(name)
-        for name in names
-    }
+        return None, "IN does not say which timm model it is; --timm-model NAME says it"
+    in_files = isinstance(checkpoint, Shards)  # names and shapes are enough
+    state = {n: checkpoint.tensors[n].meta() if in_files else checkpoint.get(n) for n in names}
     try:
         return _timm.with_weights(*described, state), ""
     except (ValueError, ModuleNotFoundError) as error:
         if timm_model:
             raise
         return None, str(error)
-
-
-NOT_DESCRIBED = "IN does not say which timm model it is; --timm-model NAME says it"
-
-
-def _may_be_described(checkpoint: Checkpoint) -> bool:
-    """Whether `_timm.described` may find something: it imports torch, which is not needed else."""
-    return (
-        "architecture" in checkpoint.metadata or (Path(checkpoint.path) / "config.json").is_file()
-    )

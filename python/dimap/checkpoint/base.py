@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -25,6 +25,16 @@ class Progress(Protocol):
 
     def step(self, description: str, total: int | None = None) -> None: ...
     def advance(self, amount: int) -> None: ...
+
+
+class Silent:
+    """Progress that tells nobody."""
+
+    def step(self, description: str, total: int | None = None) -> None:
+        pass
+
+    def advance(self, amount: int) -> None:
+        pass
 
 
 class Checkpoint(ABC):
@@ -126,7 +136,7 @@ class Checkpoint(ABC):
         """Tensors that were read stay valid."""
 
 
-class Writer(ABC):
+class Writer:
     """Takes the tensors of a new checkpoint, one by one.
 
     A tensor must have the shape and dtype of the one that it stands for.
@@ -134,9 +144,14 @@ class Writer(ABC):
     names: of all tensors, in the order of the file.
     """
 
-    def __init__(self, tensors: Mapping[str, Spec]) -> None:
+    def __init__(
+        self,
+        tensors: Mapping[str, Spec],
+        write: Callable[[str, Tensor], object],
+        complete: Callable[[], object] = lambda: None,
+    ) -> None:
         self.names = tuple(tensors)
-        self._left = dict(tensors)
+        self._left, self._write, self._complete = dict(tensors), write, complete
 
     def put(self, name: str, tensor: Tensor) -> None:
         """Write a tensor, once."""
@@ -151,13 +166,11 @@ class Writer(ABC):
         self._write(name, tensor.detach())
         del self._left[name]
 
-    @abstractmethod
-    def _write(self, name: str, tensor: Tensor) -> None: ...
-
     def finish(self) -> None:
         """Complete the files; called by `Checkpoint.create`."""
         if self._left:
             raise ValueError(f"every tensor must be written, got none for {next(iter(self._left))}")
+        self._complete()
 
 
 def raw_bytes(tensor: Tensor) -> memoryview:
@@ -177,7 +190,7 @@ def check_apart(kind: str, path: Path, others: Mapping[str, Path]) -> None:
             raise ValueError(f"{kind} must lie apart from {name}, got {path}")
 
 
-def shorten(items: Collection[str] | Iterable[str], most: int = 8) -> str:
+def shorten(items: Iterable[str], most: int = 8) -> str:
     """The first few of many names, for an error message."""
     texts = list(items)
     return ", ".join(texts[:most]) + (f" and {len(texts) - most} more" if len(texts) > most else "")

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from .._files import naming
-from .base import Progress
+from .base import Progress, Silent
 from .header import Entry, Header
 
 READ, FILL = os.O_RDONLY, os.O_RDWR
@@ -18,12 +18,10 @@ class Told:
     """What `_C` tells of its work, told to a `Progress`."""
 
     def __init__(self, progress: Progress | None) -> None:
-        self._progress = progress
+        self._progress = progress or Silent()
         self._step, self._done, self._total = "", 0, 0
 
     def __call__(self, step: str, done: int, total: int) -> None:
-        if self._progress is None:
-            return
         if done == 0 and (step != self._step or self._done > 0):
             self.finish()
             self._step, self._done, self._total = step, 0, total
@@ -34,7 +32,7 @@ class Told:
 
     def finish(self) -> None:
         """The last step is done."""
-        if self._progress is not None and self._done < self._total:
+        if self._done < self._total:
             self._progress.advance(self._total - self._done)
             self._done = self._total
 

@@ -116,28 +116,17 @@ class Shards(Checkpoint):
         return self.home[name].get(name)
 
     def _writer(self, files: list[Path], ending: str) -> Writer:
-        return ShardsWriter(dict(zip(files, self.shards, strict=True)))
+        targets = dict(zip((shard.path for shard in self.shards), files, strict=True))
+        for shard in self.shards:
+            targets[shard.path].write_bytes(shard.header.raw)
 
+        def write(name: str, tensor: Tensor) -> None:
+            shard = self.home[name]
+            with open(targets[shard.path], "r+b") as file:
+                file.seek(shard.entries[name].begin)
+                file.write(raw_bytes(tensor))
 
-class ShardsWriter(Writer):
-    """Files with the headers of others: the same names, order, offsets and metadata."""
-
-    def __init__(self, targets: Mapping[Path, Shard]) -> None:
-        entries = {n: entry for shard in targets.values() for n, entry in shard.entries.items()}
-        super().__init__(entries)
-        self._places = {
-            n: (target, entry)
-            for target, shard in targets.items()
-            for n, entry in shard.entries.items()
-        }
-        for target, shard in targets.items():
-            target.write_bytes(shard.header.raw)
-
-    def _write(self, name: str, tensor: Tensor) -> None:
-        target, entry = self._places[name]
-        with open(target, "r+b") as file:
-            file.seek(entry.begin)
-            file.write(raw_bytes(tensor))
+        return Writer(self.tensors, write)
 
 
 def open_file(path: Path) -> Shards:

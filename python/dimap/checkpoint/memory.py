@@ -75,21 +75,12 @@ class StateDict(Checkpoint):
             raise OSError(errno.EIO, f"could not be written ({error})") from error
 
     def _writer(self, files: list[Path], ending: str) -> Writer:
-        return _StateDictWriter(self, files[0], ending)
-
-
-class _StateDictWriter(Writer):
-    def __init__(self, source: StateDict, target: Path, ending: str) -> None:
-        super().__init__(source.tensors)
-        self._source, self._target, self._ending = source, target, ending
-
-    def _write(self, name: str, tensor: Tensor) -> None:
         # Into the tensor that is there: it stays a Parameter, or tied to another, if it was so.
-        self._source.get(name).copy_(tensor)
-
-    def finish(self) -> None:
-        super().finish()
-        self._source.save(self._target, self._ending)
+        return Writer(
+            self.tensors,
+            lambda name, tensor: self.get(name).copy_(tensor),
+            lambda: self.save(files[0], ending),
+        )
 
 
 def open_timm(path: str, *, random_init: bool) -> StateDict:
