@@ -19,11 +19,12 @@ import torch
 pytest.importorskip("safetensors")
 pytest.importorskip("typer")
 
-from dimap.checkpoint import _manifest, _share
+from dimap.checkpoint import _manifest
 from dimap.checkpoint._inputs import Item, find_inputs
 from dimap.checkpoint._manifest import NAME, Manifest
 from dimap.checkpoint._prune_many import Job, Settings
-from dimap.checkpoint._share import Ranks
+from dimap.distributed import work_queue
+from dimap.distributed.work_queue import Ranks
 from dimap.checkpoint._workers import prune_all
 from dimap.cli import app
 from safetensors.torch import load_file, save_file
@@ -575,7 +576,7 @@ def ranks_of(store, rank, count):
 def test_a_silent_rank_is_not_waited_for(monkeypatch):
     from torch.distributed import HashStore
 
-    monkeypatch.setattr(_share, "SILENCE", 0.3)
+    monkeypatch.setattr(work_queue, "SILENCE", 0.3)
     with pytest.raises(RuntimeError, match="rank 1 must be alive"):
         ranks_of(HashStore(), 0, 2).collect([])
     store = HashStore()

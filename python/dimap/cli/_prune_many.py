@@ -16,7 +16,7 @@ from rich.text import Text
 from ..checkpoint._inputs import find_inputs
 from ..checkpoint._manifest import Manifest
 from ..checkpoint._prune_many import Job, Outcome, State, Task, check_job
-from ..checkpoint._share import Ranks
+from ..distributed.work_queue import Ranks
 from ..checkpoint._workers import prune_all
 from ._progress import Bar
 from ._support import complain, print_json

@@ -21,8 +21,8 @@ from typing import Any
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
-from ._inputs import Item
-from ._prune_many import Outcome
+from ..checkpoint._inputs import Item
+from ..checkpoint._prune_many import Outcome
 
 WAIT = 600.0  # seconds for rank 0 to find the checkpoints
 BEAT = 5.0  # seconds between two signs of life of a rank
