@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from dimap import cli
 from dimap.checkpoint import _stream_io, _stream_job, _stream_notes
-from dimap.distributed.ranks import Group as Ranks
+from dimap.distributed.group import Group as Ranks
 from dimap.distributed.ranks import launched
 from dimap.stream import prune_checkpoint, pruning_checkpoint
 from ranks import Group, environment, free_port, start

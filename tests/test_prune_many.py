@@ -23,10 +23,10 @@ from dimap.checkpoint import _manifest
 from dimap.checkpoint._inputs import Item, find_inputs
 from dimap.checkpoint._manifest import NAME, Manifest
 from dimap.checkpoint._prune_many import Job, Settings
-from dimap.distributed import work_queue
-from dimap.distributed.work_queue import Ranks
 from dimap.checkpoint._workers import prune_all
 from dimap.cli import app
+from dimap.distributed import work_queue
+from dimap.distributed.work_queue import WorkQueue
 from safetensors.torch import load_file, save_file
 from test_stream import load_folder, shards, vit
 
@@ -568,9 +568,7 @@ def test_ranks_share_a_list_and_take_each_item_once(monkeypatch):
 
 
 def ranks_of(store, rank, count):
-    ranks = Ranks()
-    ranks._store, ranks.rank, ranks.count = store, rank, count
-    return ranks
+    return WorkQueue(store, rank, count)
 
 
 def test_a_silent_rank_is_not_waited_for(monkeypatch):

@@ -76,7 +76,9 @@ class Pruning:
         Returns how many elements of each of `rest` are not zero, in this rank's part.
         Raises ChangedError, OSError.
         """
-    smallest: list[float]  # [layers] after write(): smallest kept |w| of this rank's part; nan: none
+    smallest: list[
+        float
+    ]  # [layers] after write(): smallest kept |w| of this rank's part; nan: none
 
 def decide_shards(
     tensors: Sequence[tuple[int, int, int, int]],

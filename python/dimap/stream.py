@@ -18,7 +18,7 @@ from .checkpoint import open_checkpoint
 from .checkpoint._safetensors import Folder, Shards, ShardsWriter, write_packed_index
 from .checkpoint._stream_job import Job
 from .checkpoint._stream_types import Progress, Silent, StreamPruning
-from .distributed.ranks import Alone, Ranks, group_of
+from .distributed.ranks import Ranks, group_of
 from .groups import Patterns
 from .groups._plan import Normalize
 from .groups._scopes import Scope
@@ -63,7 +63,7 @@ def prune_checkpoint(
     error in another rank, with its message, and ConnectionError for a rank that is gone.
     """
     with ExitStack() as stack:
-        ranks = Alone() if group is None else stack.enter_context(group_of(group))
+        ranks = Ranks() if group is None else stack.enter_context(group_of(group))
         pruned = stack.enter_context(
             pruning_checkpoint(
                 source,
@@ -101,7 +101,7 @@ def pruning_checkpoint(
 
     ranks: those that do it together, where there are several; they leave the block together.
     """
-    ranks = ranks or Alone()
+    ranks = ranks or Ranks()
     with ExitStack() as stack:
         if isinstance(source, Shards):
             checkpoint = source

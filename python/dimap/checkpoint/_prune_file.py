@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .. import _timm
 from .._files import replacing
 from ..cli._progress import Bar
-from ..distributed.ranks import Alone, Ranks
+from ..distributed.ranks import Ranks
 from ..groups import AUX, Layer, find_modules
 from ..pruning import Normalize, Pruning, Scope, prune
 from ..report import Report, build_report
@@ -48,7 +48,7 @@ def prune_file(
 
     All outputs appear complete or not at all.
     """
-    ranks = ranks or Alone()
+    ranks = ranks or Ranks()
     if ranks.size > 1 and not isinstance(checkpoint, Shards):
         raise ValueError(
             f"IN must be safetensors to be shared among {ranks.size} ranks, got {checkpoint.path}"

@@ -16,8 +16,8 @@ from rich.text import Text
 from ..checkpoint._inputs import find_inputs
 from ..checkpoint._manifest import Manifest
 from ..checkpoint._prune_many import Job, Outcome, State, Task, check_job
-from ..distributed.work_queue import Ranks
 from ..checkpoint._workers import prune_all
+from ..distributed.work_queue import WorkQueue
 from ._progress import Bar
 from ._support import complain, print_json
 
@@ -27,7 +27,7 @@ COLOURS: dict[State, str] = {"done": "green", "done before": "default", "failed"
 def prune_many(arguments: Sequence[str], job: Job, jobs: int, as_json: bool) -> None:
     """Prune the checkpoints that the arguments mean; ends with exit code 1 if any failed."""
     start = time.monotonic()
-    ranks = Ranks()
+    ranks = WorkQueue.launched()
     items = None
     try:
         if ranks.rank == 0:

@@ -1,88 +1,85 @@
-"""The checkpoints of a command shared among the processes of torchrun.
+"""Work of which each process of torchrun takes the next piece when it has done one.
 
-Rank 0 finds the checkpoints and publishes their list, largest first. Every rank takes the next one
-by counting up a number that all of them share, so that none is taken twice and none waits for
-another; in the end rank 0 collects what became of them. All of it goes through the key-value store
-that torchrun keeps, no process group is needed.
+It goes through the key-value store that torchrun keeps: no process group is needed, and none waits
+for another but rank 0 at the end.
 """
 
 from __future__ import annotations
 
-import json
 import os
+import pickle
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from torch.distributed.distributed_c10d import PrefixStore, Store
-from torch.distributed.rendezvous import rendezvous
+from .ranks import launched_size
 
-from ..checkpoint._inputs import Item
-from ..checkpoint._prune_many import Outcome
+if TYPE_CHECKING:
+    from torch.distributed import Store
 
-WAIT = 600.0  # seconds for rank 0 to find the checkpoints
+T = TypeVar("T")
+
+WAIT = 600.0  # seconds for all ranks to start
 BEAT = 5.0  # seconds between two signs of life of a rank
 SILENCE = 120.0  # seconds without one after which a rank is taken for dead
 
 
-class Ranks:
-    """This process among others; alone where the environment tells of no others."""
+class WorkQueue:
+    """Items that `size` processes share, of which this is `rank`; what is shared is pickled.
 
-    def __init__(self) -> None:
-        self.rank, self.count = 0, int(os.environ.get("WORLD_SIZE", 1))
-        self._lock = threading.Lock()
-        self._store: Store | None = None
-        if self.count > 1:
-            found = rendezvous("env://", timeout=timedelta(seconds=WAIT))
-            store, self.rank, self.count = next(iter(found))
-            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-            self._store = PrefixStore(f"dimap prune {attempt}", store)
-            threading.Thread(target=self._beat, args=(self._store,), daemon=True).start()
+    store: torch.distributed's, that all of them see; None for one process.
+    """
 
-    def publish(self, items: Sequence[Item] | None) -> list[Item]:
-        """The list of rank 0, which gives it; the others give None.
+    def __init__(self, store: Store | None = None, rank: int = 0, size: int = 1) -> None:
+        self._store, self.rank, self.size = store, rank, size
+
+    @classmethod
+    def launched(cls) -> WorkQueue:
+        """Of the processes that torchrun started with this one, if any."""
+        if launched_size() < 2:
+            return cls()
+        from torch.distributed import PrefixStore
+        from torch.distributed.rendezvous import rendezvous
+
+        found, rank, size = next(iter(rendezvous("env://", timeout=timedelta(seconds=WAIT))))
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = PrefixStore(f"dimap {attempt}", found)
+        threading.Thread(target=_beat, args=(store, rank), daemon=True).start()
+        return cls(store, rank, size)
+
+    def publish(self, items: Sequence[T] | None) -> list[T]:
+        """The items of rank 0, which gives them; the others give None.
 
         None from rank 0 says that it has failed: the others raise RuntimeError.
         """
-        if self._store is not None and self.rank == 0:
-            self._set("items", None if items is None else [asdict(item) for item in items])
         if self.rank == 0:
+            if self._store is not None:
+                self._store.set("items", pickle.dumps(items))
             return list(items or [])
         found = self._wait_for("items", 0)
         if found is None:
             raise RuntimeError(f"rank {self.rank}: there is no work, since rank 0 has failed")
-        return [Item(**item) for item in found]
+        return list(found)
 
-    def own(self, items: Sequence[Item]) -> Iterator[Item]:
-        """What of the published list this rank is to do, one after the other."""
-        if self._store is None:
-            yield from items
-            return
-        while True:
-            with self._lock:
-                index = self._store.add("taken", 1) - 1
+    def own(self, items: Sequence[T]) -> Iterator[T]:
+        """Those of the published items that this rank is to do, one after the other."""
+        for index in range(len(items)):
+            if self._store is not None:
+                index = self._store.add("taken", 1) - 1  # no other rank gets the same number
             if index >= len(items):
                 return
             yield items[index]
 
-    def collect(self, outcomes: Sequence[Outcome]) -> list[Outcome]:
-        """All outcomes at rank 0, when the last rank is done; those of this rank elsewhere."""
-        if self._store is None:
-            return list(outcomes)
-        self._set(f"outcomes {self.rank}", [asdict(outcome) for outcome in outcomes])
-        if self.rank > 0:
-            return list(outcomes)
-        found = [x for r in range(self.count) for x in self._wait_for(f"outcomes {r}", r)]
-        return [Outcome(**outcome) for outcome in found]
-
-    def _set(self, key: str, value: Any) -> None:
-        assert self._store is not None
-        with self._lock:
-            self._store.set(key, json.dumps(value))
+    def collect(self, results: Sequence[T]) -> list[T]:
+        """At rank 0 the results of all ranks, when the last is done; elsewhere this rank's own."""
+        if self._store is not None and self.rank > 0:
+            self._store.set(f"results {self.rank}", pickle.dumps(results))
+            return list(results)
+        others = (self._wait_for(f"results {r}", r) for r in range(1, self.size))
+        return [*results, *(result for found in others for result in found)]
 
     def _wait_for(self, key: str, rank: int) -> Any:
         """What a rank sets under a key. RuntimeError where it gives no sign of life any more.
@@ -91,11 +88,8 @@ class Ranks:
         """
         assert self._store is not None
         beats, heard = -1, time.monotonic()
-        while True:
-            with self._lock:
-                if self._store.check([key]):
-                    return json.loads(self._store.get(key))
-                now = self._store.add(f"alive {rank}", 0)
+        while not self._store.check([key]):
+            now = self._store.add(f"alive {rank}", 0)
             if now != beats:
                 beats, heard = now, time.monotonic()
             elif time.monotonic() - heard > SILENCE:
@@ -103,10 +97,11 @@ class Ranks:
                     f"rank {rank} must be alive, got no sign of it in {SILENCE:.0f} s"
                 )
             time.sleep(0.1)
+        return pickle.loads(self._store.get(key))
 
-    def _beat(self, store: Store) -> None:
-        with suppress(RuntimeError):  # the store is gone, and with it rank 0
-            while True:
-                with self._lock:
-                    store.add(f"alive {self.rank}", 1)
-                time.sleep(BEAT)
+
+def _beat(store: Store, rank: int) -> None:
+    with suppress(RuntimeError):  # the store is gone, and with it rank 0
+        while True:
+            store.add(f"alive {rank}", 1)
+            time.sleep(BEAT)

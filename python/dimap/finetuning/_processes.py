@@ -1,11 +1,10 @@
-"""The processes of a run: one, or several that torchrun started."""
+"""The processes of a run and their device."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -13,14 +12,23 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ..distributed.ranks import Ranks, group_of
+
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among those of the run."""
+    """This process among those of the run, which train on `device`, each on its own."""
 
     device: torch.device
-    rank: int = 0
-    world: int = 1
+    ranks: Ranks = field(default_factory=Ranks)
+
+    @property
+    def rank(self) -> int:
+        return self.ranks.rank
+
+    @property
+    def world(self) -> int:
+        return self.ranks.size
 
     @property
     def first(self) -> bool:
@@ -36,23 +44,17 @@ class Processes:
 
     def sum(self, numbers: list[float]) -> list[float]:
         """Each number summed over all processes."""
-        if self.world == 1:
-            return numbers
-        total = torch.tensor(numbers, dtype=torch.float64, device=self.device)
-        dist.all_reduce(total)
-        return [float(n) for n in total]
+        return [float(n) for n in self.ranks.sum(torch.tensor(numbers, dtype=torch.float64))]
 
     def average_buffers(self, model: nn.Module) -> None:
         """Running statistics (of batch norms) averaged over all processes."""
         for buffer in model.buffers():
             if self.world > 1 and buffer.is_floating_point():
-                dist.all_reduce(buffer)
-                buffer /= self.world
+                buffer.copy_(self.ranks.sum(buffer) / self.world)
 
     def wait(self) -> None:
         """Until all processes are here."""
-        if self.world > 1:
-            dist.barrier()
+        self.ranks.gather(None)
 
 
 @contextmanager
@@ -70,14 +72,18 @@ def join(device: str | None) -> Iterator[Processes]:
         raise ValueError(f"device must be one that torch knows, got {name!r}") from error
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device must be one that is here, got {name} and torch sees no GPU")
-    if dist.is_available() and dist.is_initialized():
-        yield Processes(torch.device(name), dist.get_rank(), dist.get_world_size())
-        return
-    found: dict[str, Any] = init_distributed_device_so(name)
+    joined = dist.is_available() and dist.is_initialized()
+    place = torch.device(name if joined else init_distributed_device_so(name)["device"])
     try:
-        yield Processes(torch.device(found["device"]), found["global_rank"], found["world_size"])
+        if dist.is_available() and dist.is_initialized():
+            assert dist.group.WORLD is not None
+            # Not entered as a context: DistributedDataParallel has exchanges of its own, in which an
+            # error could not be told; the launcher ends the others.
+            yield Processes(place, group_of(dist.group.WORLD))
+        else:
+            yield Processes(place)
     finally:
-        if found["distributed"] and dist.is_initialized():
+        if not joined and dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()
 
 
