@@ -31,7 +31,7 @@ $(VENV)/.dimap: $(VENV)/.torch $(SOURCES)
 
 $(VENV)/.test: $(VENV)/.dimap
 	@echo "== test dependencies"
-	@$(PIP) install --quiet pytest hypothesis transformers matplotlib tensorboard onnx onnxscript
+	@$(PIP) install --quiet pytest hypothesis transformers matplotlib tensorboard onnx onnxscript tqdm "pillow<13"
 	@touch $@
 
 $(VENV)/.lint: $(VENV)/.torch
@@ -77,7 +77,7 @@ abi: wheel $(VENV)/.lint  ## Check that the operator libraries use torch's stabl
 second-torch: wheel  ## Run the same wheel beside another torch
 	@echo "== the wheel built beside $(TORCH), run beside torch 2.13.0"
 	@test -x $(VENV)-second/bin/python || $(PYTHON) -m venv $(VENV)-second
-	@$(VENV)-second/bin/python -m pip --disable-pip-version-check install --quiet torch==2.13.0 numpy rich safetensors typer
+	@$(VENV)-second/bin/python -m pip --disable-pip-version-check install --quiet torch==2.13.0 numpy pydantic rich safetensors typer
 	@$(VENV)-second/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --force-reinstall dist/*.whl
 	@cd tests && ../$(VENV)-second/bin/python smoke.py
 

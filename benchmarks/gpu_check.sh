@@ -64,7 +64,7 @@ step "every operator once" 60 "$python" benchmarks/gpu_small.py
 workers=()
 "$python" -c 'import xdist' 2>/dev/null && workers=(-n 4)
 step "tests on the device" 120 env OMP_NUM_THREADS=2 "$python" -m pytest -q --maxfail=8 -p no:cacheprovider \
-  ${workers[@]+"${workers[@]}"} -k cuda tests/test_cuda_ops.py tests/test_ops.py tests/test_ops_errors.py tests/test_stages.py
+  ${workers[@]+"${workers[@]}"} -k cuda tests/cuda/test_cuda_ops.py tests/ops/test_ops.py tests/ops/test_ops_errors.py tests/ops/test_stages.py
 step "graph capture and replay" 40 "$python" benchmarks/gpu_small.py --graph
 bench_time=$((in_all - SECONDS - 110))  # what the steps after it need, left over
 bench_time=$((bench_time < 180 ? bench_time : 180))
@@ -79,7 +79,7 @@ for tool in memcheck racecheck initcheck; do
   fi
 done
 step "the whole suite" 200 env OMP_NUM_THREADS=2 "$python" -m pytest -q -p no:cacheprovider \
-  ${workers[@]+"${workers[@]}"} tests --ignore tests/test_cuda_ops.py
+  ${workers[@]+"${workers[@]}"} tests --ignore tests/cuda/test_cuda_ops.py
 
 echo
 if [ ${#failed[@]} -gt 0 ]; then

@@ -19,3 +19,4 @@ if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
     PROPERTIES COMPILE_OPTIONS
                "${_avx2};-mavx512f;-mavx512bw;-mavx512dq;-mavx512vl;-Wno-uninitialized;-Wno-maybe-uninitialized")
 endif()
+target_link_libraries(dimap_kernels PUBLIC Threads::Threads)

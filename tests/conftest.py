@@ -1,15 +1,12 @@
-"""Tests import their helpers by name; one thread is enough unless a test says otherwise."""
+"""What all tests share; their helpers lie in tests/helpers. One thread is enough unless a test says otherwise."""
 
 from __future__ import annotations
-
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from dimap import _library
 
-sys.path.insert(0, str(Path(__file__).parent))
+pytest.register_assert_rewrite("checkpoints", "exact", "finetune_problems", "operators")
 torch.set_num_threads(2)
 
 

@@ -44,7 +44,9 @@ Tensor survey_op(std::vector<Tensor> weights, Ints layers, Tensor windows, int64
   const Problem problem = survey_problem(inputs, layers, wire);
   std::vector<Window> views;
   for (const WireWindow& w : wire) views.push_back(w.window);
-  const Survey seen = guarded([&] { return survey(problem, views, bins, {}, TorchPool()); });
+  const TorchPool pool;
+  Loader loader(problem, pool.workers());
+  const Survey seen = guarded([&] { return survey(problem, views, bins, {}, loader, pool); });
   Tensor table = empty_cpu({matrix.rows, wire_columns(bins)}, ScalarType::Long);
   auto* out = static_cast<int64_t*>(table.mutable_data_ptr());
   for (int64_t l = 0; l < matrix.rows; ++l)

@@ -1,15 +1,273 @@
-// What the package is and how it was built. No tensors here: the operators are torch.ops.dimap.
+// The engine on files and shards, and how the package was built. No torch here: the operators are torch.ops.dimap.
+//
+// This file declares and converts; what it binds is in cpu/files and cpu/select. python/dimap/_C.pyi documents it.
+#include <pybind11/functional.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <bit>
+#include <limits>
+#include <memory>
+#include <optional>
 #include <string>
+#include <tuple>
 #include <vector>
 
+#include "core/wire.h"
+#include "cpu/files/expand.h"
+#include "cpu/files/prune.h"
 #include "cpu/isa/decide.h"
+#include "cpu/sparse/pack.h"
+#include "cpu/thread_pool.h"
 
 namespace py = pybind11;
+using namespace dimap;
 
 namespace {
+
+// What Python gives
+
+using Files = std::vector<std::tuple<int, std::string>>;  // descriptor, path
+using Progress = std::optional<std::function<void(const std::string&, int64_t, int64_t)>>;
+using Sum = std::function<void(py::memoryview)>;
+using ElementTuple = std::tuple<int32_t, int64_t, int64_t, int64_t, uint64_t>;  // file, offset, count, size, mask
+
+std::vector<File> files_of(const Files& given) {
+  std::vector<File> files;
+  for (const auto& [descriptor, path] : given) files.push_back({descriptor, path});
+  return files;
+}
+
+DType dtype_of(int number) {
+  if (number < 0 || number > 2)
+    throw py::value_error("dtype must be 0, 1 or 2 (float32, bfloat16, float16), got " + std::to_string(number));
+  return static_cast<DType>(number);
+}
+
+cpu::ThreadPool::Watch watch_of(Progress progress) {
+  return [progress = std::move(progress)](const char* step, int64_t done, int64_t bytes) {
+    const py::gil_scoped_acquire gil;
+    if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+    if (*step && progress && *progress) (*progress)(step, done, bytes);
+  };
+}
+
+class PythonExchange final : public Exchange {
+ public:
+  explicit PythonExchange(Sum sum) : sum_(std::move(sum)) {}
+  void sum(std::span<int64_t> numbers) const override {
+    const py::gil_scoped_acquire gil;
+    const auto n = static_cast<py::ssize_t>(numbers.size());
+    if (n > 0) sum_(py::memoryview::from_buffer(numbers.data(), {n}, {py::ssize_t{8}}));
+  }
+
+ private:
+  Sum sum_;
+};
+
+std::unique_ptr<Exchange> exchange_of(std::optional<Sum> sum) {
+  if (!sum) return nullptr;
+  return std::make_unique<PythonExchange>(std::move(*sum));
+}
+
+// Layers, modules and what they keep; the totals come from the tensors, or are given.
+void set_modules(Problem& problem, const std::vector<int64_t>& modules, const std::vector<int64_t>& keep,
+                 const std::optional<std::vector<int64_t>>& totals) {
+  for (const int64_t m : modules) {
+    if (m < 0 || m >= static_cast<int64_t>(keep.size()))
+      throw py::value_error("modules must be in [0, " + std::to_string(keep.size()) + "), got " + std::to_string(m));
+    problem.layer_module.push_back(static_cast<int32_t>(m));
+  }
+  problem.keep = keep;
+  for (const TensorView& t : problem.tensors)
+    if (t.layer < 0 || static_cast<size_t>(t.layer) >= modules.size())
+      throw py::value_error("layers must be in [0, " + std::to_string(modules.size()) + "), got " +
+                            std::to_string(t.layer));
+  problem.count();
+  if (totals) {
+    if (totals->size() != modules.size())
+      throw py::value_error("totals must have one entry for each of the " + std::to_string(modules.size()) +
+                            " layers, got " + std::to_string(totals->size()));
+    problem.layer_total = *totals;
+    std::fill(problem.module_total.begin(), problem.module_total.end(), 0);
+    for (size_t l = 0; l < modules.size(); ++l) problem.module_total[problem.layer_module[l]] += (*totals)[l];
+  }
+  for (size_t m = 0; m < keep.size(); ++m)
+    if (keep[m] < 0 || keep[m] > problem.module_total[m])
+      throw py::value_error("keep[" + std::to_string(m) + "] must be in [0, " +
+                            std::to_string(problem.module_total[m]) + "], got " + std::to_string(keep[m]));
+}
+
+std::vector<cpu::Elements> elements_of(const std::vector<ElementTuple>& given) {
+  std::vector<cpu::Elements> elements;
+  for (const auto& [file, offset, count, size, mask] : given) elements.push_back({file, offset, count, size, mask});
+  return elements;
+}
+
+// What Python gets
+
+using CutTuple = std::tuple<int64_t, int64_t>;
+
+CutTuple tuple_of(const Cut& cut) {
+  return {int64_t{cut.keep_from}, cut.tie == Cut::kNoTie ? int64_t{-1} : int64_t{cut.tie}};
+}
+
+using Decided = std::tuple<std::vector<CutTuple>, std::vector<int64_t>, std::vector<double>>;
+
+Decided decided_of(const cpu::Decision& decision) {
+  Decided out;
+  for (const Cut& cut : decision.cuts) std::get<0>(out).push_back(tuple_of(cut));
+  std::get<1>(out) = decision.quotas();
+  for (const ModuleCut& module : decision.modules) std::get<2>(out).push_back(module.threshold);
+  return out;
+}
+
+class Pruning {
+ public:
+  Pruning(const Files& files, const std::vector<std::tuple<int32_t, int64_t, int64_t, int, int32_t>>& tensors,
+          const std::vector<int64_t>& modules, const std::vector<int64_t>& keep, int threads, int32_t rank,
+          int32_t size, std::optional<Sum> exchange, Progress progress, int64_t aside)
+      : aside_(aside), pool_(threads, watch_of(std::move(progress))), exchange_(exchange_of(std::move(exchange))) {
+    problem_.files = files_of(files);
+    problem_.rank = rank, problem_.ranks = size;
+    for (const auto& [file, offset, numel, dtype, layer] : tensors)
+      problem_.tensors.push_back({nullptr, numel, dtype_of(dtype), layer, file, offset});
+    set_modules(problem_, modules, keep, std::nullopt);
+  }
+
+  void decide() {
+    const py::gil_scoped_release release;
+    pruning_.emplace(problem_, pool_, exchange_.get(), aside_);
+  }
+
+  std::vector<int64_t> count_packed() {
+    const py::gil_scoped_release release;
+    return decided().count_packed();
+  }
+
+  std::vector<int64_t> write(const Files& targets, const std::vector<std::tuple<int64_t, int64_t>>& places,
+                             const std::vector<std::tuple<int32_t, int64_t, int64_t, int64_t, uint64_t, int64_t>>& rest,
+                             const std::optional<std::tuple<int, std::string, std::vector<int64_t>>>& masks) {
+    if (places.size() != problem_.tensors.size())
+      throw py::value_error("places must have one entry for each of the " + std::to_string(problem_.tensors.size()) +
+                            " tensors, got " + std::to_string(places.size()));
+    std::vector<cpu::Place> at;
+    for (const auto& [values, bits] : places) at.push_back({values, bits});
+    std::vector<cpu::Elements> elements;
+    for (const auto& [file, offset, count, size, mask, place] : rest)
+      elements.push_back({file, offset, count, size, mask, place});
+    std::optional<cpu::MaskFile> mask_file;
+    if (masks) mask_file = {{std::get<0>(*masks), std::get<1>(*masks)}, std::get<2>(*masks)};
+    const py::gil_scoped_release release;
+    written_ = decided().write(files_of(targets), at, elements, mask_file);
+    return written_.rest;
+  }
+
+  std::vector<double> thresholds() const { return std::get<2>(decided_of(decided().decision())); }
+  std::vector<CutTuple> cuts() const { return std::get<0>(decided_of(decided().decision())); }
+  std::vector<int64_t> kept() const { return decided().kept(); }
+  int readings() const { return decided().decision().readings; }
+  std::vector<int64_t> nonzero() const { return written_.nonzero; }
+  std::vector<double> smallest() const {
+    std::vector<double> values;
+    for (const uint32_t key : written_.smallest)
+      values.push_back(key == kKeyEnd ? std::numeric_limits<double>::quiet_NaN() : double{std::bit_cast<float>(key)});
+    return values;
+  }
+
+ private:
+  cpu::FilePruning& decided() {
+    if (!pruning_) throw std::runtime_error("decide() must come first");
+    return *pruning_;
+  }
+  const cpu::FilePruning& decided() const { return const_cast<Pruning*>(this)->decided(); }
+
+  Problem problem_;
+  int64_t aside_;
+  cpu::ThreadPool pool_;
+  std::unique_ptr<Exchange> exchange_;
+  std::optional<cpu::FilePruning> pruning_;
+  cpu::FilePruning::Written written_;
+};
+
+Decided decide_shards(const std::vector<std::tuple<uintptr_t, int64_t, int, int32_t>>& tensors,
+                      const std::vector<int64_t>& totals, const std::vector<int64_t>& modules,
+                      const std::vector<int64_t>& keep, Sum exchange, int ranks) {
+  Problem problem;
+  problem.ranks = ranks;
+  for (const auto& [address, numel, dtype, layer] : tensors)
+    problem.tensors.push_back({reinterpret_cast<const void*>(address), numel, dtype_of(dtype), layer});
+  set_modules(problem, modules, keep, totals);
+  const cpu::ThreadPool pool(0, watch_of(std::nullopt));
+  const PythonExchange sum(std::move(exchange));
+  const py::gil_scoped_release release;
+  return decided_of(cpu::Decision(problem, pool, &sum, cpu::Keeps::kCounts, {}));
+}
+
+Decided decide_surveys(const std::function<py::buffer(py::bytes, int64_t)>& survey,
+                       const std::vector<int32_t>& granularities, const std::vector<int64_t>& totals,
+                       const std::vector<int64_t>& modules, const std::vector<int64_t>& keep) {
+  Problem problem;
+  set_modules(problem, modules, keep, totals);
+  if (granularities.size() != modules.size())
+    throw py::value_error("granularities must have one entry for each of the " + std::to_string(modules.size()) +
+                          " layers, got " + std::to_string(granularities.size()));
+  problem.layer_granularity = granularities;
+  const auto ask = [&](std::span<const Window> windows, int64_t bins) {
+    const py::gil_scoped_acquire gil;
+    std::vector<int64_t> rows(windows.size() * static_cast<size_t>(kWindowColumns));
+    for (size_t l = 0; l < windows.size(); ++l)
+      write_window({windows[l], granularities[l]}, rows.data() + l * static_cast<size_t>(kWindowColumns));
+    const py::bytes given(reinterpret_cast<const char*>(rows.data()), rows.size() * 8);
+    const py::buffer_info table = survey(given, bins).request();
+    const auto columns = static_cast<size_t>(wire_columns(bins));
+    if (static_cast<size_t>(table.size * table.itemsize) != windows.size() * columns * 8)
+      throw py::value_error("survey must return " + std::to_string(windows.size()) + " rows of " +
+                            std::to_string(columns) + " int64");
+    cpu::Survey seen{{}, std::vector<Bin>(windows.size() * static_cast<size_t>(bins))};
+    const auto* row = static_cast<const int64_t*>(table.ptr);
+    for (size_t l = 0; l < windows.size(); ++l, row += columns) {
+      const auto mine = std::span(seen.bins).subspan(l * static_cast<size_t>(bins), static_cast<size_t>(bins));
+      seen.tables.push_back(read_table(row, {windows[l], granularities[l]}, mine));
+    }
+    return seen;
+  };
+  const cpu::ThreadPool pool(1);
+  const py::gil_scoped_release release;
+  return decided_of(cpu::Decision(problem, pool, ask));
+}
+
+std::vector<int64_t> count_nonzero(const Files& files, const std::vector<ElementTuple>& tensors, int threads,
+                                   Progress progress) {
+  const cpu::ThreadPool pool(threads, watch_of(std::move(progress)));
+  const py::gil_scoped_release release;
+  return cpu::count_nonzero(files_of(files), elements_of(tensors), pool);
+}
+
+void expand(const Files& files, const Files& targets,
+            const std::vector<std::tuple<int32_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t>>& tensors,
+            const std::vector<std::tuple<int32_t, int64_t, int64_t, int64_t>>& rest, int threads, Progress progress) {
+  std::vector<cpu::Packed> packed;
+  for (const auto& [file, values, count, bits, numel, size, place] : tensors)
+    packed.push_back({file, values, count, bits, numel, size, place});
+  std::vector<cpu::Copied> copied;
+  for (const auto& [file, offset, bytes, place] : rest) copied.push_back({file, offset, bytes, place});
+  const cpu::ThreadPool pool(threads, watch_of(std::move(progress)));
+  const py::gil_scoped_release release;
+  cpu::expand(files_of(files), files_of(targets), packed, copied, pool);
+}
+
+py::bytes pack_bits(const py::buffer& mask) {
+  const py::buffer_info info = mask.request();
+  if (info.itemsize != 1 || (info.ndim > 0 && !PyBuffer_IsContiguous(info.view(), 'C')))
+    throw py::value_error("mask must be contiguous bytes");
+  const auto n = static_cast<int64_t>(info.size);
+  std::string bits(static_cast<size_t>((n + 7) / 8), '\0');
+  cpu::pack_bits(static_cast<const uint8_t*>(info.ptr), n, reinterpret_cast<uint8_t*>(bits.data()));
+  return py::bytes(bits);
+}
+
+// How it was built
 
 py::object or_none(const std::string& s) { return s.empty() ? py::object(py::none()) : py::str(s); }
 
@@ -21,22 +279,77 @@ py::dict build_info() {
   info["torch_target"] = DIMAP_TORCH_TARGET;
   info["cuda"] = or_none(DIMAP_CUDA_VERSION);
   info["cuda_architectures"] = or_none(DIMAP_CUDA_ARCHITECTURES);
-  const dimap::cpu::Kernels* available[3];
-  const int n = dimap::cpu::available_kernels(available);
+  const cpu::Kernels* available[3];
+  const int n = cpu::available_kernels(available);
   std::vector<std::string> names;
   for (int i = 0; i < n; ++i) names.emplace_back(available[i]->name);
   info["instruction_sets"] = names;
-  info["instruction_set"] = dimap::cpu::kernels().name;
+  info["instruction_set"] = cpu::kernels().name;
   return info;
+}
+
+// Errors carry their parts; Python makes sentences of them.
+void raise(PyObject* kind, const py::tuple& parts) { PyErr_SetObject(kind, parts.ptr()); }
+
+void translate(std::exception_ptr error) {
+  const py::module_ self = py::module_::import("dimap._C");
+  try {
+    if (error) std::rethrow_exception(error);
+  } catch (const NonFinite& e) {
+    raise(self.attr("NonFiniteError").ptr(), py::make_tuple(e.tensor, e.index, e.nan ? "nan" : "inf"));
+  } catch (const cpu::Changed& e) {
+    raise(self.attr("ChangedError").ptr(), py::make_tuple(e.tensor));
+  } catch (const cpu::BadBits& e) {
+    raise(self.attr("BitsError").ptr(), py::make_tuple(e.tensor, e.required, e.got));
+  } catch (const cpu::FileError& e) {
+    raise(PyExc_OSError, py::make_tuple(e.code, e.what(), e.path));
+  }
+}
+
+void add_error(py::module_& m, const char* name, const char* doc) {
+  const std::string full = std::string("dimap._C.") + name;
+  m.attr(name) =
+      py::reinterpret_steal<py::object>(PyErr_NewExceptionWithDoc(full.c_str(), doc, PyExc_ValueError, nullptr));
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "How dimap was built and what it can run on.";
+  m.doc() = "The engine on files and shards, without torch; how dimap was built and what it can run on.";
   m.attr("__version__") = DIMAP_VERSION;
-  m.def("build_info", &build_info,
-        "Version, compiler, torch (built beside, ABI targeted), CUDA version and architectures (None: built without), "
-        "and "
-        "the instruction sets that this processor has; 'instruction_set' is the one in use (DIMAP_ISA forces one).");
+  add_error(m, "NonFiniteError", "A NaN or an infinity: (tensor, flat index, 'nan' or 'inf').");
+  add_error(m, "ChangedError", "A file changed between two readings: (tensor,).");
+  add_error(m, "BitsError", "Bits that do not fit their values: (tensor, values as the bits say, values).");
+  py::register_local_exception_translator(&translate);
+
+  m.def(
+      "build_info", &build_info,
+      "Version, compiler, torch (built beside, ABI targeted), CUDA version and architectures (None: built without), "
+      "and the instruction sets that this processor has; 'instruction_set' is the one in use (DIMAP_ISA forces one).");
+  py::class_<Pruning>(m, "Pruning", "Weights in files that are pruned together, or one rank's part of them.")
+      .def(py::init<const Files&, const std::vector<std::tuple<int32_t, int64_t, int64_t, int, int32_t>>&,
+                    const std::vector<int64_t>&, const std::vector<int64_t>&, int, int32_t, int32_t, std::optional<Sum>,
+                    Progress, int64_t>(),
+           py::arg("files"), py::arg("tensors"), py::arg("modules"), py::arg("keep"), py::kw_only(),
+           py::arg("threads") = 0, py::arg("rank") = 0, py::arg("size") = 1, py::arg("exchange") = py::none(),
+           py::arg("progress") = py::none(), py::arg("aside") = cpu::kAsideMost)
+      .def("decide", &Pruning::decide)
+      .def("count_packed", &Pruning::count_packed)
+      .def("write", &Pruning::write, py::arg("targets"), py::arg("places"), py::arg("rest"), py::kw_only(),
+           py::arg("masks") = py::none())
+      .def_property_readonly("thresholds", &Pruning::thresholds)
+      .def_property_readonly("cuts", &Pruning::cuts)
+      .def_property_readonly("kept", &Pruning::kept)
+      .def_property_readonly("readings", &Pruning::readings)
+      .def_property_readonly("nonzero", &Pruning::nonzero)
+      .def_property_readonly("smallest", &Pruning::smallest);
+  m.def("decide_shards", &decide_shards, py::arg("tensors"), py::arg("totals"), py::arg("modules"), py::arg("keep"),
+        py::kw_only(), py::arg("exchange"), py::arg("size"));
+  m.def("decide_surveys", &decide_surveys, py::arg("survey"), py::arg("granularities"), py::arg("totals"),
+        py::arg("modules"), py::arg("keep"));
+  m.def("count_nonzero", &count_nonzero, py::arg("files"), py::arg("tensors"), py::kw_only(), py::arg("threads") = 0,
+        py::arg("progress") = py::none());
+  m.def("expand", &expand, py::arg("files"), py::arg("targets"), py::arg("tensors"), py::arg("rest"), py::kw_only(),
+        py::arg("threads") = 0, py::arg("progress") = py::none());
+  m.def("pack_bits", &pack_bits, py::arg("mask"));
 }

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "core/magnitude.h"
@@ -10,14 +11,26 @@
 namespace dimap {
 
 struct TensorView {
-  const void* data = nullptr;  // contiguous
+  const void* data = nullptr;  // contiguous; null where the weights lie in a file:
   int64_t numel = 0;
   DType dtype = DType::kFloat32;
   int32_t layer = 0;
+  int32_t file = -1;   // number in Problem::files,
+  int64_t offset = 0;  // and the byte there
 };
 
+// Held open by the caller. The path is for errors.
+struct File {
+  int descriptor;
+  std::string path;
+};
+
+// Several ranks may share one problem. Then the tensors in memory are this rank's own and the totals those of all
+// ranks; tensors in files are seen by all, and each rank has its part of them (chunks.h).
 struct Problem {
   std::vector<TensorView> tensors;
+  std::vector<File> files;
+  int32_t rank = 0, ranks = 1;
   std::vector<int32_t> layer_module;       // [layers]
   std::vector<int64_t> keep;               // [modules]
   std::vector<int64_t> layer_total;        // [layers] weights

@@ -53,6 +53,12 @@ struct Bin {
     low += s & 0xFFFFFFu;
     high += s >> 24;
   }
+  void add(uint32_t key, int64_t weights) {
+    const uint64_t s = square(key), n = static_cast<uint64_t>(weights);
+    count += weights;
+    low += (s & 0xFFFFFFu) * n;
+    high += (s >> 24) * n;
+  }
   u128 sum() const { return (static_cast<u128>(high) << 24) + low; }
 };
 static_assert(sizeof(Bin) == 24);

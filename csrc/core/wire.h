@@ -56,13 +56,11 @@ inline void write_table(const LayerTable& table, int64_t* row) {
   }
 }
 
-// bins: storage for the table's bins, as many as the row has.
-inline LayerTable read_table(const int64_t* row, const WireWindow& view, std::span<Bin> bins) {
-  LayerTable table;
-  table.look_through(view.window, view.window.end(static_cast<int64_t>(bins.size())), view.window.base);
-  table.granularity = view.granularity;
+// Replaces what a table says of the weights, but for where it looks. bins: those of the table.
+inline void read_sums(const int64_t* row, LayerTable& table, std::span<Bin> bins) {
   table.total = row[0];
   table.above = row[1];
+  table.above_energy = {};
   for (int i = 0; i < kWireWords; ++i) table.above_energy.add(static_cast<u128>(row[2 + i]), 16 * i);
   const int64_t* in = row + kWireHead;
   for (Bin& bin : bins) {
@@ -71,6 +69,14 @@ inline LayerTable read_table(const int64_t* row, const WireWindow& view, std::sp
     bin.high = static_cast<uint64_t>(*in++);
   }
   table.bins = bins;
+}
+
+// bins: storage for the table's bins, as many as the row has.
+inline LayerTable read_table(const int64_t* row, const WireWindow& view, std::span<Bin> bins) {
+  LayerTable table;
+  table.look_through(view.window, view.window.end(static_cast<int64_t>(bins.size())), view.window.base);
+  table.granularity = view.granularity;
+  read_sums(row, table, bins);
   return table;
 }
 

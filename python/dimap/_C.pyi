@@ -4,7 +4,9 @@ Numbers of dtypes: 0 float32, 1 bfloat16, 2 float16. Offsets and lengths are byt
 otherwise. All calls release the interpreter while they work, and Ctrl-C ends them.
 """
 
-from collections.abc import Buffer, Callable, Sequence
+from collections.abc import Callable, Sequence
+
+from typing_extensions import Buffer
 
 __version__: str
 
@@ -45,6 +47,7 @@ class Pruning:
         size: int = 1,
         exchange: Exchange | None = None,
         progress: Progress | None = None,
+        aside: int = 1 << 25,  # numbers of 4 bytes that may be set aside
     ) -> None: ...
     def decide(self) -> None:
         """Find the cuts. Raises NonFiniteError, OSError."""
@@ -52,10 +55,13 @@ class Pruning:
     thresholds: list[float]  # [modules] smallest score64 kept; nan where nothing is
     cuts: list[tuple[int, int]]  # [layers] key from which weights are kept; of ties, or -1
     kept: list[int]  # [tensors] weights that the masks keep
-    nonzero: list[int]  # [tensors] kept weights that are not zero
-    packed: list[int]  # [tensors] kept weights of which any bit is set: nonzero and -0
     readings: int  # how often weights were read to find the cuts
 
+    def count_packed(self) -> list[int]:
+        """How many kept weights of each tensor have any bit set, on all ranks: nonzero ones, and -0.
+
+        It comes before write() with places for bits: these follow from it.
+        """
     def write(
         self,
         targets: Sequence[tuple[int, str]],
@@ -76,9 +82,9 @@ class Pruning:
         Returns how many elements of each of `rest` are not zero, in this rank's part.
         Raises ChangedError, OSError.
         """
-    smallest: list[
-        float
-    ]  # [layers] after write(): smallest kept |w| of this rank's part; nan: none
+    # After write(), of this rank's part:
+    nonzero: list[int]  # [tensors] kept weights that are not zero
+    smallest: list[float]  # [tensors] smallest kept |w| of this rank; nan: none
 
 def decide_shards(
     tensors: Sequence[tuple[int, int, int, int]],
@@ -87,11 +93,13 @@ def decide_shards(
     keep: Sequence[int],
     *,
     exchange: Exchange,
+    size: int,
 ) -> tuple[list[tuple[int, int]], list[int], list[float]]:
     """Cuts [layers], quotas and thresholds [modules] of weights in the memory of several ranks.
 
-    tensors: the local ones: (address, weights, dtype, layer). totals: weights of each layer in all
-    ranks together. A quota says how many of the weights that tie with the threshold are kept.
+    tensors: the local ones: (address, weights, dtype, layer); every rank names every tensor, with 0 weights
+    where it holds none or another rank counts them. size: how many ranks. totals: weights of each
+    layer in all ranks together. A quota says how many of the weights that tie with the threshold are kept.
     """
 
 def decide_surveys(
@@ -133,4 +141,4 @@ def expand(
     """
 
 def pack_bits(mask: Buffer) -> bytes:
-    """One bit for each byte, 1 where it is not zero; bit i % 8 of byte i // 8."""
+    """One bit for each byte of 0 or 1 (bool): bit i % 8 of byte i // 8."""

@@ -5,23 +5,27 @@
 >>> masks = dimap.select(model, sparsity=0.55)   # {parameter name: bool tensor}
 >>> pruning = dimap.prune(model, sparsity=0.55)  # in place; pruning.masks, pruning.report()
 
-The operators are ``torch.ops.dimap.*``, documented in `dimap.ops`.
+The operators are ``torch.ops.dimap.*``, documented in `dimap.ops`. They are there as soon as torch and
+dimap are both imported, in either order. dimap by itself does not import torch: its names are loaded
+when they are first asked for, so that a program that works on files only need not wait for torch.
 """
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from . import methods, ops, reference, saliency
+from . import _with_torch
 from ._C import __version__, build_info
-from .groups import Layer, find_modules
-from .pruning import Pruning, prune, score, select
 
 if TYPE_CHECKING:
+    from . import methods, ops, reference, saliency
     from .bitmask import load_file, save_file
     from .finetuning import finetune
+    from .groups import Layer, find_modules
     from .holding import Holding, hold_masks
     from .masks import apply_masks, load_masks, save_masks
+    from .pruning import Pruning, prune, score, select
     from .schedule import CubicSchedule, GradualPruning
     from .stream import prune_checkpoint
 
@@ -51,25 +55,34 @@ __all__ = [
     "select",
 ]
 
-_LAZY = {
-    "CubicSchedule": "schedule",
-    "GradualPruning": "schedule",
-    "Holding": "holding",
-    "apply_masks": "masks",
-    "finetune": "finetuning",
-    "hold_masks": "holding",
-    "load_file": "bitmask",
-    "load_masks": "masks",
-    "prune_checkpoint": "stream",
-    "save_file": "bitmask",
-    "save_masks": "masks",
+# Where each name is, and the modules that can be had as attributes of dimap.
+_NAMES = {
+    "bitmask": ("load_file", "save_file"),
+    "finetuning": ("finetune",),
+    "groups": ("Layer", "find_modules"),
+    "holding": ("Holding", "hold_masks"),
+    "masks": ("apply_masks", "load_masks", "save_masks"),
+    "pruning": ("Pruning", "prune", "score", "select"),
+    "schedule": ("CubicSchedule", "GradualPruning"),
+    "stream": ("prune_checkpoint",),
 }
+_MODULES = {*_NAMES, "checkpoint", "families", "flops", "methods", "ops", "plots", "report"}
+_MODULES |= {"reference", "saliency"}
 
 
 def __getattr__(name: str) -> Any:
-    """Load what needs more than torch only when it is asked for."""
-    if name in _LAZY:
-        from importlib import import_module
-
-        return getattr(import_module(f".{_LAZY[name]}", __name__), name)
+    """Load a name when it is first asked for."""
+    if name in _MODULES:
+        return import_module(f".{name}", __name__)
+    for module, names in _NAMES.items():
+        if name in names:
+            globals()[name] = value = getattr(import_module(f".{module}", __name__), name)
+            return value
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_MODULES})
+
+
+_with_torch.register_operators()

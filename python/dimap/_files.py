@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import re
 import secrets
 import shutil
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import safetensors
-from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor
-
-if sys.platform != "win32":
-    import fcntl
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # An output that was interrupted by kill -9 or a power cut is found under a name of this form:
 # ".NAME.RANDOM.dimap-tmp", and the next output of that name removes it. Everything else that ends a
@@ -48,10 +43,8 @@ def replacing(path: Path, *, folder: bool = False, force: bool = False) -> Itera
             temporary.mkdir() if folder else temporary.touch(exist_ok=False)
             lock = _lock(temporary)
         except OSError as error:
-            raise OSError(
-                error.errno, f"must be in a folder that can be written to, got: {error.strerror}",
-                str(path),
-            ) from error  # fmt: skip
+            problem = f"must be in a folder that can be written to, got: {error.strerror}"
+            raise OSError(error.errno, problem, str(path)) from error
         with naming(path):
             yield temporary
             _sync(temporary)
@@ -72,12 +65,10 @@ def replacing(path: Path, *, folder: bool = False, force: bool = False) -> Itera
 def _lock(path: Path) -> int | None:
     """Hold a file or folder until the descriptor is closed, by the end of the program at the latest.
 
-    None where another program holds it, or where the system has no such locks.
+    None where another program holds it, or where the file system has no locks.
     """
-    if sys.platform == "win32":
-        return None
     try:
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
     except OSError:
         return None
     try:
@@ -140,12 +131,15 @@ def open_safetensors(path: Path) -> Any:
         raise IsADirectoryError(errno.EISDIR, "must be a safetensors file, got a folder", str(path))
     with open(path, "rb"):
         pass  # for Python's own errors, which name the file
+    import safetensors
+
     try:
         return safetensors.safe_open(str(path), framework="pt")
-    except SafetensorError as error:
+    except safetensors.SafetensorError as error:
+        reason = str(error).removeprefix("Error while deserializing header: ")
         raise ValueError(
             f"{path} must be a complete safetensors file, got one that is truncated, damaged or of "
-            f"another format ({_reason(error)})"
+            f"another format ({reason})"
         ) from error
 
 
@@ -153,6 +147,9 @@ def save_safetensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
 ) -> None:
     """Fill the empty file `path`; tensors that share memory (tied weights) are each written."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
     seen: set[int] = set()
     ready: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
@@ -168,10 +165,6 @@ def save_safetensors(
         found = re.search(r"os error (\d+)", str(error))
         code = int(found[1]) if found else errno.EIO
         raise OSError(code, os.strerror(code) if found else str(error)) from error
-
-
-def _reason(error: SafetensorError) -> str:
-    return str(error).removeprefix("Error while deserializing header: ")
 
 
 def _beside(path: Path) -> Path:
@@ -212,7 +205,7 @@ def _sync(path: Path) -> None:
 
 
 def _sync_folder(path: Path) -> None:
-    with suppress(OSError):  # some file systems, and Windows, do not sync folders
+    with suppress(OSError):  # some file systems do not sync folders
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)

@@ -4,23 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from . import _C
 
-_HERE = Path(__file__).resolve().parent
+_Tensors: TypeAlias = Sequence[Tensor]
+_Ints: TypeAlias = Sequence[int]
 _HEAD = 22  # columns of a survey's table before its bins
 
 
 def _find(stem: str) -> Path | None:
     """The shared library `stem`: beside this file, or where an editable install put it."""
-    for folder in (_HERE, Path(_C.__file__).resolve().parent):
-        found = sorted(folder.glob(f"lib{stem}.*"))
-        if found:
-            return found[0]
-    return None
+    folders = (Path(file).resolve().parent for file in (__file__, _C.__file__))
+    return next((found for folder in folders for found in folder.glob(f"lib{stem}.*")), None)
 
 
 def _load() -> bool:
@@ -39,93 +38,70 @@ def _load() -> bool:
 has_cuda = _load()
 
 
-def _masks(weights: Sequence[Tensor]) -> list[Tensor]:
-    return [torch.empty(w.shape, dtype=torch.bool, device=w.device) for w in weights]
-
-
-def _check(weights: Sequence[Tensor], **numbers: Sequence[object]) -> None:
+def _check(weights: _Tensors, **numbers: Sequence[object]) -> None:
     """What the kernels check and a fake tensor can know."""
     for i, w in enumerate(weights):
-        torch._check(
-            w.device == weights[0].device,
-            lambda i=i, w=w: (  # type: ignore[misc]
-                f"weights[{i}] must be on {weights[0].device} like weights[0], got {w.device}"
-            ),
-        )
+        if w.device != weights[0].device:
+            wanted = f"{weights[0].device} like weights[0]"
+            raise RuntimeError(f"weights[{i}] must be on {wanted}, got {w.device}")
     for name, given in numbers.items():
-        torch._check(
-            len(given) == len(weights),
-            lambda name=name, given=given: (  # type: ignore[misc]
-                f"{name} must have one entry for each of the {len(weights)} weights, "
-                f"got {len(given)}"
-            ),
-        )
+        if len(given) != len(weights):
+            wanted = f"one entry for each of the {len(weights)} weights"
+            raise RuntimeError(f"{name} must have {wanted}, got {len(given)}")
+
+
+def _like(weights: _Tensors, dtype: torch.dtype) -> list[Tensor]:
+    return [torch.empty(w.shape, dtype=dtype, device=w.device) for w in weights]
 
 
 @torch.library.register_fake("dimap::score")
-def _(weights: Sequence[Tensor], layers: Sequence[int]) -> list[Tensor]:
+def _(weights: _Tensors, layers: _Ints) -> list[Tensor]:
     _check(weights, layers=layers)
-    return [torch.empty(w.shape, dtype=torch.float32, device=w.device) for w in weights]
+    return _like(weights, torch.float32)
 
 
 @torch.library.register_fake("dimap::select")
-def _(
-    weights: Sequence[Tensor], layers: Sequence[int], modules: Sequence[int], keep: Sequence[int]
-) -> list[Tensor]:
+def _(weights: _Tensors, layers: _Ints, modules: _Ints, keep: _Ints) -> list[Tensor]:
     _check(weights, layers=layers, modules=modules)
-    return _masks(weights)
+    return _like(weights, torch.bool)
 
 
 @torch.library.register_fake("dimap::select_cuts")
-def _(
-    weights: Sequence[Tensor], layers: Sequence[int], modules: Sequence[int], keep: Sequence[int]
-) -> tuple[list[Tensor], Tensor]:
+def _(weights: _Tensors, layers: _Ints, modules: _Ints, keep: _Ints) -> tuple[list[Tensor], Tensor]:
     _check(weights, layers=layers, modules=modules)
     device = weights[0].device if weights else None
-    return _masks(weights), torch.empty(len(keep), dtype=torch.float64, device=device)
+    return _like(weights, torch.bool), torch.empty(len(keep), dtype=torch.float64, device=device)
 
 
 @torch.library.register_fake("dimap::prune_")
-def _(
-    weights: Sequence[Tensor], layers: Sequence[int], modules: Sequence[int], keep: Sequence[int]
-) -> None:
+def _(weights: _Tensors, layers: _Ints, modules: _Ints, keep: _Ints) -> None:
     _check(weights, layers=layers, modules=modules)
 
 
 @torch.library.register_fake("dimap::apply_")
-def _(weights: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
+def _(weights: _Tensors, masks: _Tensors) -> None:
     _check(weights, masks=masks)
 
 
 @torch.library.register_fake("dimap::survey")
-def _(weights: Sequence[Tensor], layers: Sequence[int], windows: Tensor, bins: int) -> Tensor:
+def _(weights: _Tensors, layers: _Ints, windows: Tensor, bins: int) -> Tensor:
     _check(weights, layers=layers)
     return windows.new_empty((windows.shape[0], _HEAD + 3 * bins), dtype=torch.int64)
 
 
 @torch.library.register_fake("dimap::solve")
-def _(
-    table: Tensor, windows: Tensor, modules: Sequence[int], keep: Sequence[int]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    n = len(keep)
-    return (
-        table.new_empty((table.shape[0], 2)),
-        table.new_empty((n,)),
-        table.new_empty((n,), dtype=torch.float64),
-        table.new_empty((table.shape[0], 7)),
-    )
+def _(table: Tensor, windows: Tensor, modules: _Ints, keep: _Ints) -> tuple[Tensor, ...]:
+    quota = table.new_empty((len(keep),))
+    cuts, closer = table.new_empty((len(table), 2)), table.new_empty((len(table), 7))
+    return cuts, quota, torch.empty_like(quota, dtype=torch.float64), closer
 
 
 @torch.library.register_fake("dimap::emit")
 def _(
-    weights: Sequence[Tensor],
-    layers: Sequence[int],
-    modules: Sequence[int],
-    cuts: Tensor,
-    quota: Tensor,
+    weights: _Tensors, layers: _Ints, modules: _Ints, cuts: Tensor, quota: Tensor
 ) -> tuple[list[Tensor], Tensor]:
     _check(weights, layers=layers, modules=modules)
-    return _masks(weights), torch.empty_like(quota)
+    return _like(weights, torch.bool), torch.empty_like(quota)
 
 
 @torch.library.register_fake("dimap::pack")
@@ -136,30 +112,26 @@ def _(weights: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.register_fake("dimap::unpack")
-def _(bits: Tensor, values: Tensor, sizes: Sequence[int]) -> Tensor:
+def _(bits: Tensor, values: Tensor, sizes: _Ints) -> Tensor:
     return values.new_empty(list(sizes))
 
 
-def _refuse_gradient(name: str) -> None:
-    def backward(ctx: object, *grads: object) -> None:
-        raise NotImplementedError(
-            f"dimap::{name} is not differentiable: call it under torch.no_grad() or detach its result"
-        )
-
-    torch.library.register_autograd(f"dimap::{name}", backward)
+def _refuse_gradient(ctx: object, *gradients: object) -> None:
+    raise NotImplementedError(
+        "dimap::score is not differentiable: call it under torch.no_grad() or detach its result"
+    )
 
 
-_refuse_gradient("score")
-
+torch.library.register_autograd("dimap::score", _refuse_gradient)
 
 _IN_PLACE = torch.library.Library("dimap", "IMPL")
 
 
 def _count_writes(name: str) -> None:
-    """Let autograd see that the operator writes its weights, as it sees of torch's own."""
+    """Let autograd know that the operator writes its weights, as it knows of torch's operators."""
     operator = getattr(torch.ops.dimap, name).default
 
-    def kernel(keys: torch._C.DispatchKeySet, weights: Sequence[Tensor], *rest: object) -> None:
+    def kernel(keys: torch._C.DispatchKeySet, weights: _Tensors, *rest: object) -> None:
         torch.autograd.graph.increment_version(weights)
         operator.redispatch(keys & torch._C._after_ADInplaceOrView_keyset, weights, *rest)
 

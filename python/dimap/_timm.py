@@ -1,20 +1,16 @@
-"""timm models by name: their weights, or only their build. Imports timm when it is needed."""
+"""timm models by name: their weights, or only their build. Imports timm and torch when needed."""
 
 from __future__ import annotations
 
 import difflib
 import importlib
 import json
-import os
-import socket
-import urllib.parse
-import urllib.request
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
-import torch
-from torch import Tensor, nn
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 CLASSES = "timm.models."
 
@@ -25,17 +21,12 @@ def create(name: str, *, pretrained: bool) -> nn.Module:
     Raises ModuleNotFoundError without timm, ValueError for a name that timm does not know, OSError
     where the weights can be had neither from the hub nor from its cache.
     """
-    if pretrained and not _hub_resolves():
-        # Without this the hub's client retries for most of a minute; its cache still works.
-        os.environ.setdefault("HF_HUB_OFFLINE", "1")
     timm = _import()
     _check_known(timm, name)
     if not pretrained:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            return cast(nn.Module, timm.create_model(name))
+        return _seeded(0, lambda: timm.create_model(name))
     try:
-        return cast(nn.Module, timm.create_model(name, pretrained=True))
+        return cast("nn.Module", timm.create_model(name, pretrained=True))
     except Exception as error:  # the hub's client has its own kinds; timm raises RuntimeError
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise OSError(
@@ -44,52 +35,21 @@ def create(name: str, *, pretrained: bool) -> nn.Module:
         ) from error
 
 
-def skeleton(architecture: str, config: Mapping[str, Any]) -> nn.Module:
-    """The model on the meta device: names and shapes without weights.
-
-    architecture: a name that timm registers, or a class "timm.models.FILE.CLASS".
-    config: keyword arguments for it.
-
-    Raises ModuleNotFoundError without timm, ValueError where timm cannot build it.
-    """
-    with torch.device("meta"):
-        return _build(architecture, config)
-
-
-def _build(architecture: str, config: Mapping[str, Any]) -> nn.Module:
-    timm = _import()
-    build = _class(architecture)
-    if build is None:
-        _check_known(timm, architecture)
-    try:
-        if build is None:
-            return cast(nn.Module, timm.create_model(architecture, **config))
-        return build(**config)
-    except Exception as error:
-        raise ValueError(
-            f"timm must be able to build {architecture} with {dict(config)}, got: {error}"
-        ) from error
-
-
 def with_weights(
     architecture: str, config: Mapping[str, Any], state: Mapping[str, Tensor]
 ) -> nn.Module:
-    """The model with the tensors of a state dict in it; what the state dict lacks stays on meta.
+    """The model with the parameters in `state`; what `state` lacks stays on the meta device.
 
-    A classifier of another size (a fine-tuned model's) is built as the state dict has it.
+    architecture: a name that timm registers, or a class "timm.models.FILE.CLASS".
+    config: keyword arguments for it. A classifier of another size (a fine-tuned model's) is built
+        as `state` has it.
 
-    Raises as `skeleton`, and ValueError where a name or shape is not the model's.
+    Raises ModuleNotFoundError without timm, ValueError where timm cannot build the model, or where
+    a name or shape in `state` is not the model's.
     """
-    config = _with_classes(architecture, config, state)
-    model = skeleton(architecture, config)
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    for name, tensor in state.items():
-        if shapes.get(name) != tuple(tensor.shape):
-            want = shapes.get(name, "no such parameter")
-            raise ValueError(
-                f"the weights must be those of timm's {architecture}, which has {want} for "
-                f"{name}, got {tuple(tensor.shape)}"
-            )
+    model = _skeleton(architecture, _with_classes(architecture, config, state))
+    claim = f"the weights must be those of timm's {architecture}"
+    _check_fit(claim, dict(model.named_parameters()), state, state)
     model.requires_grad_(False).load_state_dict(state, strict=False, assign=True)
     return model
 
@@ -103,44 +63,73 @@ def with_all_weights(
 ) -> nn.Module:
     """The model in float32 on the CPU, ready to be trained, with all of its tensors from `state`.
 
-    A classifier of another size is built as the state dict has it.
-
+    architecture, config: as in `with_weights`.
     name: what holds `state`, for errors. seed: for what a model draws when it is built.
 
-    Raises as `skeleton`, and ValueError where names or shapes are not those of the model.
+    Raises as `with_weights`, and ValueError where `state` lacks a tensor of the model.
     """
     config = _with_classes(architecture, config, state)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = _build(architecture, config).float()
-    wanted = {n: tuple(t.shape) for n, t in model.state_dict().items()}
-    got = {n: tuple(t.shape) for n, t in state.items()}
-    for odd in [
-        *(n for n in wanted if wanted[n] != got.get(n)),
-        *(n for n in got if n not in wanted),
-    ]:
-        raise ValueError(
-            f"{name} must hold the weights of timm's {architecture}, which has "
-            f"{wanted.get(odd, 'no such tensor')} for {odd}, got {got.get(odd, 'no such tensor')}"
-        )
+    model = _seeded(seed, lambda: _build(architecture, config)).float()
+    wanted = model.state_dict()
+    claim = f"{name} must hold the weights of timm's {architecture}"
+    _check_fit(claim, wanted, state, [*wanted, *state])
     model.load_state_dict(dict(state))
     return model
+
+
+def _check_fit(
+    claim: str, wanted: Mapping[str, Tensor], got: Mapping[str, Tensor], names: Iterable[str]
+) -> None:
+    for name in names:
+        want, have = (
+            tuple(t[name].shape) if name in t else "no such tensor" for t in (wanted, got)
+        )
+        if want != have:
+            raise ValueError(f"{claim}, which has {want} for {name}, got {have}")
+
+
+def _seeded(seed: int, build: Any) -> nn.Module:
+    """What `build` gives with this seed; the seed of the program stays as it is."""
+    import torch
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return cast("nn.Module", build())
+
+
+def _skeleton(architecture: str, config: Mapping[str, Any]) -> nn.Module:
+    """The model on the meta device: names and shapes without weights."""
+    import torch
+
+    with torch.device("meta"):
+        return _build(architecture, config)
+
+
+def _build(architecture: str, config: Mapping[str, Any]) -> nn.Module:
+    timm = _import()
+    build = _class(architecture)
+    if build is None:
+        _check_known(timm, architecture)
+    try:
+        if build is None:
+            return cast("nn.Module", timm.create_model(architecture, **config))
+        return build(**config)
+    except Exception as error:
+        raise ValueError(
+            f"timm must be able to build {architecture} with {dict(config)}, got: {error}"
+        ) from error
 
 
 def _with_classes(
     architecture: str, config: Mapping[str, Any], state: Mapping[str, Tensor]
 ) -> dict[str, Any]:
     """The arguments, with as many classes as the classifier in `state` tells apart."""
-    model = skeleton(architecture, config)
+    model = _skeleton(architecture, config)
     head = getattr(model, "pretrained_cfg", {}).get("classifier")
     weight = state.get(f"{head}.weight")
-    if (
-        weight is not None
-        and weight.ndim
-        and weight.shape[0] != getattr(model, "num_classes", None)
-    ):
-        return {**config, "num_classes": weight.shape[0]}
-    return dict(config)
+    if weight is None or not weight.ndim or weight.shape[0] == getattr(model, "num_classes", None):
+        return dict(config)
+    return {**config, "num_classes": weight.shape[0]}
 
 
 def described(path: str, metadata: Mapping[str, str]) -> tuple[str, dict[str, Any]] | None:
@@ -166,6 +155,8 @@ def described(path: str, metadata: Mapping[str, str]) -> tuple[str, dict[str, An
 
 def _class(path: str) -> type[nn.Module] | None:
     """A model class by its full name. The name comes from a file, so only timm's own count."""
+    from torch import nn
+
     module, _, name = path.rpartition(".")
     if not module.startswith(CLASSES):
         return None
@@ -201,15 +192,3 @@ def _object(text: str) -> dict[str, Any]:
     except (ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
-
-
-def _hub_resolves() -> bool:
-    """Whether the hub's name can be looked up; behind a proxy it need not be."""
-    if urllib.request.getproxies():
-        return True
-    hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-    try:
-        socket.getaddrinfo(urllib.parse.urlsplit(hub).hostname, 443)
-    except OSError:
-        return False
-    return True

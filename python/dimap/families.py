@@ -17,6 +17,7 @@ add a `Family`; nothing else has to change.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -35,6 +36,11 @@ class Row:
     parts: tuple[str, ...]
     name: str = ""
     ndim: int = 2
+
+
+def named(module: str, *names: str) -> Row:
+    """A row of tensors that are called exactly so within the block; `.weight` is left out."""
+    return Row(module, tuple(re.escape(f"{name}.weight") for name in names))
 
 
 @dataclass(frozen=True)
@@ -74,10 +80,10 @@ BUFFERS = (
     r"(?:.+\.)?(?:running_mean|running_var|num_batches_tracked)",
 )
 
-_QKV = Row("qkv", (r"attn\.qkv\.weight",))
-_PROJ = Row("proj", (r"attn\.proj\.weight",))
-_FC1 = Row("mlp", (r"mlp\.fc1\.weight",))
-_FC2 = Row("mlp", (r"mlp\.fc2\.weight",))
+_QKV = named("qkv", "attn.qkv")
+_PROJ = named("proj", "attn.proj")
+_FC1 = named("mlp", "mlp.fc1")
+_FC2 = named("mlp", "mlp.fc2")
 
 _BIAS_TABLE = r"attn\.relative_position_bias_table"
 _CPB = (r"attn\.cpb_mlp\.\d+\.weight", r"attn\.logit_scale")  # continuous position bias of Swin V2
@@ -86,22 +92,15 @@ _HEAD = r"(?:head|head_dist)\.(?:.+\.)?weight"
 
 # Transformers 5 names its Swin and ViT attention like this in memory, and the older way on disk.
 _HF_MEMORY = (
-    Row(
-        "qkv",
-        (
-            r"attention\.q_proj\.weight",
-            r"attention\.k_proj\.weight",
-            r"attention\.v_proj\.weight",
-        ),
-    ),
-    Row("proj", (r"attention\.o_proj\.weight",)),
+    named("qkv", "attention.q_proj", "attention.k_proj", "attention.v_proj"),
+    named("proj", "attention.o_proj"),
     _FC1,
     _FC2,
 )
 _HF_DENSE = (
-    Row("proj", (r"attention\.output\.dense\.weight",)),
-    Row("mlp", (r"intermediate\.dense\.weight",)),
-    Row("mlp", (r"output\.dense\.weight",)),
+    named("proj", "attention.output.dense"),
+    named("mlp", "intermediate.dense"),
+    named("mlp", "output.dense"),
 )
 _HF_AUX = (
     r"embeddings\.patch_embeddings\.projection\.weight",
@@ -154,12 +153,7 @@ FAMILIES: tuple[Family, ...] = (
         # features.0 embeds the patches; then stages and mergings take turns
         block=r"features\.(?P<stage>\d*[13579])\.(?P<block>\d+)\.",
         stages=range(1, 1000, 2),
-        rows=(
-            _QKV,
-            _PROJ,
-            Row("mlp", (r"mlp\.0\.weight",)),
-            Row("mlp", (r"mlp\.3\.weight",)),
-        ),
+        rows=(_QKV, _PROJ, named("mlp", "mlp.0"), named("mlp", "mlp.3")),
         block_aux=(_BIAS_TABLE, *_CPB),
         aux=(r"features\.0\.0\.weight", r"features\.\d*[02468]\.reduction\.weight", _HEAD),
     ),
@@ -180,14 +174,7 @@ FAMILIES: tuple[Family, ...] = (
         block=_HF_SWIN_BLOCK,
         stage=_HF_SWIN_STAGE,
         rows=(
-            Row(
-                "qkv",
-                (
-                    r"attention\.self\.query\.weight",
-                    r"attention\.self\.key\.weight",
-                    r"attention\.self\.value\.weight",
-                ),
-            ),
+            named("qkv", "attention.self.query", "attention.self.key", "attention.self.value"),
             *_HF_DENSE,
         ),
         block_aux=(
@@ -225,7 +212,7 @@ FAMILIES: tuple[Family, ...] = (
         block=r"encoder\.layers\.encoder_layer_(?P<block>\d+)\.",
         rows=(
             Row("qkv", (r"self_attention\.in_proj_weight",)),
-            Row("proj", (r"self_attention\.out_proj\.weight",)),
+            named("proj", "self_attention.out_proj"),
             Row("mlp", (r"mlp\.(?:0|linear_1)\.weight",)),
             Row("mlp", (r"mlp\.(?:3|linear_2)\.weight",)),
         ),
@@ -251,13 +238,11 @@ FAMILIES: tuple[Family, ...] = (
         prefix=_HF_VIT_PREFIX,
         block=r"encoder\.layer\.(?P<block>\d+)\.",
         rows=(
-            Row(
+            named(
                 "qkv",
-                (
-                    r"attention\.attention\.query\.weight",
-                    r"attention\.attention\.key\.weight",
-                    r"attention\.attention\.value\.weight",
-                ),
+                "attention.attention.query",
+                "attention.attention.key",
+                "attention.attention.value",
             ),
             *_HF_DENSE,
         ),

@@ -48,8 +48,8 @@ class Holding:
         self.zero_state()
         for outer, inner in self._optimizers:
             if gradients:
-                self._handles.append(inner.register_step_pre_hook(self._before_step))
-            self._handles.append(inner.register_step_post_hook(self._after_step))
+                self._handles.append(inner.register_step_pre_hook(lambda *_: self.zero_gradients()))
+            self._handles.append(inner.register_step_post_hook(lambda *_: self.zero_weights()))
             # Of the outermost, whose state is loaded; a wrapper may lack the means.
             if hasattr(outer, "_optimizer_load_state_dict_post_hooks"):
                 handle = outer.register_load_state_dict_post_hook(self._after_load)
@@ -107,12 +107,6 @@ class Holding:
             if self._held[p].device != p.device:
                 self._held[p] = self._held[p].to(p.device)
         return [(p, self._held[p]) for p in parameters]
-
-    def _before_step(self, *_: object) -> None:
-        self.zero_gradients()
-
-    def _after_step(self, *_: object) -> None:
-        self.zero_weights()
 
     def _after_load(self, *_: object) -> None:
         self.zero_weights()

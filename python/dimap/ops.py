@@ -153,9 +153,9 @@ def survey(weights: Sequence[Tensor], layers: Sequence[int], windows: Tensor, bi
     of the window (a key is the bits of ``abs(w)`` as float32), log2 of the keys in one bin, how many
     low bits are zero in every key of the layer (float32: 0, bfloat16: 16, float16: 13), and four
     bounds that `solve` hands on. The result is int64 ``[layers, 22 + 3 * bins]``: the number of
-    weights, the number and exact energy (20 words of 32
-    bits, unit 2^-298) of those above the window, then each bin's count and energy. The sum of two
-    surveys through the same windows is the survey of the union: add streams, shards and devices.
+    weights, the number and exact energy (20 words of 32 bits, unit 2^-298) of those above the window,
+    then each bin's count and energy. The sum of two surveys through the same windows is the survey
+    of the union: add shards and devices.
     """
     return torch.ops.dimap.survey(weights, layers, windows, bins)  # type: ignore[no-any-return]
 

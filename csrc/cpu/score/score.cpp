@@ -76,7 +76,8 @@ void score(const Problem& problem, std::span<float* const> scores, const Pool& p
                   std::span(memory).subspan(static_cast<size_t>(worker), 1));
     });
   } catch (const FoundNonFinite&) {
-    check_finite(problem);
+    Loader loader(problem, 1);
+    check_finite(problem, loader);
     throw std::logic_error("a non-finite weight vanished while it was looked at");
   }
 }

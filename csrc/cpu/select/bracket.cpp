@@ -9,7 +9,6 @@ namespace {
 // Tuning, as data: measured with benchmarks/bench_select.py.
 constexpr struct {
   double sigmas = 3.5;              // half width of a bracket
-  double clustering = 1.5;          // neighbours are alike: variance of a count over that of independent draws
   double ladder_share = 1.0 / 256;  // of a layer beyond its grid: more than that are not summed one by one
 } kTuning;
 
@@ -143,7 +142,7 @@ void bracket_module(const Problem& problem, int64_t module, std::span<const int3
     if (sketch->scale <= 1.0) continue;
     const double share = std::clamp(at.kept / sketch->total, 0.0, 1.0);
     const double moved = at.density * sketch->deviation / 2;
-    variance += sketch->scale * sketch->total * share * (1 - share) * kTuning.clustering + moved * moved;
+    variance += sketch->scale * sketch->total * share * (1 - share) * sketch->clustering + moved * moved;
   }
   const double margin = kTuning.sigmas * std::sqrt(variance) + unsure;
   const double highest = keep - margin > 0 ? threshold_for(mine, keep - margin) : 1.0;

@@ -1,8 +1,9 @@
-// The tensors cut into pieces of work, in order of position.
+// The tensors cut into chunks of work, in order of position.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
+#include <utility>
 #include <vector>
 
 #include "core/problem.h"
@@ -16,10 +17,14 @@ struct Chunk {
   int32_t layer, module;
   int64_t offset, n;
 
+  bool mine = true;  // this rank's to read and write
+
   // Filled by a reading:
-  int32_t worker = 0;  // whose buffers hold what was set aside,
-  int64_t begin = 0;   // from where,
-  int64_t aside = 0;   // how many
+  int32_t worker = 0;    // whose buffers hold what was set aside,
+  bool counted = false;  // as a count for each magnitude of the bracket,
+  int64_t begin = 0;     // from where,
+  int64_t aside = 0;     // how many numbers
+  int64_t above = 0;     // weights above the bracket
   // Filled when ties are shared out:
   int64_t ties = 0, quota = 0;  // weights that tie with the threshold; how many of them, the first ones, are kept
 };
@@ -29,13 +34,37 @@ inline void* data(const Problem& problem, const Chunk& chunk) {
   return static_cast<char*>(const_cast<void*>(t.data)) + chunk.offset * size_of(t.dtype);
 }
 
+// Which rank has what begins at a byte of a file: neighbouring bytes of all files laid end to end, to each about as
+// many. So a rank has whole files, but for the first and the last of its part, and one tensor is shared too.
+class Shares {
+ public:
+  explicit Shares(const Problem& problem) : ranks_(problem.ranks), before_(problem.files.size()) {
+    for (const TensorView& t : problem.tensors)
+      if (t.file >= 0) before_[t.file] = std::max(before_[t.file], t.offset + t.numel * size_of(t.dtype));
+    for (int64_t& file : before_) total_ += std::exchange(file, total_);
+  }
+  int32_t rank_of(int32_t file, int64_t byte) const {
+    const auto at = static_cast<unsigned __int128>(before_[file] + byte) * static_cast<unsigned>(ranks_);
+    return static_cast<int32_t>(std::min<unsigned __int128>(at / static_cast<uint64_t>(total_), ranks_ - 1));
+  }
+
+ private:
+  int32_t ranks_;
+  std::vector<int64_t> before_;  // [files] bytes in the files before it
+  int64_t total_ = 1;
+};
+
 inline std::vector<Chunk> chunks_of(const Problem& problem) {
+  const Shares shares(problem);
   std::vector<Chunk> chunks;
   for (size_t t = 0; t < problem.tensors.size(); ++t) {
     const TensorView& tensor = problem.tensors[t];
-    for (int64_t at = 0; at < tensor.numel; at += Chunk::kWeights)
+    for (int64_t at = 0; at < tensor.numel; at += Chunk::kWeights) {
+      const bool mine = tensor.file < 0 || problem.ranks == 1 ||
+                        shares.rank_of(tensor.file, tensor.offset + at * size_of(tensor.dtype)) == problem.rank;
       chunks.push_back({static_cast<int32_t>(t), tensor.layer, problem.layer_module[tensor.layer], at,
-                        std::min(Chunk::kWeights, tensor.numel - at)});
+                        std::min(Chunk::kWeights, tensor.numel - at), mine});
+    }
   }
   return chunks;
 }

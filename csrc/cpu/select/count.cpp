@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <utility>
+#include <vector>
 
 #include "cpu/select/chunks.h"
 
@@ -10,8 +11,6 @@ namespace {
 
 // Layers of so many weights and more are counted by all workers together.
 constexpr int64_t kTogether = int64_t{1} << 20;
-
-constexpr int64_t kPiece = int64_t{1} << 18;  // weights that a worker takes at a time
 
 // Histograms of the weights' bits, one for each type of storage, and of their keys.
 class Counter {
@@ -27,42 +26,16 @@ class Counter {
     }
   }
 
-  void take(Counter& other) {
-    flush(), other.flush();
-    for (int b = 0; b < Sketch::kBins; ++b) {
-      Bin& bin = other.bins_[static_cast<size_t>(b)];
-      bins_[static_cast<size_t>(b)].count += std::exchange(bin.count, 0);
-      bins_[static_cast<size_t>(b)].rest += std::exchange(bin.rest, 0);
-    }
-  }
-
-  // The sketch of all that was added since the last one.
-  Sketch sketch(int64_t total) {
+  // What was added since the last time, by this counter and the others.
+  Cells& cells(std::span<Counter> others = {}) {
     flush();
-    Sketch sketch;
-    sketch.exact = true;
-    sketch.total = static_cast<double>(total);
-    sketch.deviation = 2e-5;  // of the squares in a bin around that of their mean, at most, over sigmas
-    for (uint32_t b = Sketch::kBins; b-- > 0;) {
-      const Bin bin = std::exchange(bins_[b], {});
-      const uint32_t first = Sketch::first_of(b);
-      if (bin.count == 0 || first >= kNonFinite) continue;  // reading will find what is not finite
-      const uint32_t mean = first + static_cast<uint32_t>(bin.rest / bin.count);
-      const bool heavy = static_cast<double>(bin.count) > Sketch::kAtomShare * sketch.total;
-      const bool equal = (heavy || b == 0) && bin.rest % bin.count == 0;  // or nearly so: it is a guess
-      sketch.add(b, equal ? mean : Sketch::kMixed, static_cast<double>(bin.count), squared_value(mean));
-    }
-    return sketch;
+    for (Counter& other : others) other.flush(), cells_.take(other.cells_);
+    return cells_;
   }
 
  private:
   static constexpr uint32_t kUpper = kKeyEnd >> Sketch::kShift;  // cells by a float32's upper bits; denormals follow
   static constexpr int64_t kRoom = int64_t{1} << 23;  // weights that fit a cell: rests below 2^17 sum to below 2^40
-
-  struct Bin {
-    uint64_t count = 0;
-    uint64_t rest = 0;  // sum of the keys' lower bits
-  };
 
   // Neighbours go to different tables: where they are equal, one need not wait for the other. A cell has its count in
   // the upper 24 bits; float32 is binned by its upper bits and sums the others below, 16-bit types have a cell a value.
@@ -111,8 +84,7 @@ class Counter {
           b = Sketch::bin_of(key);
           above = key - Sketch::first_of(b);
         }
-        bins_[b].count += count;
-        bins_[b].rest += rest + count * above;
+        cells_.add(b, static_cast<int64_t>(count), static_cast<int64_t>(rest + count * above));
       }
     }
   }
@@ -120,39 +92,48 @@ class Counter {
   DType type_ = DType::kFloat32;
   int64_t room_ = kRoom;
   std::vector<uint64_t> even_ = std::vector<uint64_t>(0x8000), odd_ = std::vector<uint64_t>(0x8000);
-  std::vector<Bin> bins_ = std::vector<Bin>(Sketch::kBins);
+  Cells cells_;
 };
-
-void add(Counter& counter, const TensorView& tensor, int64_t begin, int64_t n) {
-  for_type(tensor.dtype,
-           [&]<DType kType>() { counter.add<kType>(static_cast<const storage_t<kType>*>(tensor.data) + begin, n); });
-}
 
 }  // namespace
 
-void count_layers(const Problem& problem, std::span<const uint8_t> wanted, const Pool& pool,
-                  std::span<Sketch> sketches) {
-  std::vector<std::vector<int32_t>> tensors(problem.layers());
-  for (size_t t = 0; t < problem.tensors.size(); ++t)
-    tensors[problem.tensors[t].layer].push_back(static_cast<int32_t>(t));
+void count_layers(const Problem& problem, std::span<const uint8_t> wanted, Loader& loader, const Pool& pool,
+                  const Exchange* exchange, std::span<Sketch> sketches) {
+  const std::vector<Chunk> chunks = chunks_of(problem);
+  std::vector<std::vector<int32_t>> chunks_of_layer(problem.layers());
+  int64_t bytes = 0;
+  for (size_t c = 0; c < chunks.size(); ++c) {
+    if (!chunks[c].mine || !wanted[chunks[c].layer]) continue;
+    chunks_of_layer[chunks[c].layer].push_back(static_cast<int32_t>(c));
+    bytes += chunks[c].n * size_of(problem.tensors[chunks[c].tensor].dtype);
+  }
+  pool.begin("counting", bytes);
   std::vector<Counter> counters(static_cast<size_t>(pool.workers()));
+  std::vector<Histogram> histograms(problem.layers());
+  const auto add = [&](int32_t c, int worker) {
+    const Chunk& chunk = chunks[c];
+    const DType dtype = problem.tensors[chunk.tensor].dtype;
+    const void* weights = loader.load(chunk, worker);
+    for_type(dtype, [&]<DType kType>() {
+      counters[worker].add<kType>(static_cast<const storage_t<kType>*>(weights), chunk.n);
+    });
+    pool.advance(chunk.n * size_of(dtype));
+  };
   const auto together = [&](size_t l) { return problem.layer_total[l] >= kTogether; };
   pool.for_each(static_cast<int64_t>(problem.layers()), [&](int64_t l, int worker) {
     if (!wanted[l] || together(l)) return;
-    for (const int32_t t : tensors[l]) add(counters[worker], problem.tensors[t], 0, problem.tensors[t].numel);
-    sketches[l] = counters[worker].sketch(problem.layer_total[l]);
+    for (const int32_t c : chunks_of_layer[l]) add(c, worker);
+    histograms[l].bins = counters[worker].cells().move_out(0, Sketch::kBins - 1);
   });
   for (size_t l = 0; l < problem.layers(); ++l) {
     if (!wanted[l] || !together(l)) continue;
-    for (const int32_t t : tensors[l]) {
-      const TensorView& tensor = problem.tensors[t];
-      pool.for_each((tensor.numel + kPiece - 1) / kPiece, [&](int64_t p, int worker) {
-        add(counters[worker], tensor, p * kPiece, std::min(kPiece, tensor.numel - p * kPiece));
-      });
-    }
-    for (size_t w = 1; w < counters.size(); ++w) counters[0].take(counters[w]);
-    sketches[l] = counters[0].sketch(problem.layer_total[l]);
+    const std::vector<int32_t>& mine = chunks_of_layer[l];
+    pool.for_each(static_cast<int64_t>(mine.size()), [&](int64_t i, int worker) { add(mine[i], worker); });
+    histograms[l].bins = counters[0].cells(std::span(counters).subspan(1)).move_out(0, Sketch::kBins - 1);
   }
+  if (exchange) add_up(histograms, *exchange);
+  for (size_t l = 0; l < problem.layers(); ++l)
+    if (wanted[l]) sketches[l] = sketch_of(histograms[l], problem.layer_total[l], true);
 }
 
 }  // namespace dimap::cpu

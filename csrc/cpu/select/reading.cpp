@@ -12,6 +12,9 @@ namespace {
 // Masks of this many weights and more do not stay in the caches: they are written past them.
 constexpr int64_t kStreamFrom = int64_t{1} << 23;
 
+// Of more magnitudes in a bracket than this the weights are not counted: most counts would be 0.
+constexpr int64_t kMagnitudesMost = 1024;
+
 // Sums the weights beyond a grid, on grids of their own: one more pass each over weights that are in the cache.
 void climb(DecideFn decide, const void* weights, int64_t n, std::span<const uint32_t> ladder, ExponentSums& sums) {
   uint32_t keys[Decided::kSlack];
@@ -26,7 +29,7 @@ void climb(DecideFn decide, const void* weights, int64_t n, std::span<const uint
 
 }  // namespace
 
-void Aside::reserve(int64_t n) {
+void Aside::reserve(int64_t n, bool positions) {
   if (n <= capacity_) return;
   const int64_t capacity = std::max(n, capacity_ * 3 / 2);
   const auto grow = [&](auto& array) {
@@ -37,32 +40,63 @@ void Aside::reserve(int64_t n) {
     array.reset(p);
   };
   grow(keys_);
-  grow(positions_);
+  if (positions) grow(positions_);
   capacity_ = capacity;
 }
 
-Reading::Reading(const Problem& problem, const Pool& pool)
+Reading::Reading(const Problem& problem, Loader& loader, const Pool& pool, Keeps keeps)
     : chunks(chunks_of(problem)),
       guesses(problem.layers()),
       layers(problem.layers()),
       problem_(problem),
+      loader_(loader),
       pool_(pool),
+      keeps_(keeps),
       chunks_of_layer_(problem.layers()) {
   for (int w = 0; w < pool.workers(); ++w) aside_.push_back(std::make_unique<Aside>());
-  for (size_t c = 0; c < chunks.size(); ++c) chunks_of_layer_[chunks[c].layer].push_back(static_cast<int32_t>(c));
+  for (size_t c = 0; c < chunks.size(); ++c)
+    if (chunks[c].mine) chunks_of_layer_[chunks[c].layer].push_back(static_cast<int32_t>(c));
+}
+
+bool Reading::counts(int32_t layer, DType dtype) const {
+  return keeps_ == Keeps::kCounts && dtype != DType::kFloat32 &&
+         Magnitudes(guesses[layer].bracket, dtype).count <= kMagnitudesMost;
+}
+
+bool Reading::counts(int32_t layer) const {  // float16 has the most magnitudes of the 16-bit types
+  return problem_.layer_granularity[layer] > 0 && counts(layer, DType::kFloat16);
+}
+
+double Reading::expected(int32_t layer) const {
+  double numbers = 0;
+  const auto total = static_cast<double>(problem_.layer_total[layer]);
+  for (const int32_t c : chunks_of_layer_[layer]) {
+    const Chunk& chunk = chunks[c];
+    const DType dtype = problem_.tensors[chunk.tensor].dtype;
+    numbers += counts(layer, dtype) ? static_cast<double>(Magnitudes(guesses[layer].bracket, dtype).count)
+                                    : guesses[layer].aside * static_cast<double>(chunk.n) / total;
+  }
+  return numbers;
 }
 
 bool Reading::read(std::span<const uint8_t> wanted, std::span<uint8_t* const> masks, int64_t budget) {
   const Kernels& kernel = kernels();
+  const bool positions = keeps_ == Keeps::kPositions;
   bool all = true;
+  int64_t bytes = 0;
+  const auto size = [&](const Chunk& chunk) { return chunk.n * size_of(problem_.tensors[chunk.tensor].dtype); };
   for (size_t l = 0; l < layers.size(); ++l) {
     all &= wanted[l] != 0;
-    if (wanted[l]) layers[l] = {};
+    if (!wanted[l]) continue;
+    layers[l] = {};
+    for (const int32_t c : chunks_of_layer_[l]) bytes += size(chunks[c]);
   }
+  pool_.begin("reading", bytes);
+  std::vector<Aside> scratch(aside_.size());  // of one chunk, before its magnitudes are counted
   for (auto& buffer : aside_) {
     if (all) buffer->used = 0;
     // Room for all of the budget at once: growing would hold two copies, and memory that is not touched costs nothing.
-    buffer->reserve(buffer->used + budget + Chunk::kWeights + Decided::kSlack);
+    buffer->reserve(buffer->used + budget + Chunk::kWeights + Decided::kSlack, positions);
   }
   LayerLocks locks;
   std::vector<ExponentSums> outliers(aside_.size());
@@ -72,32 +106,53 @@ bool Reading::read(std::span<const uint8_t> wanted, std::span<uint8_t* const> ma
   for (const TensorView& t : problem_.tensors) total += t.numel;
   pool_.for_each(static_cast<int64_t>(chunks.size()), [&](int64_t c, int worker) {
     Chunk& chunk = chunks[c];
-    if (!wanted[chunk.layer] || !finite.load(std::memory_order_relaxed) ||
+    if (!chunk.mine || !wanted[chunk.layer] || !finite.load(std::memory_order_relaxed) ||
         aside.load(std::memory_order_relaxed) > budget)
       return;
     Aside& buffer = *aside_[worker];
-    buffer.reserve(buffer.used + chunk.n + Decided::kSlack);
+    buffer.reserve(buffer.used + chunk.n + Decided::kSlack, positions);
     Decided out;
     out.keys = buffer.keys() + buffer.used;
     out.positions = buffer.positions() + buffer.used;
+    const DType dtype = problem_.tensors[chunk.tensor].dtype;
+    const bool counted = counts(chunk.layer, dtype);
+    if (!positions) {
+      Aside& own = scratch[worker];
+      own.reserve(Chunk::kWeights + Decided::kSlack);
+      out.positions = own.positions();
+      if (counted) out.keys = own.keys();
+    }
     out.stream = total >= kStreamFrom;
     const auto& [bracket, expected, ladder] = guesses[chunk.layer];
     if (ladder.empty()) out.outliers = &outliers[worker];
     uint8_t* mask = masks.empty() ? nullptr : masks[chunk.tensor] + chunk.offset;
-    const DecideFn decide = kernel.decide[static_cast<int>(problem_.tensors[chunk.tensor].dtype)];
-    decide(data(problem_, chunk), chunk.n, bracket, mask, out);
-    climb(decide, data(problem_, chunk), chunk.n, ladder, outliers[worker]);
+    const DecideFn decide = kernel.decide[static_cast<int>(dtype)];
+    const void* weights = loader_.load(chunk, worker);
+    Bracket here = bracket;
+    if (counted) here.atom = Bracket::kNoAtom;  // it is counted like the others
+    decide(weights, chunk.n, here, mask, out);
+    climb(decide, weights, chunk.n, ladder, outliers[worker]);
     out.outliers = &outliers[worker];
     if (out.largest >= kNonFinite) finite.store(false, std::memory_order_relaxed);
     chunk.worker = worker;
     chunk.begin = buffer.used;
     chunk.aside = out.aside;
-    buffer.used += out.aside;
-    aside.fetch_add(out.aside, std::memory_order_relaxed);
+    chunk.above = out.kept;
+    chunk.counted = counted;
+    if (counted) {
+      const Magnitudes magnitudes(bracket, dtype);
+      uint32_t* numbers = buffer.keys() + buffer.used;
+      std::fill_n(numbers, magnitudes.count, 0u);
+      for (int64_t i = 0; i < out.aside; ++i) ++numbers[magnitudes.index(out.keys[i])];
+      chunk.aside = magnitudes.count;
+    }
+    buffer.used += chunk.aside;
+    aside.fetch_add(chunk.aside, std::memory_order_relaxed);
+    pool_.advance(size(chunk));
     const std::lock_guard lock(locks.of(chunk.layer));
     layers[chunk.layer].add(out, bracket);
   });
-  if (!finite) check_finite(problem_);
+  if (!finite) check_finite(problem_, loader_);
   return aside.load() <= budget;
 }
 
@@ -120,6 +175,18 @@ LayerTable Reading::table(int32_t layer, Window window, std::span<Bin> bins) con
   std::vector<uint16_t> positions;
   for (const int32_t c : chunks_of_layer_[layer]) {
     const Chunk& chunk = chunks[c];
+    if (chunk.counted) {
+      for_aside(chunk, [&](uint32_t magnitude, int64_t weights) {
+        if (magnitude < window.base) return;
+        if (magnitude >= end) {
+          table.above += weights;
+          above.add(scale(magnitude), static_cast<u128>(square(magnitude)) * static_cast<u128>(weights));
+        } else {
+          bins[(magnitude - window.base) >> window.shift].add(magnitude, weights);
+        }
+      });
+      continue;
+    }
     const uint32_t* key = keys(chunk);
     int64_t n = chunk.aside;
     if (!whole) {  // keys are float32 magnitudes: the deciding loop sums those above and sets aside those inside
@@ -138,15 +205,11 @@ LayerTable Reading::table(int32_t layer, Window window, std::span<Bin> bins) con
   table.above_energy.add(sums.energy);
   if (bracket.atom != Bracket::kNoAtom && bracket.atom >= window.base && layers[layer].atoms) {
     const int64_t n = layers[layer].atoms;
-    const uint64_t s = square(bracket.atom);
     if (bracket.atom >= end) {
       table.above += n;
-      above.add(scale(bracket.atom), static_cast<u128>(s) * static_cast<u128>(n));
+      above.add(scale(bracket.atom), static_cast<u128>(square(bracket.atom)) * static_cast<u128>(n));
     } else {
-      Bin& bin = bins[(bracket.atom - window.base) >> window.shift];
-      bin.count += n;
-      bin.low += (s & 0xFFFFFFu) * static_cast<uint64_t>(n);
-      bin.high += (s >> 24) * static_cast<uint64_t>(n);
+      bins[(bracket.atom - window.base) >> window.shift].add(bracket.atom, n);
     }
   }
   above.move_to(table.above_energy);

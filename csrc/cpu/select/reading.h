@@ -1,6 +1,7 @@
 // One deciding read of the weights, and what it knows afterwards.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <cstdlib>
 #include <memory>
@@ -13,13 +14,14 @@
 #include "cpu/parallel.h"
 #include "cpu/select/bracket.h"
 #include "cpu/select/chunks.h"
+#include "cpu/select/loader.h"
 
 namespace dimap::cpu {
 
-// Uninitialised, growing storage for what is set aside.
+// Uninitialised, growing storage for what is set aside. Positions are for masks only.
 class Aside {
  public:
-  void reserve(int64_t n);
+  void reserve(int64_t n, bool positions = true);
   uint32_t* keys() { return keys_.get(); }
   uint16_t* positions() { return positions_.get(); }
   int64_t used = 0;
@@ -55,16 +57,38 @@ class LayerLocks {
   std::array<std::mutex, 64> locks_;
 };
 
+// What happens to the weights when the cuts are known decides what must be known of those set aside. In memory each is
+// put right in a mask, so its key and position are kept. Where all are read once more to be written, keys alone will
+// do, and of 16-bit types how many there are of each magnitude.
+enum class Keeps { kPositions, kCounts };
+
 class Reading {
  public:
-  Reading(const Problem& problem, const Pool& pool);
+  Reading(const Problem& problem, Loader& loader, const Pool& pool, Keeps keeps);
 
   // Reads every weight of the wanted layers ([layers], nonzero: yes), and forgets what it knew of them. masks:
-  // [tensors] or empty. False when more than `budget` weights would be set aside. Throws NonFinite.
+  // [tensors] or empty. False when more than `budget` numbers would be set aside. Throws NonFinite.
   bool read(std::span<const uint8_t> wanted, std::span<uint8_t* const> masks, int64_t budget);
 
   // The survey of one layer through a window, as far as the bracket lets it see.
   LayerTable table(int32_t layer, Window window, std::span<Bin> bins) const;
+
+  // How many numbers a layer's guess will set aside of this rank's weights, about; whether they will be counts.
+  double expected(int32_t layer) const;
+  bool counts(int32_t layer) const;
+
+  // Of what was set aside of a chunk: calls body(key, weights) for each key, or for each of its magnitudes.
+  template <typename Body>
+  void for_aside(const Chunk& chunk, Body&& body) const {
+    const uint32_t* numbers = keys(chunk);
+    if (!chunk.counted) {
+      for (int64_t i = 0; i < chunk.aside; ++i) body(numbers[i], int64_t{1});
+      return;
+    }
+    const Magnitudes magnitudes(guesses[chunk.layer].bracket, problem_.tensors[chunk.tensor].dtype);
+    for (int64_t i = 0; i < chunk.aside; ++i)
+      if (numbers[i]) body(magnitudes.key(i), int64_t{numbers[i]});
+  }
 
   std::vector<Chunk> chunks;
   std::vector<Guess> guesses;  // [layers]
@@ -73,8 +97,24 @@ class Reading {
   const uint16_t* positions(const Chunk& c) const { return aside_[c.worker]->positions() + c.begin; }
 
  private:
+  // The magnitudes of a 16-bit type inside a bracket.
+  struct Magnitudes {
+    Magnitudes(const Bracket& bracket, DType dtype)
+        : shift(granularity(dtype)),
+          first((bracket.low + (1u << shift) - 1) >> shift),
+          count(std::max<int64_t>(0, int64_t{(bracket.high + (1u << shift) - 1) >> shift} - first)) {}
+    uint32_t key(int64_t i) const { return (first + static_cast<uint32_t>(i)) << shift; }
+    int64_t index(uint32_t key) const { return (key >> shift) - first; }
+    int shift;
+    uint32_t first;
+    int64_t count;
+  };
+  bool counts(int32_t layer, DType dtype) const;
+
   const Problem& problem_;
+  Loader& loader_;
   const Pool& pool_;
+  const Keeps keeps_;
   std::vector<std::unique_ptr<Aside>> aside_;          // [workers]
   std::vector<std::vector<int32_t>> chunks_of_layer_;  // [layers]
 };

@@ -16,8 +16,12 @@ constexpr struct {
   int64_t ratio_alone = 16;  // one run in this many, where a module has one layer: its cut is a quantile of that layer
   int64_t ratio = 48;        // one run in this many elsewhere, where the layer is neither small
   int64_t least = 8192;      // nor
-  int64_t most = int64_t{1} << 18;  // large: weights in the sample of a layer
-  int64_t ahead = 12;               // runs between asking memory for one and reading it
+  int64_t most = int64_t{1} << 18;      // large: weights in the sample of a layer
+  int64_t ahead = 12;                   // runs between asking memory for one and reading it
+  int64_t file_run = int64_t{1} << 16;  // bytes of a file read at a time,
+  int64_t file_ratio = 96;              // one run in this many, where a layer then has neither fewer
+  int64_t file_least = 12;              // nor
+  int64_t file_most = 32;               // more
 } kTuning;
 
 uint64_t mix(uint64_t x) {  // the finaliser of splitmix64
@@ -27,112 +31,142 @@ uint64_t mix(uint64_t x) {  // the finaliser of splitmix64
   return x ^ (x >> 31);
 }
 
+// Memory of a worker.
 struct Scratch {
-  std::vector<uint32_t> count = std::vector<uint32_t>(Sketch::kBins);
+  Cells cells;
   std::vector<uint32_t> keys;
 };
 
-struct Moments {  // of the energy of a run
-  double sum = 0, sum_of_squares = 0;
-  int64_t runs = 0;
+// Where the runs of a tensor begin: one in each stretch of `ratio` runs, at random.
+class Places {
+ public:
+  Places(int32_t tensor, int64_t numel, int64_t run, int64_t ratio)
+      : seed_(mix(static_cast<uint64_t>(tensor) + 1)), numel_(numel), run_(run), ratio_(ratio) {}
+  int64_t count() const { return (numel_ + run_ * ratio_ - 1) / (run_ * ratio_); }
+  // A stretch cut short by the tensor's end is taken with the probability that keeps the sample unbiased: its run may
+  // begin beyond the end.
+  int64_t operator[](int64_t i) const {
+    const uint64_t draw = ratio_ == 1 ? 0 : mix(seed_ ^ static_cast<uint64_t>(i)) % static_cast<uint64_t>(ratio_);
+    return (i * ratio_ + static_cast<int64_t>(draw)) * run_;
+  }
+
+ private:
+  uint64_t seed_;
+  int64_t numel_, run_, ratio_;
 };
 
 template <DType kType>
-void sample_tensor(const TensorView& tensor, uint64_t seed, int64_t ratio, std::vector<uint32_t>& keys,
-                   Moments& moments) {
-  const auto* weights = static_cast<const storage_t<kType>*>(tensor.data);
-  const int64_t stratum = kTuning.run * ratio;
-  const auto place = [&](int64_t i) {  // where the run of a stratum starts
-    const uint64_t draw = ratio == 1 ? 0 : mix(seed ^ static_cast<uint64_t>(i)) % static_cast<uint64_t>(ratio);
-    return i * stratum + static_cast<int64_t>(draw) * kTuning.run;
-  };
-  const int64_t strata = (tensor.numel + stratum - 1) / stratum;
-  for (int64_t i = 0; i < strata; ++i) {
-    if (i + kTuning.ahead < strata) __builtin_prefetch(weights + place(i + kTuning.ahead));
-    const int64_t begin = place(i);
-    // A stratum cut short by the tensor's end is taken with the probability that keeps the sample unbiased.
-    if (begin >= tensor.numel) continue;
-    const int64_t n = std::min(kTuning.run, tensor.numel - begin);
-    const size_t at = keys.size();
-    keys.resize(at + static_cast<size_t>(n));
-    double energy = 0;
-    for (int64_t j = 0; j < n; ++j) {
-      const uint32_t key = key_of<kType>(weights[begin + j]);
-      keys[at + static_cast<size_t>(j)] = key;
-      const double value = std::bit_cast<float>(key);
-      energy += value * value;
-    }
-    moments.sum += energy;
-    moments.sum_of_squares += energy * energy;
-    ++moments.runs;
+void take_run(const storage_t<kType>* weights, int64_t n, std::vector<uint32_t>& keys, Histogram& histogram) {
+  const size_t at = keys.size();
+  keys.resize(at + static_cast<size_t>(n));
+  double energy = 0;
+  for (int64_t j = 0; j < n; ++j) {
+    const uint32_t key = key_of<kType>(weights[j]);
+    keys[at + static_cast<size_t>(j)] = key;
+    const double value = std::bit_cast<float>(key);
+    energy += value * value;
   }
+  histogram.energy += energy;
+  histogram.energy_squares += energy * energy;
+  ++histogram.runs;
 }
 
-// The one key of a bin, or Sketch::kMixed.
-uint32_t only_key(const std::vector<uint32_t>& keys, uint32_t bin) {
-  uint32_t only = Sketch::kMixed;
-  for (const uint32_t key : keys) {
-    if (Sketch::bin_of(key) != bin) continue;
-    if (only != Sketch::kMixed && only != key) return Sketch::kMixed;
-    only = key;
-  }
-  return only;
-}
-
-Sketch sketch_layer(const Problem& problem, int32_t layer, bool alone, const std::vector<int32_t>& tensors,
-                    Scratch& scratch) {
-  const int64_t total = problem.layer_total[layer];
-  const int64_t wanted = std::clamp(total / (alone ? kTuning.ratio_alone : kTuning.ratio), kTuning.least, kTuning.most);
-  const int64_t ratio = std::max<int64_t>(1, total / wanted);
-  std::vector<uint32_t>& keys = scratch.keys;
-  keys.clear();
-  Moments moments;
-  for (const int32_t t : tensors) {
-    const TensorView& tensor = problem.tensors[t];
-    const uint64_t seed = mix(static_cast<uint64_t>(t) + 1);
-    for_type(tensor.dtype, [&]<DType kType>() { sample_tensor<kType>(tensor, seed, ratio, keys, moments); });
-  }
+// Counts the keys, and how the weights above the likely cut are spread over runs of so many.
+void count_keys(Scratch& scratch, double share, int64_t run, Histogram& histogram) {
+  const std::vector<uint32_t>& keys = scratch.keys;
   uint32_t top = 0, bottom = kKeyEnd - 1;
   for (const uint32_t key : keys) {
-    ++scratch.count[Sketch::bin_of(key)];
+    scratch.cells.add_key(key);
     top = std::max(top, key);
     bottom = std::min(bottom, key);
   }
-  Sketch sketch;
-  sketch.total = static_cast<double>(total);
-  sketch.scale = keys.empty() ? 1 : sketch.total / static_cast<double>(keys.size());
-  if (ratio > 1 && moments.sum > 0) {
-    const double mean = moments.sum / static_cast<double>(moments.runs);
-    const double spread =
-        std::max(0.0, moments.sum_of_squares / moments.sum - mean);  // variance of a run over its mean
-    sketch.deviation = std::sqrt(spread / moments.sum);
+  const uint32_t low = Sketch::bin_of(bottom), high = Sketch::bin_of(top);
+  if (run > kTuning.run) {
+    auto left = static_cast<int64_t>(share * static_cast<double>(keys.size()));
+    uint32_t bin = high;
+    while (bin > low && (left -= scratch.cells.count(bin)) > 0) --bin;
+    const uint32_t cut = Sketch::first_of(bin);
+    for (size_t at = 0; at < keys.size(); at += static_cast<size_t>(run)) {
+      const auto begin = keys.begin() + static_cast<int64_t>(at);
+      const auto end = begin + std::min(run, static_cast<int64_t>(keys.size() - at));
+      const int64_t above = std::count_if(begin, end, [&](uint32_t key) { return key >= cut; });
+      histogram.above += above;
+      histogram.above_squares += above * above;
+    }
   }
-  for (int64_t b = Sketch::bin_of(top); b >= Sketch::bin_of(bottom); --b) {
-    const auto bin = static_cast<uint32_t>(b);
-    const uint32_t count = std::exchange(scratch.count[bin], 0);
-    if (count == 0) continue;
-    const bool heavy = count > Sketch::kAtomShare * static_cast<double>(keys.size());
-    const uint32_t only = bin == 0 ? 0 : heavy ? only_key(keys, bin) : Sketch::kMixed;
-    const uint32_t middle = std::min((Sketch::first_of(bin) + Sketch::first_of(bin + 1)) / 2, kNonFinite - 1);
-    sketch.add(bin, only, count * sketch.scale, squared_value(only != Sketch::kMixed ? only : middle));
+  histogram.bins = scratch.cells.move_out(low, high);
+}
+
+// A layer's histogram from its tensors that lie in memory.
+void sample_memory(const Problem& problem, int32_t layer, bool alone, std::span<const int32_t> tensors,
+                   Scratch& scratch, Histogram& histogram) {
+  const int64_t total = problem.layer_total[layer];
+  const int64_t wanted = std::clamp(total / (alone ? kTuning.ratio_alone : kTuning.ratio), kTuning.least, kTuning.most);
+  const int64_t ratio = std::max<int64_t>(1, total / wanted);
+  for (const int32_t t : tensors) {
+    const TensorView& tensor = problem.tensors[t];
+    const Places places(t, tensor.numel, kTuning.run, ratio);
+    for_type(tensor.dtype, [&]<DType kType>() {
+      const auto* weights = static_cast<const storage_t<kType>*>(tensor.data);
+      for (int64_t i = 0; i < places.count(); ++i) {
+        if (i + kTuning.ahead < places.count()) __builtin_prefetch(weights + places[i + kTuning.ahead]);
+        if (const int64_t begin = places[i]; begin < tensor.numel)
+          take_run<kType>(weights + begin, std::min(kTuning.run, tensor.numel - begin), scratch.keys, histogram);
+      }
+    });
   }
-  return sketch;
+}
+
+// ... and in files. Several ranks take the tensors in turns.
+int64_t sample_files(const Problem& problem, int32_t layer, std::span<const int32_t> tensors, Loader& loader,
+                     int worker, Scratch& scratch, Histogram& histogram) {
+  int64_t run = 0;
+  for (const int32_t t : tensors) {
+    const TensorView& tensor = problem.tensors[t];
+    run = kTuning.file_run / size_of(tensor.dtype);
+    if (t % problem.ranks != problem.rank) continue;
+    const int64_t runs = (problem.layer_total[layer] + run - 1) / run;
+    const int64_t wanted = std::clamp(runs / kTuning.file_ratio, kTuning.file_least, kTuning.file_most);
+    const Places places(t, tensor.numel, run, std::max<int64_t>(1, runs / wanted));
+    for (int64_t i = 0; i < places.count(); ++i) {
+      const int64_t begin = places[i];
+      if (begin >= tensor.numel) continue;
+      const int64_t n = std::min(run, tensor.numel - begin);
+      const void* weights = loader.load(t, begin, n, worker);
+      for_type(tensor.dtype, [&]<DType kType>() {
+        take_run<kType>(static_cast<const storage_t<kType>*>(weights), n, scratch.keys, histogram);
+      });
+    }
+  }
+  return run;
 }
 
 }  // namespace
 
-std::vector<Sketch> sample_layers(const Problem& problem, const Pool& pool) {
+std::vector<Sketch> sample_layers(const Problem& problem, Loader& loader, const Pool& pool, const Exchange* exchange) {
   std::vector<std::vector<int32_t>> tensors(problem.layers());
   std::vector<int32_t> layers(problem.modules());
   for (size_t t = 0; t < problem.tensors.size(); ++t)
     tensors[problem.tensors[t].layer].push_back(static_cast<int32_t>(t));
   for (const int32_t module : problem.layer_module) ++layers[module];
-  std::vector<Sketch> sketches(problem.layers());
+  std::vector<Histogram> histograms(problem.layers());
   std::vector<Scratch> scratch(static_cast<size_t>(pool.workers()));
   pool.for_each(static_cast<int64_t>(problem.layers()), [&](int64_t l, int worker) {
-    const bool alone = layers[problem.layer_module[l]] == 1;
-    sketches[l] = sketch_layer(problem, static_cast<int32_t>(l), alone, tensors[l], scratch[worker]);
+    const auto layer = static_cast<int32_t>(l), module = problem.layer_module[l];
+    if (tensors[l].empty() || problem.keep[module] == 0) return;
+    Scratch& mine = scratch[worker];
+    mine.keys.clear();
+    int64_t run = kTuning.run;
+    if (problem.tensors[tensors[l][0]].file < 0)
+      sample_memory(problem, layer, layers[module] == 1, tensors[l], mine, histograms[l]);
+    else
+      run = sample_files(problem, layer, tensors[l], loader, worker, mine, histograms[l]);
+    const double share = static_cast<double>(problem.keep[module]) / static_cast<double>(problem.module_total[module]);
+    if (!mine.keys.empty()) count_keys(mine, share, run, histograms[l]);
   });
+  if (exchange) add_up(histograms, *exchange);
+  std::vector<Sketch> sketches(problem.layers());
+  for (size_t l = 0; l < sketches.size(); ++l) sketches[l] = sketch_of(histograms[l], problem.layer_total[l], false);
   return sketches;
 }
 

@@ -4,11 +4,13 @@
 #include <vector>
 
 #include "cpu/parallel.h"
-#include "cpu/select/sketch.h"
+#include "cpu/select/histogram.h"
+#include "cpu/select/loader.h"
 
 namespace dimap::cpu {
 
-// Of all layers. Positions are pseudo-random but fixed: the same weights give the same sample on every machine and run.
-std::vector<Sketch> sample_layers(const Problem& problem, const Pool& pool);
+// Of all layers; exchange: where other ranks hold weights of them too. Positions are pseudo-random but fixed: the same
+// weights give the same sample on every machine and run.
+std::vector<Sketch> sample_layers(const Problem& problem, Loader& loader, const Pool& pool, const Exchange* exchange);
 
 }  // namespace dimap::cpu

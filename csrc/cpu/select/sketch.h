@@ -40,6 +40,7 @@ struct Sketch {
   double total = 0;         // weights
   double scale = 1;         // weights that one counted weight stands for
   double deviation = 0;     // of the energy, relative
+  double clustering = 1.5;  // neighbours are alike: variance of a count over that of independent draws
   bool exact = false;       // all weights were counted: each is in the bin that it is said to be in
 
   // Adds the next lower bin: `count` weights of mean square `square`.

@@ -9,21 +9,22 @@
 
 namespace dimap::cpu {
 
-void check_finite(const Problem& problem) {
-  for (size_t t = 0; t < problem.tensors.size(); ++t) {
-    const TensorView& tensor = problem.tensors[t];
-    for_type(tensor.dtype, [&]<DType kType>() {
-      const auto* weights = static_cast<const storage_t<kType>*>(tensor.data);
-      for (int64_t i = 0; i < tensor.numel; ++i) {
+void check_finite(const Problem& problem, Loader& loader) {
+  for (const Chunk& chunk : chunks_of(problem)) {
+    if (!chunk.mine) continue;
+    const void* loaded = loader.load(chunk, 0);
+    for_type(problem.tensors[chunk.tensor].dtype, [&]<DType kType>() {
+      const auto* weights = static_cast<const storage_t<kType>*>(loaded);
+      for (int64_t i = 0; i < chunk.n; ++i) {
         const uint32_t key = key_of<kType>(weights[i]);
-        if (key >= kNonFinite) throw NonFinite(static_cast<int64_t>(t), i, key > kNonFinite);
+        if (key >= kNonFinite) throw NonFinite(chunk.tensor, chunk.offset + i, key > kNonFinite);
       }
     });
   }
 }
 
 Survey survey(const Problem& problem, std::span<const Window> windows, int64_t bins, std::span<const uint8_t> wanted,
-              const Pool& pool) {
+              Loader& loader, const Pool& pool) {
   Survey seen{std::vector<LayerTable>(problem.layers()), {}};
   std::vector<Bin*> bins_of(problem.layers());
   size_t count = 0;
@@ -54,9 +55,14 @@ Survey survey(const Problem& problem, std::span<const Window> windows, int64_t b
   };
   std::atomic<bool> finite{true};
   const std::vector<Chunk> chunks = chunks_of(problem);
+  const auto bytes = [&](const Chunk& chunk) { return chunk.n * size_of(problem.tensors[chunk.tensor].dtype); };
+  int64_t all = 0;
+  for (const Chunk& chunk : chunks)
+    if (chunk.mine && is_wanted(chunk.layer)) all += bytes(chunk);
+  pool.begin("surveying", all);
   pool.for_each(static_cast<int64_t>(chunks.size()), [&](int64_t c, int worker) {
     const Chunk& chunk = chunks[c];
-    if (!is_wanted(chunk.layer)) return;
+    if (!chunk.mine || !is_wanted(chunk.layer)) return;
     const Window window = windows[chunk.layer];
     const auto end = static_cast<uint32_t>(std::min<uint64_t>(window.end(bins), kNonFinite));
     Aside& buffer = buffers[worker];
@@ -64,8 +70,9 @@ Survey survey(const Problem& problem, std::span<const Window> windows, int64_t b
     Decided out;
     out.keys = buffer.keys(), out.positions = buffer.positions(), out.outliers = &outliers[worker];
     const Bracket bracket{window.base, end, Bracket::kNoAtom};
-    kernels().decide[static_cast<int>(problem.tensors[chunk.tensor].dtype)](data(problem, chunk), chunk.n, bracket,
-                                                                            nullptr, out);
+    kernels().decide[static_cast<int>(problem.tensors[chunk.tensor].dtype)](loader.load(chunk, worker), chunk.n,
+                                                                            bracket, nullptr, out);
+    pool.advance(bytes(chunk));
     if (out.largest >= kNonFinite) finite.store(false, std::memory_order_relaxed);
     const auto add_to = [&](Bin* all) {
       for (int64_t i = 0; i < out.aside; ++i) all[(out.keys[i] - window.base) >> window.shift].add(out.keys[i]);
@@ -83,7 +90,7 @@ Survey survey(const Problem& problem, std::span<const Window> windows, int64_t b
     if (!many) add_to(bins_of[chunk.layer]);
   });
   for (Own& mine : own) hand_over(mine);
-  if (!finite) check_finite(problem);
+  if (!finite) check_finite(problem, loader);
   for (size_t l = 0; l < problem.layers(); ++l) {
     LayerTable& table = seen.tables[l];
     table.look_through(windows[l], windows[l].end(bins), windows[l].base);

@@ -8,6 +8,7 @@
 #include "core/problem.h"
 #include "core/table.h"
 #include "cpu/parallel.h"
+#include "cpu/select/loader.h"
 
 namespace dimap::cpu {
 
@@ -16,12 +17,12 @@ struct Survey {
   std::vector<Bin> bins;           // what the tables point into: [wanted layers, bins]
 };
 
-// windows: [layers], each of `bins` bins. wanted: [layers], nonzero where the layer is to be read; empty: all are.
-// Throws NonFinite.
+// Of this rank's weights. windows: [layers], each of `bins` bins. wanted: [layers], nonzero where the layer is to be
+// read; empty: all are. Throws NonFinite.
 Survey survey(const Problem& problem, std::span<const Window> windows, int64_t bins, std::span<const uint8_t> wanted,
-              const Pool& pool);
+              Loader& loader, const Pool& pool);
 
-// Throws NonFinite for the first infinity or NaN of the tensors, if there is one.
-void check_finite(const Problem& problem);
+// Throws NonFinite for the first infinity or NaN of this rank's weights, if there is one.
+void check_finite(const Problem& problem, Loader& loader);
 
 }  // namespace dimap::cpu

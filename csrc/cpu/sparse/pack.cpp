@@ -35,6 +35,23 @@ int64_t count_nonzero(const T* weights, int64_t n) {
   return count;
 }
 
+// The same way back; what is read is inside `end`, the end of all values.
+template <typename T>
+void unpack_chunk(const uint8_t* bits, const T* values, const T* end, T* weights, int64_t n) {
+  int64_t i = 0;
+  for (; i + 8 <= n && end - values >= 8; i += 8) {
+    const uint32_t byte = bits[i / 8];
+    for (int j = 0; j < 8; ++j) {
+      const uint32_t bit = byte >> j & 1;
+      weights[i + j] = static_cast<T>(*values & (T{0} - static_cast<T>(bit)));
+      values += bit;
+    }
+  }
+  for (; i < n; ++i) weights[i] = bits[i / 8] >> i % 8 & 1 ? *values++ : T{0};
+}
+
+}  // namespace
+
 int64_t count_bits(const uint8_t* bits, int64_t bytes) {
   int64_t count = 0, i = 0;
   for (; i + 8 <= bytes; i += 8) {
@@ -73,22 +90,29 @@ void pack_chunk(const T* weights, int64_t n, uint8_t* bits, T* values, const T* 
   }
 }
 
-// The same way back; what is read is inside `end`, the end of all values.
-template <typename T>
-void unpack_chunk(const uint8_t* bits, const T* values, const T* end, T* weights, int64_t n) {
-  int64_t i = 0;
-  for (; i + 8 <= n && end - values >= 8; i += 8) {
-    const uint32_t byte = bits[i / 8];
-    for (int j = 0; j < 8; ++j) {
-      const uint32_t bit = byte >> j & 1;
-      weights[i + j] = static_cast<T>(*values & (T{0} - static_cast<T>(bit)));
-      values += bit;
-    }
-  }
-  for (; i < n; ++i) weights[i] = bits[i / 8] >> i % 8 & 1 ? *values++ : T{0};
+template void pack_chunk(const uint32_t*, int64_t, uint8_t*, uint32_t*, const uint32_t*);
+template void pack_chunk(const uint16_t*, int64_t, uint8_t*, uint16_t*, const uint16_t*);
+
+void unpack_chunk(const uint8_t* bits, const void* values, int64_t count, void* weights, int64_t n, int64_t size) {
+  const auto unpack = [&]<typename T>(T) {
+    const T* in = static_cast<const T*>(values);
+    unpack_chunk(bits, in, in + count, static_cast<T*>(weights), n);
+  };
+  size == 4 ? unpack(uint32_t{}) : unpack(uint16_t{});
 }
 
-}  // namespace
+void pack_bits(const uint8_t* mask, int64_t n, uint8_t* bits) {
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8) {  // eight bytes of 0 or 1 to eight bits by one product
+    uint64_t word;
+    std::memcpy(&word, mask + i, 8);
+    bits[i / 8] = static_cast<uint8_t>((word & 0x0101010101010101u) * 0x0102040810204080u >> 56);
+  }
+  if (i == n) return;
+  uint8_t last = 0;
+  for (int64_t j = i; j < n; ++j) last = static_cast<uint8_t>(last | (mask[j] != 0) << (j - i));
+  bits[i / 8] = last;
+}
 
 std::vector<int64_t> offsets_of_weights(const void* weights, const Packing& packing, const Pool& pool) {
   std::vector<int64_t> offsets = no_offsets(packing);

@@ -23,6 +23,19 @@ struct Packing {
 std::vector<int64_t> offsets_of_weights(const void* weights, const Packing& packing, const Pool& pool);
 std::vector<int64_t> offsets_of_bits(const uint8_t* bits, const Packing& packing, const Pool& pool);
 
+int64_t count_bits(const uint8_t* bits, int64_t bytes);
+
+// n weights of T, an integer of their size. `values` has room up to `end`, where their number of values ends: nothing
+// is written behind it.
+template <typename T>
+void pack_chunk(const T* weights, int64_t n, uint8_t* bits, T* values, const T* end);
+
+// Back from `count` values of `size` bytes.
+void unpack_chunk(const uint8_t* bits, const void* values, int64_t count, void* weights, int64_t n, int64_t size);
+
+// One bit for each of n bytes of 0 or 1.
+void pack_bits(const uint8_t* mask, int64_t n, uint8_t* bits);
+
 // offsets: of these weights. bits: [bytes()]; values: [offsets.back()].
 void pack(const void* weights, const Packing& packing, const std::vector<int64_t>& offsets, uint8_t* bits, void* values,
           const Pool& pool);

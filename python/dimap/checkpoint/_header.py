@@ -41,6 +41,17 @@ DTYPES = {
 }
 
 
+def element(dtype: torch.dtype) -> tuple[int, int]:
+    """Bytes of an element, and the bits of which any is set where it is not zero; 0: it never is zero."""
+    size = dtype.itemsize
+    if dtype == torch.float8_e8m0fnu:  # powers of two
+        return size, 0
+    if dtype == torch.complex64:
+        return size, 0x7FFFFFFF_7FFFFFFF
+    signed_zero = dtype.is_floating_point and "fnuz" not in str(dtype)
+    return size, (1 << (8 * size - signed_zero)) - 1
+
+
 class Entry(NamedTuple):
     """One tensor: bytes [begin, end) of its file."""
 

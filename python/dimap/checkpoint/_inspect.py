@@ -13,8 +13,9 @@ from rich.text import Text
 from torch import Tensor
 
 from ..cli._progress import Bar
-from ..families import FAMILIES, Family
-from ..groups import AUX, Layer, _fit, find_modules
+from ..families import Family
+from ..groups import AUX, Layer, find_modules
+from ..groups import family_of as family_of_names
 from ..pruning import count_nonzero
 from . import Checkpoint
 
@@ -151,5 +152,4 @@ def family_of(modules: Mapping[str, list[Layer]], tensors: Mapping[str, Tensor])
     """The family by whose table `find_modules` grouped the tensors."""
     names = [p for layers in modules.values() for layer in layers for p in layer.parameters]
     shapes = {name: tuple(tensors[name].shape) for name in names}
-    fits = ((family, _fit(family, shapes)) for family in FAMILIES)
-    return next((family for family, fit in fits if fit and not fit.problems), None)
+    return family_of_names(shapes)

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from .. import _timm
 from .._files import save_safetensors
-from ..bitmask import write_packed
 from ._types import Checkpoint, Writer, shorten
 
 PICKLED = (".pth", ".pt", ".bin")
@@ -70,6 +69,8 @@ class _StateDictWriter(Writer):
         if self._safetensors:
             state = {name: self._source.get(name) for name in self.names}
             if self.pack:
+                from ..bitmask import write_packed  # which opens checkpoints
+
                 source = self._source
                 write_packed(self._target, state, source.metadata, self.pack, source.path)
             else:

@@ -1,31 +1,37 @@
-"""One checkpoint pruned from files to files, or one rank's part of it: cuts, output, counts."""
+"""One checkpoint pruned from files to files, or one rank's part of it, by the engine in C++.
+
+Python says which bytes are which layer, and where they go; what it gets are counts and thresholds.
+"""
 
 from __future__ import annotations
 
 import hashlib
-import threading
-from collections.abc import Mapping
-from contextlib import ExitStack
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
-import numpy as np
-import torch
-from torch import Tensor
-
+from .. import _C
 from ..distributed.ranks import Ranks
-from ..groups import Patterns
-from ..groups._plan import Normalize, Plan
-from ..groups._scopes import Scope
-from ._bitmask_stream import Packer
+from ..groups import AUX, Patterns
+from ..groups.plan import Normalize, Plan, Scope
+from ._bitmask_layout import Layout, lay_out, size_of
+from ._header import Entry, Header, element
+from ._masks import lay_out_masks
 from ._safetensors import Shards
-from ._stream_cut import GRAINS, Cutter
-from ._stream_decide import Decisions
-from ._stream_guess import keys_of
-from ._stream_io import Block, Buffer, Outputs, Piece, Source, opened
-from ._stream_mask_file import lay_out_masks
-from ._stream_part import Part
-from ._stream_threads import each
 from ._stream_types import Progress, StreamPruning
+
+ASIDE = 1 << 25  # numbers that the engine may set aside between its readings: 128 MiB
+_DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2}  # the engine's numbers of what it prunes
+
+
+class _Home(NamedTuple):
+    """Where a tensor lies: the number of its file, and its entry there."""
+
+    file: int
+    entry: Entry
 
 
 class Job:
@@ -41,20 +47,19 @@ class Job:
         progress: Progress,
         ranks: Ranks,
     ) -> None:
-        # Shapes and dtypes are all that a plan needs: tensors of one element stand for them.
-        state = {
-            name: torch.zeros(1, dtype=t.dtype).as_strided(t.shape, (0,) * t.ndim)
-            for name, t in checkpoint.tensors.items()
+        self.sources: list[tuple[Path, Header]] = [(s.path, s.header) for s in checkpoint.shards]
+        self.homes = {
+            entry.name: _Home(file, entry)
+            for file, (_, header) in enumerate(self.sources)
+            for entry in header.entries
         }
-        self.plan = Plan.of(state, scope, normalize, patterns)
+        shapes = {name: home.entry.shape for name, home in self.homes.items()}
+        self.plan = Plan.of_shapes(shapes, scope, normalize, patterns)
         self.keep = self.plan.keep(sparsity)
-        for name, tensor in zip(self.plan.names, self.plan.tensors, strict=True):
-            if tensor.dtype not in GRAINS:
-                got = str(tensor.dtype).removeprefix("torch.")
+        for name in self.plan.names:
+            if (got := _name(self.homes[name].entry)) not in _DTYPES:
                 raise ValueError(f"{name} must be float32, bfloat16 or float16, got {got}")
-        self.sources = [Source(shard.path, shard.header) for shard in checkpoint.shards]
         self.progress, self.ranks = progress, ranks
-        self.part = Part(self.sources, ranks)
         names = [p for layers in self.plan.modules.values() for x in layers for p in x.parameters]
         self.result = StreamPruning(
             modules=self.plan.modules,
@@ -62,19 +67,18 @@ class Job:
             scope=scope,
             normalize=normalize,
             sparsity=self.plan.ratios(sparsity),
-            shapes={name: tuple(state[name].shape) for name in names},
-            dtypes={name: state[name].dtype for name in names},
-            kept=dict.fromkeys(self.plan.names, 0),
+            shapes={name: shapes[name] for name in names},
+            dtypes={name: self.homes[name].entry.dtype for name in names},
+            kept={},
             nonzero=dict.fromkeys(names, 0),
         )
-        self._lock = threading.Lock()
 
     def check_agreement(self, *settings: object) -> None:
         """All ranks do the same job, or none does."""
         words = (self.plan.names, self.plan.layers, self.plan.scopes, self.keep, settings)
         digest = hashlib.sha256(repr(words).encode())
-        for source in self.sources:
-            digest.update(source.path.name.encode() + b"\0" + source.header.raw)
+        for path, header in self.sources:
+            digest.update(path.name.encode() + b"\0" + header.raw)
         found = self.ranks.gather(digest.hexdigest())
         for rank, other in enumerate(found):
             if other != found[0]:
@@ -84,130 +88,157 @@ class Job:
                 )
 
     def run(
-        self, targets: list[Path], masks: Path | None, *, bitmask: bool = False
+        self, targets: Sequence[Path], masks: Path | None, *, bitmask: bool = False
     ) -> StreamPruning:
         """Find the cuts and fill the targets, empty files that exist; `masks` too."""
-        with opened([source.path for source in self.sources]) as descriptors:
-            self.descriptors = descriptors
-            self.cutter = Cutter(
-                self.plan,
-                self.keep,
-                self.sources,
-                descriptors,
-                self.part,
-                self.ranks,
-                self.progress,
+        paths = [path for path, _ in self.sources]
+        with ExitStack() as stack:
+            files = stack.enter_context(opened(paths, os.O_RDONLY))
+            stack.enter_context(self._naming())
+            pruning = self._decide(files)
+            layouts = self._lay_out(pruning) if bitmask else None
+            headers = [lay.header for lay in layouts] if layouts else [h for _, h in self.sources]
+            outputs = stack.enter_context(opened(targets, os.O_RDWR))
+            for (output, _), header in zip(outputs, headers, strict=True):
+                os.ftruncate(output, size_of(header))
+                os.pwrite(output, header.raw, 0)
+            mask_file: tuple[int, str, list[int]] | None = None
+            if masks is not None:
+                places, raw, size = lay_out_masks(self.plan.names, self.result)
+                ((mask, path),) = stack.enter_context(opened([masks], os.O_RDWR))
+                os.ftruncate(mask, size)
+                os.pwrite(mask, raw, 0)
+                mask_file = mask, path, [places[name] for name in self.plan.names]
+            pruned = set(self.plan.names)
+            rest = [home for name, home in self.homes.items() if name not in pruned]
+            counts = pruning.write(
+                outputs,
+                [self._place(name, layouts) for name in self.plan.names],
+                [self._rest(home, layouts) for home in rest],
+                masks=mask_file,
             )
-            self.cutter.run()
-            self.result.readings = self.cutter.readings
-            self.decisions = Decisions(self.cutter)
-            self.layer_keys = dict(self.decisions.smallest)
-            nonzero = self.decisions.count_nonzero() if bitmask else None
-            self.packer = Packer(self.sources, nonzero) if nonzero is not None else None
-            self._write(targets, masks)
-        self._add_up()
-        self._check_counts()
-        thresholds = (scope.threshold for scope in self.cutter.scopes)
-        self.result.thresholds = dict(zip(self.plan.scope_names, thresholds, strict=True))
+            if self.ranks.rank > 0:  # what rank 0 brings to the disk need not be what others wrote
+                for descriptor in [d for d, _ in outputs] + ([mask_file[0]] if mask_file else []):
+                    os.fsync(descriptor)
+        self._add_up(pruning, {home.entry.name: n for home, n in zip(rest, counts, strict=True)})
         return self.result
 
-    def _write(self, targets: list[Path], masks: Path | None) -> None:
-        sizes = [source.path.stat().st_size for source in self.sources]
-        pieces = [
-            piece
-            for file, source in enumerate(self.sources)
-            for piece in self.part.pieces(file, source.header.entries)
+    def _decide(self, files: Sequence[tuple[int, str]]) -> _C.Pruning:
+        plan = self.plan
+        homes = [self.homes[name] for name in plan.names]
+        tensors = [
+            (h.file, h.entry.begin, math.prod(h.entry.shape), _DTYPES[_name(h.entry)], layer)
+            for h, layer in zip(homes, plan.layers, strict=True)
         ]
-        self.progress.step("writing", sum(p.end - p.begin for p in pieces))
-        with ExitStack() as stack:
-            packer = self.packer
-            self.outputs = stack.enter_context(
-                packer.create(targets) if packer else Outputs(targets, sizes)
-            )
-            self.masks = None
-            if masks is not None:
-                self.places, header, size = lay_out_masks(self.plan, self.result)
-                self.masks = stack.enter_context(Outputs([masks], [size]))
-                self.masks.write(0, header, 0)
-            for file, source in enumerate(self.sources if packer is None else ()):
-                self.outputs.write(file, source.header.raw, 0)
-            each(pieces, self._write_piece)
-            if self.ranks.rank > 0:  # what rank 0 brings to the disk need not be what others wrote
-                self.outputs.sync()
-                if self.masks is not None:
-                    self.masks.sync()
+        modules = dict(zip(plan.layers, plan.scopes, strict=True))
+        pruning = _C.Pruning(
+            files,
+            tensors,
+            [modules[layer] for layer in range(len(modules))],
+            self.keep,
+            rank=self.ranks.rank,
+            size=self.ranks.size,
+            exchange=self._sum if self.ranks.size > 1 else None,
+            progress=told(self.progress),
+            aside=ASIDE,
+        )
+        pruning.decide()
+        self.result.readings = pruning.readings
+        self.result.kept = dict(zip(plan.names, pruning.kept, strict=True))
+        self.result.thresholds = dict(zip(plan.scope_names, pruning.thresholds, strict=True))
+        return pruning
 
-    def _path(self, piece: Piece) -> Path:
-        return self.sources[piece.file].path
+    def _sum(self, numbers: memoryview) -> None:
+        """The engine's exchange."""
+        import torch
 
-    def _write_piece(self, piece: Piece, buffer: Buffer) -> None:
-        data = buffer.read(self.descriptors[piece.file], piece.begin, piece.end, self._path(piece))
-        number = self.cutter.number
-        pruned, tensors, kept = self.decisions.prune(piece, buffer)
-        for block, tensor, mask in zip(pruned, tensors, kept, strict=True):
-            buffer.put_back(block, piece, tensor)
-            self._count(block, tensor, mask)
-        if self.packer is None:
-            self.outputs.write(piece.file, data, piece.begin)
-        else:
-            found = {b.entry.name: t for b, t in zip(pruned, tensors, strict=True)}
-            self.packer.write(piece, buffer, found, self.outputs)
-        for block in piece.blocks:
-            if block.entry.name in self.result.nonzero and block.entry.name not in number:
-                nonzero = _count_nonzero(buffer.tensor(block, piece))
-                with self._lock:
-                    self.result.nonzero[block.entry.name] += nonzero
-        self.progress.advance(piece.end - piece.begin)
+        mine = torch.frombuffer(numbers, dtype=torch.int64)
+        mine.copy_(self.ranks.sum(mine))
 
-    def _count(self, block: Block, tensor: Tensor, mask: Tensor) -> None:
-        name = block.entry.name
-        kept = int(np.count_nonzero(mask.numpy()))
-        keep_from, tie = self.decisions.cut(self.cutter.number[name])
-        nonzero = kept if keep_from > 0 and tie != 0 else _count_nonzero(tensor)
-        smallest = None
-        if name in self.decisions.unseen and kept:
-            # Zeros become the largest number: of what is left the smallest is wanted.
-            smallest = int((keys_of(tensor) - np.uint32(1)).min()) + 1 if kept == nonzero else 0
-        if self.masks is not None:
-            bits = np.packbits(mask.numpy(), bitorder="little")
-            self.masks.write(0, bits.data, self.places[name] + block.start // 8)
-        with self._lock:
-            self.result.kept[name] += kept
-            self.result.nonzero[name] += nonzero
-            if smallest is not None:
-                known = self.layer_keys.get(name, smallest)
-                self.layer_keys[name] = min(known, smallest)
+    def _lay_out(self, pruning: _C.Pruning) -> list[Layout]:
+        """Of bitmask files: how many values each tensor has is known before any is written."""
+        values = dict(zip(self.plan.names, pruning.count_packed(), strict=True))
+        return [
+            lay_out(header, {e.name: values[e.name] for e in header.entries if e.name in values}, str(path))
+            for path, header in self.sources
+        ]  # fmt: skip
 
-    def _add_up(self) -> None:
+    def _place(self, name: str, layouts: Sequence[Layout] | None) -> tuple[int, int]:
+        file, entry = self.homes[name]
+        if layouts is None:
+            return entry.begin, -1
+        place = layouts[file].places[name]
+        return place.values.begin, -1 if place.bits is None else place.bits.begin
+
+    def _rest(
+        self, home: _Home, layouts: Sequence[Layout] | None
+    ) -> tuple[int, int, int, int, int, int]:
+        file, entry = home
+        size, mask = element(entry.dtype)
+        begin = entry.begin if layouts is None else layouts[file].places[entry.name].values.begin
+        return file, entry.begin, (entry.end - entry.begin) // size, size, mask, begin
+
+    @contextmanager
+    def _naming(self) -> Iterator[None]:
+        """Say in words what the engine says in numbers."""
+        names = self.plan.names
+        try:
+            yield
+        except _C.NonFiniteError as error:
+            number, index, kind = error.args
+            raise ValueError(
+                f"{names[number]} must be finite, got {kind} at flat index {index}"
+            ) from error
+        except _C.ChangedError as error:
+            raise ValueError(
+                f"the input must not change while it is read: {names[error.args[0]]} has other "
+                "weights than when its mask was decided"
+            ) from error
+
+    def _add_up(self, pruning: _C.Pruning, rest: dict[str, int]) -> None:
         """Counts of all ranks."""
-        mine = (self.result.kept, self.result.nonzero, self.layer_keys)
-        found = self.ranks.gather(mine)
-        for name in self.result.kept:
-            self.result.kept[name] = sum(kept[name] for kept, _, _ in found)
+        nonzero = dict(zip(self.plan.names, pruning.nonzero, strict=True)) | rest
+        smallest = dict(zip(self.plan.names, pruning.smallest, strict=True))
+        found = self.ranks.gather((nonzero, smallest))
         for name in self.result.nonzero:
-            self.result.nonzero[name] = sum(nonzero[name] for _, nonzero, _ in found)
-        for _, _, keys in found:
-            for name, key in keys.items():
-                self.layer_keys[name] = min(self.layer_keys.get(name, key), key)
-
-    def _check_counts(self) -> None:
-        """Exactly what was asked for is kept, unless the input was not the same in both readings."""
-        kept = [0] * len(self.keep)
-        for name, scope in zip(self.plan.names, self.plan.scopes, strict=True):
-            kept[scope] += self.result.kept[name]
-        for scope, (want, got) in enumerate(zip(self.keep, kept, strict=True)):
-            if want != got:
-                raise ValueError(
-                    f"the input must not change while it is read: {self.plan.scope_names[scope]} "
-                    f"must keep {want} weights, got {got}"
-                )
-        values = {
-            name: float(np.uint32(key).view(np.float32)) for name, key in self.layer_keys.items()
-        }
-        self.result.smallest = values
+            self.result.nonzero[name] = sum(counts[name] for counts, _ in found)
+        for module, layers in self.plan.modules.items():
+            for layer in layers if module != AUX else []:
+                seen = [least[p] for _, least in found for p in layer.parameters]
+                if kept := [value for value in seen if not math.isnan(value)]:
+                    self.result.smallest.update(dict.fromkeys(layer.parameters, min(kept)))
 
 
-def _count_nonzero(tensor: Tensor) -> int:
-    if tensor.is_floating_point() and tensor.itemsize == 1:  # torch cannot count float8
-        tensor = tensor.float()
-    return int(torch.count_nonzero(tensor))
+@contextmanager
+def opened(paths: Sequence[Path], flags: int) -> Iterator[list[tuple[int, str]]]:
+    """Descriptors of files that exist, with their paths: what the engine takes.
+
+    Outputs are never created: rank 0 may have given up and removed them by now.
+    """
+    found: list[tuple[int, str]] = []
+    try:
+        for path in paths:
+            follow = 0 if flags == os.O_RDONLY else getattr(os, "O_NOFOLLOW", 0)
+            found.append((os.open(path, flags | os.O_CLOEXEC | follow), str(path)))
+        yield found
+    finally:
+        for descriptor, _ in found:
+            os.close(descriptor)
+
+
+def told(progress: Progress) -> Callable[[str, int, int], None]:
+    """What the engine says of its progress, as steps that advance."""
+    last: list[object] = [None, 0]
+
+    def say(step: str, done: int, total: int) -> None:
+        if step != last[0] or done < int(str(last[1])):
+            progress.step(step, total)
+            last[:] = step, 0
+        progress.advance(done - int(str(last[1])))
+        last[1] = done
+
+    return say
+
+
+def _name(entry: Entry) -> str:
+    return str(entry.dtype).removeprefix("torch.")

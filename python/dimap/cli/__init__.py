@@ -13,7 +13,6 @@ from .. import __version__, build_info
 from ..checkpoint import open_checkpoint
 from ..checkpoint._inspect import inspect as inspect_checkpoint
 from ._expand import expand
-from ._finetune import finetune
 from ._plot import plot
 from ._progress import Bar
 from ._prune import prune
@@ -27,6 +26,7 @@ from ._support import (
     clear_errors,
     print_json,
 )
+from .finetune import finetune
 
 app = typer.Typer(
     help="Prune transformers by DIMAP: exact, in one shot, from the weights alone.",

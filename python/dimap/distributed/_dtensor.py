@@ -53,8 +53,12 @@ def select_cuts(
                 got = str(local.weights.dtype).removeprefix("torch.")
                 raise ValueError(f"{local.name} must be float32, bfloat16 or float16, got {got}")
         devices = share_out(held, ranks)
-        decide = _decide_shards if devices == {"cpu"} else _decide_surveys
-        cuts, quota, thresholds = decide(held, layers, modules, keep, ranks)
+        sizes, module_of = [0] * (max(layers) + 1), [0] * (max(layers) + 1)
+        for local, layer, module in zip(held, layers, modules, strict=True):
+            sizes[layer] += local.tensor.numel()
+            module_of[layer] = module
+        decide = _decide_in_memory if devices == {"cpu"} else _decide_on_devices
+        cuts, quota, thresholds = decide(held, layers, sizes, module_of, keep, ranks)
         here = [cuts[layer] for layer in layers]
         shares = _share_ties(held, here, modules, quota, ranks)
         masks = _emit(held, here, shares)
@@ -89,82 +93,64 @@ def _ranks_of(tensors: Sequence[Tensor]) -> Group:
 # The cuts
 
 
-def _decide_shards(
+def _decide_in_memory(
     held: Sequence[Local],
     layers: Sequence[int],
-    modules: Sequence[int],
+    sizes: Sequence[int],
+    module_of: Sequence[int],
     keep: Sequence[int],
     ranks: Ranks,
 ) -> Decided:
-    """Where all weights are in this machine's memory."""
-    mine = [(local, layer) for local, layer in zip(held, layers, strict=True) if local.counts]
-    flat = [local.weights.contiguous() for local, _ in mine]  # kept alive: addresses are given
-    totals = [0] * (max(layers) + 1)
-    for local, layer in zip(held, layers, strict=True):
-        totals[layer] += local.tensor.numel()
+    """Of weights that are in the memory of the processes; `sizes` are the weights of each layer."""
+    flat = [local.weights.contiguous() for local in held]  # alive while their addresses are in use
+    tensors = [
+        (w.data_ptr(), w.numel() if local.counts else 0, DTYPES.index(w.dtype), layer)
+        for local, w, layer in zip(held, flat, layers, strict=True)
+    ]
     try:
         return _C.decide_shards(
-            [
-                (weights.data_ptr(), weights.numel(), DTYPES.index(weights.dtype), layer)
-                for weights, (_, layer) in zip(flat, mine, strict=True)
-            ],
-            totals,
-            _module_of(layers, modules),
-            keep,
-            exchange=ranks.exchange,
+            tensors, sizes, module_of, keep, exchange=ranks.exchange, size=ranks.size
         )
     except _C.NonFiniteError as error:
         number, index, kind = error.args
-        raise _non_finite(mine[number][0], index, kind) from error
+        raise held[number].non_finite(index, kind) from error
 
 
-def _decide_surveys(
+def _decide_on_devices(
     held: Sequence[Local],
     layers: Sequence[int],
-    modules: Sequence[int],
+    sizes: Sequence[int],
+    module_of: Sequence[int],
     keep: Sequence[int],
     ranks: Ranks,
 ) -> Decided:
-    """Where weights are on GPUs: these survey them, and the tables are added up there."""
-    totals = [0] * (max(layers) + 1)
-    granularities = [max(ZERO_BITS)] * len(totals)
-    on: dict[torch.device, list[tuple[Local, int]]] = {}
-    for local, layer in zip(held, layers, strict=True):
-        totals[layer] += local.tensor.numel()
+    """The same where some are on GPUs: these survey them, and the tables are added up there."""
+    granularities = [max(ZERO_BITS)] * len(sizes)
+    numbers: dict[torch.device, list[int]] = {}  # of the tensors that this rank surveys
+    for i, (local, layer) in enumerate(zip(held, layers, strict=True)):
         zero_bits = ZERO_BITS[DTYPES.index(local.weights.dtype)]
         granularities[layer] = min(granularities[layer], zero_bits)
         if local.counts:
-            on.setdefault(local.weights.device, []).append((local, layer))
+            numbers.setdefault(local.weights.device, []).append(i)
 
     def survey(windows: bytes, bins: int) -> memoryview:
-        views = torch.frombuffer(bytearray(windows), dtype=torch.int64).reshape(len(totals), 7)
+        views = torch.frombuffer(bytearray(windows), dtype=torch.int64).reshape(-1, 7)
         table = ops.survey([], [], views, bins)
-        for device, mine in on.items():
-            weights, numbers = [local.weights for local, _ in mine], [layer for _, layer in mine]
+        for device, mine in numbers.items():
+            weights = [held[i].weights for i in mine]
             try:
-                found = ops.survey(weights, numbers, views.to(device), bins)
+                found = ops.survey(weights, [layers[i] for i in mine], views.to(device), bins)
             except RuntimeError as error:
-                bad = re.search(
-                    r"weights\[(\d+)\] must be finite, got (\w+) at flat index (\d+)", str(error)
+                told = re.search(
+                    r"weights\[(\d+)\] must be finite, got (\w+) at .* (\d+)", str(error)
                 )
-                if bad is None:
+                if told is None:
                     raise
-                raise _non_finite(mine[int(bad[1])][0], int(bad[3]), bad[2]) from error
+                raise held[mine[int(told[1])]].non_finite(int(told[3]), told[2]) from error
             table = table.to(device) + found
-        return memoryview(ranks.sum(table).cpu().numpy())
+        return ranks.sum(table).cpu().numpy().data
 
-    return _C.decide_surveys(survey, granularities, totals, _module_of(layers, modules), keep)
-
-
-def _module_of(layers: Sequence[int], modules: Sequence[int]) -> list[int]:
-    found = dict(zip(layers, modules, strict=True))
-    return [found.get(layer, 0) for layer in range(max(layers) + 1)]
-
-
-def _non_finite(local: Local, index: int, kind: str) -> ValueError:
-    """Of the place in the whole tensor."""
-    whole = int(local.whole_index(index))
-    return ValueError(f"{local.name} must be finite, got {kind} at flat index {whole}")
+    return _C.decide_surveys(survey, granularities, sizes, module_of, keep)
 
 
 # Ties: the first ones are kept, by tensor and by flat index in the whole

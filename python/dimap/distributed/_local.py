@@ -41,6 +41,11 @@ class Local:
         moved = [p + o for p, o in zip(places, self.offset, strict=True)]
         return np.ravel_multi_index(moved, self.tensor.shape)
 
+    def non_finite(self, index: int, kind: str) -> ValueError:
+        """The error for a local weight, by its place in the whole tensor."""
+        whole = int(self.whole_index(index))
+        return ValueError(f"{self.name} must be finite, got {kind} at flat index {whole}")
+
     def ties(self, key: int) -> Positions:
         """The flat indices in the whole tensor of the local weights of this magnitude."""
         value = float(np.uint32(key).view(np.float32))

@@ -7,18 +7,21 @@ group at the latest (gloo notices the end of a process at once).
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import _get_default_store
 
 from .._files import _remove_leftovers
-from .ranks import Ranks
+from .ranks import Ranks, T
 
 _SWEEPS = 20  # times that a killed rank's files are looked for, 0.1 s apart
 
@@ -59,6 +62,12 @@ class Group(Ranks):
     def gather(self, value: Any) -> list[Any]:
         self._go_on()
         return self._gather(value)
+
+    def take(self, items: Sequence[T]) -> Iterator[T]:
+        # They count up a number in the store that all of them share.
+        counter, store = self.gather(secrets.token_hex(8))[0], _get_default_store()
+        numbers = (store.add(counter, 1) - 1 for _ in range(len(items) + 1))
+        return (items[i] for i in takewhile(lambda i: i < len(items), numbers))
 
     def outputs(self, *paths: Path) -> None:
         self._outputs += paths

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 
     from .group import Group
 
-TIMEOUT = 1800.0  # seconds that a rank waits for another; DIMAP_RANK_TIMEOUT says otherwise
+T = TypeVar("T")
+
+TIMEOUT = 1800.0
 LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun sets
 
 
@@ -38,6 +40,10 @@ class Ranks:
         """Every rank's value (pickled), in the order of the ranks."""
         return [value]
 
+    def take(self, items: Sequence[T]) -> Iterator[T]:
+        """Those of the items, the same on every rank, that no other takes: the next when one is done."""
+        return iter(items)
+
     def outputs(self, *paths: Path) -> None:
         """Say where rank 0 creates outputs: should it be killed, the others remove what it left."""
 
@@ -49,48 +55,47 @@ class Ranks:
 Alone = Ranks
 
 
-def group_of(group: dist.ProcessGroup) -> Group:
-    """The ranks of a process group of torch."""
+def group_of(group: dist.ProcessGroup | None = None) -> Group:
+    """The ranks of a process group of torch; of the default one if none is given."""
     import torch
     import torch.distributed as dist
 
     from .group import Group
 
+    group = group or dist.group.WORLD
+    assert group is not None
     on_cpu = any(name in str(dist.get_backend(group)) for name in ("gloo", "mpi", "undefined"))
     return Group([group], "cpu" if on_cpu else torch.device("cuda", torch.cuda.current_device()))
 
 
-def launched_size(environment: Mapping[str, str] = os.environ) -> int:
-    """How many processes torchrun, or a launcher that speaks as it does, started; else 1."""
-    told = all(name in environment for name in LAUNCHED)
-    return int(environment["WORLD_SIZE"]) if told else 1
-
-
 @contextmanager
-def launched(environment: Mapping[str, str] = os.environ) -> Iterator[Ranks]:
+def launched(
+    environment: Mapping[str, str] = os.environ, timeout: float = TIMEOUT
+) -> Iterator[Ranks]:
     """The ranks that torchrun, or another launcher that speaks as it does, started with this one.
 
     Alone where the environment says nothing, or of one process. They talk by gloo: weights that
     stream through files are on no GPU.
+
+    timeout: seconds that a rank waits for another, where DIMAP_RANK_TIMEOUT does not say it.
     """
-    if launched_size(environment) < 2:
+    if any(name not in environment for name in LAUNCHED) or int(environment["WORLD_SIZE"]) < 2:
         yield Ranks()
         return
-    text = environment.get("DIMAP_RANK_TIMEOUT", str(TIMEOUT))
+    text = environment.get("DIMAP_RANK_TIMEOUT", str(timeout))
     try:
-        timeout = timedelta(seconds=float(text))
+        most = timedelta(seconds=float(text))
     except (ValueError, OverflowError) as error:
         raise ValueError(f"DIMAP_RANK_TIMEOUT must be seconds, got {text!r}") from error
     import torch.distributed as dist
 
     try:
-        dist.init_process_group("gloo", timeout=timeout)
+        dist.init_process_group("gloo", timeout=most)
     except RuntimeError as error:
         reason = str(error).split("\n")[0]
         raise ConnectionError(f"the ranks must find each other, got: {reason}") from error
     try:
-        assert dist.group.WORLD is not None
-        with group_of(dist.group.WORLD) as ranks:
+        with group_of() as ranks:
             yield ranks
     finally:
         # This ends the connections, and so the waiting of ranks that have not noticed an error yet.

@@ -1,22 +1,25 @@
-"""A whole run: everything is checked, then trained, judged and written epoch by epoch."""
+"""A whole run: everything is checked, then trained, evaluated and written epoch by epoch."""
 
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from . import _data, _model
-from ._display import Display, TensorBoard, line, writer_class
-from ._processes import join, seed_epoch
-from ._state import BEST, LAST, Folder, fingerprint
-from ._training import Trainer, make_trainer
-from .settings import make_settings
+from .data import make_loader, open_images, set_epoch
+from .model import input_of, masks_of, open_model, outputs_of
+from .processes import join, seed_epoch
+from .settings import Settings
+from .state import BEST, LAST, Folder, fingerprint
+from .training import Trainer
 
 
 @dataclass(frozen=True)
@@ -35,13 +38,7 @@ class Finetuned:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values by name."""
-        return {
-            "best": str(self.best),
-            "last": str(self.last),
-            "best_epoch": self.best_epoch,
-            "best_top1": self.best_top1,
-            "history": self.history,
-        }
+        return {**asdict(self), "best": str(self.best), "last": str(self.last)}
 
 
 def finetune(
@@ -89,72 +86,77 @@ def finetune(
     numbers of classes, masks of another model and the like, before any work; FloatingPointError
     where the loss is not finite.
     """
-    settings = make_settings(options)
-    _need_timm()
+    settings = Settings(**options)
+    _need("timm", "torchvision", "tqdm")
     if tensorboard:
-        writer_class()
+        _tensorboard_writer()
     folder = Folder(Path(out), resume=resume, force=force)
-    source = _model.open_model(model, settings, timm_model=timm_model)
-    images = _data.open_images(
+    images = open_images(
         data,
         train_split=train_split,
         val_split=val_split,
         class_map=class_map,
         settings=settings,
     )
-    if reset_head:
-        if images.classes is None:
-            raise ValueError("data must say how many classes it has for --reset-head, got none")
-        source = _model.open_model(model, settings, timm_model=timm_model, classes=images.classes)
-    given = _model.input_of(source, settings)
-    classes = _model.outputs_of(source, given)
+    if reset_head and images.classes is None:
+        raise ValueError("data must say how many classes it has for --reset-head, got none")
+    new_head = images.classes if reset_head else None
+    source = open_model(model, settings, timm_model=timm_model, classes=new_head)
+    given = input_of(source, settings)
+    classes = outputs_of(source, given)
     if images.classes is not None and images.classes != classes:
         raise ValueError(
             f"{source.name} must have one output for each of the {images.classes} classes of the "
             f"data, got {classes} (--reset-head makes a new classifier)"
         )
-    held = _model.masks_of(source, masks)
-    taught_by = None
+    held = masks_of(source, masks)
+    teacher_model = None
     if teacher is not None:
-        tutor = _model.open_model(teacher, settings, timm_model=timm_model)
-        if (theirs := _model.outputs_of(tutor, given)) != classes:
+        teacher_source = open_model(teacher, settings, timm_model=timm_model)
+        if (theirs := outputs_of(teacher_source, given)) != classes:
             raise ValueError(f"teacher must have {classes} outputs as the model has, got {theirs}")
-        taught_by = tutor.model
-    with join(device) as processes:
+        teacher_model = teacher_source.model
+    with join(device) as (ranks, place):
         identity = {
             **settings.to_dict(),
-            "processes": processes.world,
+            "processes": ranks.size,
             "data": str(data) if not isinstance(data, tuple) else "data sets",
             "train_split": train_split,
             "val_split": val_split,
             "class_map": class_map,
             "masks": fingerprint(held),
-            "teacher": fingerprint(taught_by.state_dict()) if taught_by is not None else None,
+            "teacher": fingerprint(teacher_model.state_dict())
+            if teacher_model is not None
+            else None,
             "weights": fingerprint(source.model.state_dict()),
         }
         if folder.state is not None:
             if isinstance(model, nn.Module):  # it was trained in place, maybe
                 identity["weights"] = folder.state["identity"]["weights"]
             folder.check_same(identity)
-        loaders = tuple(
-            _data.loader(dataset, given, settings, processes, training=training)
-            for dataset, training in ((images.train, True), (images.validation, False))
-        )
-        if settings.epochs and not len(loaders[0]):
+        train = make_loader(images.train, given, settings, ranks, place, training=True)
+        validation = make_loader(images.validation, given, settings, ranks, place, training=False)
+        if settings.epochs and not len(train):
             raise ValueError(
                 f"batch_size must be at most the training images of a process, got "
-                f"{settings.batch_size} for {len(images.train)} images and {processes.world} processes"
+                f"{settings.batch_size} for {len(images.train)} images and {ranks.size} processes"
             )
-        trainer = make_trainer(
-            source.model, taught_by, held, classes, len(loaders[0]), processes, settings
+        trainer = Trainer(
+            source.model, teacher_model, held, classes, len(train), ranks, place, settings
         )
-        return _run(trainer, loaders, source.metadata, identity, folder, tensorboard, progress)
+        board = folder.path / "tensorboard" if tensorboard and ranks.rank == 0 else None
+        shown = progress and ranks.rank == 0
+        history = _run(
+            trainer, train, validation, source.metadata, identity, folder, board, shown=shown
+        )
+    best = _best(history)
+    return Finetuned(folder.path / BEST, folder.path / LAST, best["epoch"], best["top1"], history)
 
 
-def _need_timm() -> None:
-    for package in ("timm", "torchvision"):
+def _need(*packages: str) -> None:
+    for package in packages:
         try:
-            __import__(package)
+            import_module(package)
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError(
                 f"fine-tuning needs the package {package}: pip install 'dimap[finetune]'",
@@ -162,99 +164,110 @@ def _need_timm() -> None:
             ) from error
 
 
+def _best(history: list[dict[str, Any]]) -> dict[str, Any]:
+    """The row of the highest accuracy; the latest of equals, which was trained longer."""
+    return max(reversed(history), key=lambda row: row["top1"])
+
+
 def _run(
     trainer: Trainer,
-    loaders: tuple[Any, ...],
+    train: Any,
+    validation: Any,
     metadata: Mapping[str, str],
     identity: Mapping[str, Any],
     folder: Folder,
-    tensorboard: bool,
-    progress: bool,
-) -> Finetuned:
-    settings, processes = trainer.settings, trainer.processes
-    train, validation = loaders
+    board_folder: Path | None,
+    *,
+    shown: bool,
+) -> list[dict[str, Any]]:
+    """All epochs that are left; the history of the whole run.
+
+    metadata: for the files of weights. identity: what a run must share with the one it resumes.
+    shown: show a line for each epoch on stderr, and a bar where that is a terminal.
+    """
+    from tqdm import tqdm
+
+    settings, ranks = trainer.settings, trainer.ranks
     history: list[dict[str, Any]] = []
-    best: dict[str, Any] | None = None
     if folder.state is not None:
-        history, best = folder.state["history"], folder.state["best"]
-        _restore(trainer, folder.state)
-    elif processes.first:
+        history = folder.state["history"]
+        trainer.load_state_dict(folder.state)
+    elif ranks.rank == 0:
         folder.create()
-    processes.wait()  # nobody reads what is not yet cleared
-    steps = -(-len(train) // settings.accumulate)
+    ranks.gather(None)  # nobody reads what is not yet cleared
     start = len(history)
-    board = TensorBoard(
-        folder.path / "tensorboard" if tensorboard and processes.first else None, start
-    )
-    shown = progress and processes.first
-    with Display(steps * settings.epochs, trainer.updates, shown=shown) as display:
-        if start > 1:
-            display.say(f"resumed after epoch {start - 1}")
+    say = partial(tqdm.write, file=sys.stderr) if shown else lambda _: None
+    if start > 1:
+        say(f"resumed after epoch {start - 1}")
+    steps = settings.epochs * -(-len(train) // settings.accumulate)
+    # What an interrupted run wrote for TensorBoard beyond its last checkpoint is hidden.
+    board = board_folder and _tensorboard_writer()(str(board_folder), purge_step=start)
+    with tqdm(
+        total=steps, initial=trainer.updates, file=sys.stderr, leave=False,
+        disable=None if shown else True,  # None: where stderr is no terminal
+    ) as bar:  # fmt: skip
         for epoch in range(start, settings.epochs + 1):
             began = time.monotonic()
-            seed_epoch(settings.seed, epoch, processes.rank)
+            name = f"epoch {epoch}/{settings.epochs}"
+            seed_epoch(settings.seed, epoch, ranks.rank)
             row: dict[str, Any] = {"epoch": epoch}
             if epoch:
-                _data.set_epoch(train, epoch)
-                row |= trainer.train(
-                    train,
-                    epoch,
-                    lambda loss, epoch=epoch: display.step(  # type: ignore[misc]
-                        f"epoch {epoch}/{settings.epochs}, loss {loss:.4f}", 1
-                    ),
-                )
-                processes.average_buffers(trainer.judged)
-            display.step(f"epoch {epoch}/{settings.epochs}, validation")
-            row |= trainer.judge(validation)
+
+                def tell(loss: float, name: str = name) -> None:
+                    bar.set_description_str(f"{name}, loss {loss:.4f}", refresh=False)
+                    bar.update()
+
+                set_epoch(train, epoch)
+                row |= trainer.train(train, epoch, tell)
+                trainer.average_buffers()
+            bar.set_description_str(f"{name}, validation")
+            row |= trainer.evaluate(validation)
             row["seconds"] = time.monotonic() - began
             history.append(row)
-            # The latest of equals: it was trained longer.
-            improved = best is None or row["top1"] >= best["top1"]
-            best = row if improved else best
-            if processes.first:
-                said = {
-                    **metadata,
-                    "format": "pt",
-                    "epoch": str(epoch),
-                    "top1": f"{row['top1']:.4f}",
-                }
-                if improved:
-                    folder.save_weights(BEST, trainer.judged, said)
-                folder.save_weights(LAST, trainer.judged, said)
-                folder.save_history(identity, history)
-                folder.save_state(
-                    {
-                        **_state(trainer),
-                        "identity": dict(identity),
-                        "history": history,
-                        "best": best,
-                    }
+            if ranks.rank == 0:
+                notes = {"format": "pt", "epoch": str(epoch), "top1": f"{row['top1']:.4f}"}
+                folder.save_epoch(
+                    trainer.evaluated,
+                    {**metadata, **notes},
+                    identity,
+                    history,
+                    trainer.state_dict(),
+                    best=_best(history) is row,
                 )
-                board.write(row)
-            display.say(line(row, settings.epochs))
-    board.close()
+                if board:
+                    _write_scalars(board, row)
+            say(_line(row, settings.epochs))
+    if board:
+        board.close()
     trainer.holding.remove()
-    processes.wait()
-    assert best is not None
-    return Finetuned(folder.path / BEST, folder.path / LAST, best["epoch"], best["top1"], history)
+    ranks.gather(None)
+    return history
 
 
-def _state(trainer: Trainer) -> dict[str, Any]:
-    return {
-        "updates": trainer.updates,
-        "model": trainer.model.state_dict(),
-        "optimizer": trainer.optimizer.state_dict(),
-        "scaler": trainer.scaler.state_dict(),
-        "ema": trainer.ema.module.state_dict() if trainer.ema is not None else None,
-    }
+def _line(row: dict[str, Any], epochs: int) -> str:
+    """A row of the history in words."""
+    said = f"validation loss {row['loss']:.4f}, top-1 {row['top1']:.2f} %"
+    said += f", top-{row['k']} {row['topk']:.2f} %"
+    if "train_loss" in row:
+        said = f"loss {row['train_loss']:.4f}, {said}, lr {row['lr']:.2e}"
+    return f"epoch {row['epoch']}/{epochs}, {said}, {row['seconds']:.0f} s"
 
 
-def _restore(trainer: Trainer, state: Mapping[str, Any]) -> None:
-    trainer.model.load_state_dict(state["model"])
-    trainer.optimizer.load_state_dict(state["optimizer"])
-    trainer.scaler.load_state_dict(state["scaler"])
-    if trainer.ema is not None:
-        trainer.ema.module.load_state_dict(state["ema"])
-    trainer.updates = state["updates"]
-    if trainer.scheduler is not None:
-        trainer.scheduler.step_update(trainer.updates)  # a function of the number alone
+def _tensorboard_writer() -> Any:
+    """TensorBoard's writer; ModuleNotFoundError that says what to install where it is missing."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ModuleNotFoundError(
+            "TensorBoard logs need the package tensorboard: pip install tensorboard",
+            name="tensorboard",
+        ) from error
+    return SummaryWriter
+
+
+def _write_scalars(board: Any, row: dict[str, Any]) -> None:
+    """Write all numbers of a row of the history for TensorBoard, at its epoch."""
+    for name, value in row.items():
+        if name not in ("epoch", "k"):
+            board.add_scalar(name.replace("train_", "train/"), value, row["epoch"])
+    board.flush()

@@ -1,0 +1,89 @@
+// A pruning from open files to open files, or one rank's part of it: decide, then write.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <span>
+#include <stdexcept>
+#include <vector>
+
+#include "core/exchange.h"
+#include "cpu/files/io.h"
+#include "cpu/select/decision.h"
+
+namespace dimap::cpu {
+
+// A file is not what it was when the cuts were found.
+struct Changed : std::runtime_error {
+  explicit Changed(int32_t tensor) : std::runtime_error("the input changed while it was read"), tensor(tensor) {}
+  int32_t tensor;
+};
+
+// Elements that are no weights to prune, and where they go. An element is not zero if any bit of `mask` is set in it,
+// or always where the mask is 0; of 1, 2, 4 or 8 bytes.
+struct Elements {
+  int32_t file;
+  int64_t offset, count, size;
+  uint64_t mask;
+  int64_t place = -1;  // in the target; -1: they are only counted
+};
+
+// Where the weights of a tensor go in the target of its file.
+struct Place {
+  int64_t values;     // all weights, or those with any bit set, one after the other, where
+  int64_t bits = -1;  // one bit a weight goes here
+};
+
+// A file that takes every mask, one bit a weight.
+struct MaskFile {
+  File file;
+  std::vector<int64_t> places;  // [tensors]
+};
+
+class FilePruning {
+ public:
+  // The problem's tensors lie in files; exchange: null where there is one rank. All must outlive this.
+  FilePruning(const Problem& problem, const Pool& pool, const Exchange* exchange, int64_t aside_most = kAsideMost);
+
+  const Decision& decision() const { return decision_; }
+  const std::vector<int64_t>& kept() const { return kept_; }  // [tensors] by the masks, of all ranks
+
+  // How many kept weights have any bit set, [tensors], of all ranks: reads again what keeps zeros.
+  std::vector<int64_t> count_packed();
+
+  struct Written {
+    std::vector<int64_t> rest;       // [rest] elements that are not zero, of this rank
+    std::vector<int64_t> nonzero;    // [tensors] kept weights that are not zero, of this rank
+    std::vector<uint32_t> smallest;  // [tensors] key of the smallest kept weight of this rank; kKeyEnd: none
+  };
+  // Writes this rank's part. targets: [files], in their full length and with their headers. places: [tensors]. With
+  // places for bits, count_packed comes first. Throws FileError, Changed.
+  Written write(const std::vector<File>& targets, std::span<const Place> places, std::span<const Elements> rest,
+                const std::optional<MaskFile>& masks);
+
+ private:
+  struct Segment;
+  struct Worker;
+  bool known(const Chunk& chunk) const { return decision_.read()[chunk.layer]; }
+  bool keeps_zeros(const Chunk& chunk) const;
+  void share_ties();
+  void prune_chunk(Worker& worker, const Chunk& chunk, void* weights);
+  void sum(std::span<int64_t> numbers) const {
+    if (exchange_) exchange_->sum(numbers);
+  }
+
+  const Problem& problem_;
+  const Pool& pool_;
+  const Exchange* exchange_;
+  Decision decision_;
+  std::vector<int64_t> chunk_kept_;    // [chunks]
+  std::vector<int64_t> chunk_packed_;  // [chunks], of all ranks, once counted
+  std::vector<int64_t> kept_;          // [tensors]
+};
+
+// How many elements are not zero, [elements].
+std::vector<int64_t> count_nonzero(const std::vector<File>& files, std::span<const Elements> elements,
+                                   const Pool& pool);
+
+}  // namespace dimap::cpu

@@ -1,0 +1,63 @@
+"""The caller's own patterns: names become layers by regexes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import TypeAlias
+
+from .layers import AUX, Layer, Modules, Rule, Shape, assemble, by_module, first, kinds
+
+Patterns: TypeAlias = "Mapping[str, str | Sequence[str | tuple[str, ...]]]"
+
+
+def group_by(patterns: Patterns, shapes: Mapping[str, Shape]) -> Modules:
+    rules = _rules(patterns)
+    found, problems = assemble([(name, name) for name in shapes], shapes, rules)
+    for rule in rules:
+        if not any(f.rule == rule for f in found):
+            regexes = ", ".join(repr(part.pattern) for part in rule.parts)
+            problems.append(
+                f"patterns[{rule.module!r}] must match a parameter that no earlier pattern "
+                f"matches, got none for {regexes} among:\n{kinds(shapes)}"
+            )
+    if problems:
+        raise ValueError("\n".join(first(problems)))
+    claimed = {name for f in found for name in f.layer.parameters}
+    aux = [Layer(n.removesuffix(".weight"), AUX, (n,)) for n in shapes if n not in claimed]
+    return by_module(found, patterns, aux)
+
+
+def _rules(patterns: object) -> list[Rule]:
+    if not isinstance(patterns, Mapping):
+        kind = type(patterns).__name__
+        raise TypeError(f"patterns must be a mapping of module names to regexes, got {kind}")
+    rules = []
+    for module, value in patterns.items():
+        if not isinstance(module, str) or module in ("", AUX):
+            got = repr(module)
+            raise ValueError(f"a module's name must be a string, not empty, not 'aux', got {got}")
+        rows = [value] if isinstance(value, str) else value
+        if isinstance(rows, tuple) or not isinstance(rows, Sequence):
+            raise TypeError(
+                f"patterns[{module!r}] must be a regex or a list of them (a layer of several "
+                f"tensors is a tuple inside the list), got {value!r}"
+            )
+        if not rows:
+            raise ValueError(f"patterns[{module!r}] must hold at least one regex, got {value!r}")
+        for row in rows:
+            parts = row if isinstance(row, tuple) else (row,)
+            if not parts or not all(isinstance(part, str) for part in parts):
+                raise TypeError(f"patterns[{module!r}] must hold regexes as strings, got {row!r}")
+            rules.append(Rule(module, tuple(_compile(module, part) for part in parts)))
+    if not rules:
+        raise ValueError(f"patterns must name at least one module, got {patterns!r}")
+    return rules
+
+
+def _compile(module: str, regex: str) -> re.Pattern[str]:
+    try:
+        return re.compile(regex)
+    except re.error as error:
+        got = f"{regex!r}: {error}"
+        raise ValueError(f"patterns[{module!r}] must hold valid regexes, got {got}") from error

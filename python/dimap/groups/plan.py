@@ -1,0 +1,239 @@
+"""A model's prunable tensors, numbered for the operators: what is ranked with what, and how many stay."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, get_args
+
+from . import AUX, Layer, Located, Model, Patterns, group_names, shapes_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Scope = Literal["module", "global", "layer", "type", "block", "stage"]
+Normalize = Literal["layer", "block", "stage", "module", "scope"]
+
+
+@dataclass
+class Plan:
+    """A model's prunable tensors in the order in which ties are kept, numbered for the operators.
+
+    modules: all layers, as `find_modules` groups them.
+    names, sizes: of each tensor, its parameter's name and how many weights it has.
+    tensors: the tensors themselves; empty where the plan was made of names and shapes.
+    """
+
+    modules: dict[str, list[Layer]]
+    names: list[str] = field(default_factory=list)
+    sizes: list[int] = field(default_factory=list)
+    layers: list[int] = field(default_factory=list)  # of each tensor: where its squares are summed
+    scopes: list[int] = field(default_factory=list)  # of each tensor: where it is ranked
+    scope_names: list[str] = field(default_factory=list)
+    # of each scope: the module whose sparsity it has; None: the network's
+    scope_modules: list[str | None] = field(default_factory=list)
+    tensors: list[Tensor] = field(default_factory=list)
+
+    @staticmethod
+    def of_shapes(
+        shapes: Mapping[str, tuple[int, ...]],
+        scope: str,
+        normalize: str,
+        patterns: Patterns | None = None,
+    ) -> Plan:
+        """Plan for parameters of these names and shapes, of which no weight is looked at."""
+        check_choice("scope", scope, get_args(Scope))
+        check_choice("normalize", normalize, get_args(Normalize))
+        modules = group_names(shapes, patterns)
+        plan = Plan(modules)
+        of_layer = scope_names(modules, scope)
+        groups: dict[tuple[str, ...], int] = {}
+        scopes: dict[str, int] = {}
+        for module, layer in ((m, x) for m, xs in modules.items() if m != AUX for x in xs):
+            name = of_layer[layer.name]
+            if name not in scopes:
+                scopes[name] = len(scopes)
+                plan.scope_names.append(name)
+                whole = scope in ("global", "block", "stage")
+                plan.scope_modules.append(None if whole else module)
+            # A sum never reaches beyond the scope in which its scores are compared.
+            key = (name, *_group_key(layer, module, "layer" if scope == "layer" else normalize))
+            group = groups.setdefault(key, len(groups))
+            for parameter in layer.parameters:
+                plan.names.append(parameter)
+                plan.sizes.append(math.prod(shapes[parameter]))
+                plan.layers.append(group)
+                plan.scopes.append(scopes[name])
+        if not plan.names:
+            raise ValueError("the model must have a module to prune, got only 'aux'")
+        return plan
+
+    @staticmethod
+    def of(model: Model, scope: str, normalize: str, patterns: Patterns | None = None) -> Plan:
+        """Plan for a model or a state dict, with its tensors."""
+        plan = Plan.of_shapes(shapes_of(model), scope, normalize, patterns)
+        parameters = parameters_of(model)
+        plan.tensors = [parameters[name].detach() for name in plan.names]
+        for name, tensor in zip(plan.names, plan.tensors, strict=True):
+            if tensor.is_meta:
+                raise ValueError(f"{name} must hold weights, got a tensor on the meta device")
+        return plan
+
+    def keep(self, sparsity: float | Mapping[str, float]) -> list[int]:
+        """How many weights each scope keeps."""
+        if isinstance(sparsity, Mapping) and None in self.scope_modules:
+            raise ValueError(
+                "sparsity must be one number where a scope holds several modules "
+                "(scope='global', 'block' or 'stage'), got one per module"
+            )
+        ratios = self.ratios(sparsity)
+        totals = [0] * len(self.scope_names)
+        for size, scope in zip(self.sizes, self.scopes, strict=True):
+            totals[scope] += size
+        first = next(iter(ratios.values()))
+        return [
+            n - round((first if module is None else ratios[module]) * n)
+            for n, module in zip(totals, self.scope_modules, strict=True)
+        ]
+
+    def ratios(self, sparsity: float | Mapping[str, float]) -> dict[str, float]:
+        """The ratio of each prunable module, checked."""
+        names = [name for name in self.modules if name != AUX]
+        if isinstance(sparsity, Mapping):
+            if set(sparsity) != set(names):
+                raise ValueError(
+                    f"sparsity must have one number for each of the modules {', '.join(names)}, "
+                    f"got {', '.join(map(str, sparsity)) or 'none'}"
+                )
+            given = {name: sparsity[name] for name in names}
+        else:
+            given = dict.fromkeys(names, sparsity)
+        for name, value in given.items():
+            where = f"sparsity[{name!r}]" if isinstance(sparsity, Mapping) else "sparsity"
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise TypeError(f"{where} must be a number, got {type(value).__name__}")
+            if not 0 <= value <= 1 or math.isnan(value):
+                raise ValueError(f"{where} must be in [0, 1], got {value}")
+        return {name: float(value) for name, value in given.items()}
+
+    def ranked(self, saliency: Mapping[str, Tensor]) -> list[Tensor]:
+        """The saliency of each tensor, checked: it takes the place of the magnitudes."""
+        import torch
+        from torch import Tensor
+
+        given: object = saliency  # callers are not bound by the annotation
+        if not isinstance(given, Mapping):
+            kind = type(given).__name__
+            raise TypeError(f"saliency must be a mapping of names to tensors, got {kind}")
+        known = {p for layers in self.modules.values() for x in layers for p in x.parameters}
+        if odd := [name for name in saliency if name not in known]:
+            raise ValueError(f"saliency must be under the model's parameters, got {odd[0]!r}")
+        if missing := [name for name in self.names if name not in saliency]:
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            raise ValueError(
+                f"saliency must have every prunable parameter, got none for {missing[0]}{more}"
+            )
+        for name, weight in zip(self.names, self.tensors, strict=True):
+            value: object = saliency[name]
+            if not isinstance(value, Tensor):
+                raise TypeError(f"saliency of {name} must be a tensor, got {type(value).__name__}")
+            problem = ""
+            if value.shape != weight.shape:
+                problem = f"have shape {tuple(weight.shape)}, got {tuple(value.shape)}"
+            elif value.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+                got = str(value.dtype).removeprefix("torch.")
+                problem = f"be float32, bfloat16 or float16, got {got}"
+            elif value.device != weight.device:
+                problem = f"be on {weight.device} like its weight, got {value.device}"
+            elif bool((negative := value.detach().flatten() < 0).any()):
+                at = int(negative.int().argmax())
+                got = f"{float(value.detach().flatten()[at]):g} at flat index {at}"
+                problem = f"not be negative, got {got}"
+            if problem:
+                raise ValueError(f"saliency of {name} must {problem}")
+        return [saliency[name].detach() for name in self.names]
+
+
+def scope_names(modules: Mapping[str, Sequence[Located]], scope: str) -> dict[str, str]:
+    """Layer name -> name of the scope that the layer is ranked in; "aux" left out.
+
+    "module": the module's name. "global": "global". "layer": the layer's name. "type": the module's
+    name, with the layer's place in its block where a block has several: "mlp.1" is every FC1,
+    "mlp.2" every FC2. "block": "stage 0 block 1", or "block 1" where there are no stages. "stage":
+    "stage 0", which is the whole network where there are none.
+
+    Raises ValueError where a layer lacks the number that its scope is named after.
+    """
+    names: dict[str, str] = {}
+    for module, layers in modules.items():
+        if module == AUX:
+            continue
+        seen: Counter[tuple[int | None, int | None]] = Counter()
+        for layer in layers:
+            if scope in ("type", "block", "stage"):
+                place = block_name(layer, "stage" if scope == "stage" else "block", "scope", scope)
+            if scope == "type":
+                seen[layer.stage, layer.block] += 1
+                names[layer.name] = f"{module}.{seen[layer.stage, layer.block]}"
+            elif scope in ("block", "stage"):
+                names[layer.name] = place
+            else:
+                names[layer.name] = {"module": module, "layer": layer.name}.get(scope, scope)
+        if scope == "type" and max(seen.values(), default=0) <= 1:
+            names.update(dict.fromkeys((layer.name for layer in layers), module))
+    return names
+
+
+def block_name(layer: Located, kind: Literal["block", "stage"], argument: str, value: str) -> str:
+    """A layer's block or stage in words. argument, value: what asks for it, for the error."""
+    # A model of one stage numbers its blocks only.
+    if layer.block is None and (kind == "block" or layer.stage is None):
+        raise ValueError(
+            f"{argument}={value!r} needs the {kind} of every prunable layer, "
+            f"got none for {layer.name}: name it in the patterns, as (?P<{kind}>...)"
+        )
+    if kind == "stage":
+        return f"stage {layer.stage or 0}"
+    where = f"block {layer.block}"
+    return where if layer.stage is None else f"stage {layer.stage} {where}"
+
+
+def _group_key(layer: Layer, module: str, normalize: str) -> tuple[str, ...]:
+    if normalize == "scope":
+        return ()
+    if normalize == "module":
+        return (module,)
+    if normalize == "layer":
+        return (module, layer.name)
+    kind: Literal["block", "stage"] = "block" if normalize == "block" else "stage"
+    return (module, block_name(layer, kind, "normalize", normalize))
+
+
+def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def parameters_of(model: Model) -> dict[str, Tensor]:
+    """A model's parameters, or the entries of a state dict, by name."""
+    from torch import nn
+
+    return dict(model.named_parameters() if isinstance(model, nn.Module) else model.items())
+
+
+@contextmanager
+def renamed(names: Sequence[str]) -> Iterator[None]:
+    """Say the parameter's name where an operator's error says ``weights[3]``."""
+    try:
+        yield
+    except RuntimeError as error:
+        # What torch puts around the message (function, file and line, stack) is left behind.
+        found = re.search(r"weights\[(\d+)\] (must be .*)", str(error))
+        if found is None:
+            raise
+        others = re.sub(r"weights\[(\d+)\]", lambda m: names[int(m[1])], found[2])
+        raise ValueError(f"{names[int(found[1])]} {others}") from error

@@ -1,0 +1,179 @@
+"""The CUDA operators, kernels and all, on an emulated device against the specification."""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+from collections.abc import Iterator
+from pathlib import Path
+
+import cuda_emulator
+import pytest
+import torch
+from dimap import ops, reference
+from hypothesis import HealthCheck, given, settings
+from operators import check, run_in_pieces
+from problems import DTYPES, KINDS, Problem, cast, problems, values
+
+dimap_cpu = torch.ops.dimap
+pytestmark = pytest.mark.skipif(
+    cuda_emulator.COMPILER is None or platform.system() != "Linux", reason="needs a C++ compiler"
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def emulated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Put the emulated operators in the place of all others, and something in fresh memory."""
+    library = cuda_emulator.build(tmp_path_factory.mktemp("emulated"))
+    torch.ops.load_library(str(library))
+    torch.ops.dimap = torch.ops.dimap_emulated
+    torch.use_deterministic_algorithms(True)  # fills what is allocated
+    yield library
+    torch.use_deterministic_algorithms(False)
+    torch.ops.dimap = dimap_cpu
+
+
+@given(problem=problems())
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_any_problem(problem: Problem) -> None:
+    check(problem, "cpu")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_kind_over_several_chunks(kind: str, dtype: torch.dtype) -> None:
+    weights = [cast(values(kind, n, n), dtype) for n in (20_001, 4_000, 11_111)]
+    check(Problem(weights, [0, 1, 2], [0, 0, 1], [11_000, 500]), "cpu")
+
+
+# In order, what is set aside overruns the slots of a few chunks; equal weights overrun a block's bins.
+@pytest.mark.parametrize("kind", ["sorted", "equal", "normal"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_large_tensors(kind: str, dtype: torch.dtype) -> None:
+    problem = Problem([cast(values(kind, 250_000, 1), dtype)], [0], [0], [110_000])
+    masks = ops.select(*problem.args())
+    assert torch.equal(masks[0], dimap_cpu.select(*problem.args())[0])
+    pruned = [problem.weights[0].clone()]
+    ops.prune_(pruned, *problem.args()[1:])
+    assert torch.equal(pruned[0], problem.weights[0] * masks[0])
+
+
+def test_layers_of_very_different_scales() -> None:
+    weights = [
+        cast(values("normal", 5_000, s) * 10.0 ** (-38 + 10 * s), torch.float32) for s in range(8)
+    ]
+    check(Problem(weights, list(range(8)), [0] * 8, [15_000]), "cpu")
+
+
+def test_layers_of_several_tensors_and_types() -> None:
+    weights = [cast(values("normal", 5_000 + i, i), DTYPES[i % 3]) for i in range(9)]
+    layers, modules = [0, 1, 2, 0, 1, 2, 0, 1, 2], [0, 1, 0, 0, 1, 0, 0, 1, 0]
+    check(Problem(weights, layers, modules, [9_000, 7_000]), "cpu")
+
+
+def test_thousands_of_tensors() -> None:
+    weights = [values("normal", 1 + n % 7, n).float() for n in range(3000)]
+    problem = Problem(weights, [i % 25 for i in range(3000)], [0] * 3000, [6_000])
+    want = dimap_cpu.select(*problem.args())
+    assert all(torch.equal(a, b) for a, b in zip(ops.select(*problem.args()), want, strict=True))
+
+
+def test_the_host_neither_waits_nor_lends_memory(emulated: Path) -> None:
+    """A graph can replay what only launches kernels and copies on the device."""
+    calls = ctypes.c_int.in_dll(ctypes.CDLL(str(emulated)), "dimap_emulated_host_calls")
+    weights = [cast(values("normal", 9_000, i), dtype) for i, dtype in enumerate(DTYPES)]
+    problem = Problem(weights, [0, 1, 2], [0, 0, 0], [11_000])
+    before = calls.value
+    torch.ops.dimap.select_cuts(*problem.args())
+    torch.ops.dimap.score(weights, [0, 1, 2])
+    torch.ops.dimap.prune_(*problem.args())
+    torch.ops.dimap.apply_(weights, [w > 0 for w in weights])
+    assert calls.value == before
+    ops.survey(weights, [0, 1, 2], ops.first_windows(DTYPES, 256), 256)
+    assert calls.value > before  # the counter counts
+
+
+@pytest.mark.parametrize("offset", [1, 3])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_tensors_that_start_between_vectors(dtype: torch.dtype, offset: int) -> None:
+    weights = [cast(values("normal", 20_000 + offset, 1), dtype)[offset:]]
+    check(Problem(weights, [0], [0], [9_000]), "cpu")
+
+
+def test_weights_that_are_not_contiguous() -> None:
+    base = values("normal", 6_000, 3).float().reshape(20, 300)
+    check(Problem([base[::2, 1::3], base.t()], [0, 1], [0, 0], [3_000]), "cpu")
+
+
+def test_weights_written_in_place_that_are_not_contiguous() -> None:
+    before = values("normal", 6_000, 3).float().reshape(20, 300)
+    weight, masks = before.clone()[::2, 1::3], [before[::2, 1::3] > 0]
+    ops.apply_([weight], masks)
+    assert torch.equal(weight, before[::2, 1::3] * masks[0])
+
+
+@pytest.mark.parametrize("call", ["prune_", "apply_"])
+def test_tensors_that_overlap_themselves_are_refused_before_any_change(call: str) -> None:
+    first, base = torch.randn(100), torch.randn(1, 50)
+    before, base_before = first.clone(), base.clone()
+    weights = [first, base.expand(3, 50)]
+    masks = [torch.zeros_like(w, dtype=torch.bool) for w in weights]
+    arguments = ([0, 1], [0, 0], [10]) if call == "prune_" else (masks,)
+    with pytest.raises(RuntimeError, match=r"weights\[1\] must not overlap itself"):
+        getattr(torch.ops.dimap, call)(weights, *arguments)
+    assert torch.equal(first, before)
+    assert torch.equal(base, base_before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_nothing_is_changed_where_a_weight_is_not_finite(dtype: torch.dtype, value: float) -> None:
+    weights = [values("normal", n, n).to(dtype) for n in (5_000, 40_000)]
+    weights[1][39_999] = value
+    before = [w.clone() for w in weights]
+    torch.ops.dimap.prune_(weights, [0, 1], [0, 0], [30_000])
+    for w, b in zip(weights, before, strict=True):
+        assert torch.equal(w.view(torch.uint8), b.view(torch.uint8))
+    masks, thresholds = torch.ops.dimap.select_cuts(weights, [0, 1], [0, 0], [30_000])
+    assert thresholds.tolist() == [-1.0]
+    assert not any(bool(m.any()) for m in masks)
+    assert all(bool(s.isnan().all()) for s in torch.ops.dimap.score(weights, [0, 1]))
+
+
+@given(problem=problems())
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_stages_in_pieces(problem: Problem) -> None:
+    got = run_in_pieces(problem, [7, 300], 4096, "cpu")
+    for mask, want in zip(got, reference.select(*problem.args()), strict=True):
+        assert torch.equal(mask, want)
+
+
+def sums(table: torch.Tensor) -> list[list[int]]:
+    """A table's numbers, however they are split into words."""
+    rows = []
+    for total, above, *words in table.tolist():
+        energy = sum(word << (32 * i) for i, word in enumerate(words[:20]))
+        bins = words[20:]
+        inside = [low + (high << 24) for low, high in zip(bins[1::3], bins[2::3], strict=True)]
+        rows.append([total, above, energy, *bins[::3], *inside])
+    return rows
+
+
+def test_tables_equal_the_cpus() -> None:
+    weights = [cast(values("huge and tiny", 5_000, i), dtype) for i, dtype in enumerate(DTYPES)]
+    windows = ops.first_windows(DTYPES, 3000)
+    args = (weights, [0, 1, 2], windows, 3000)
+    assert sums(ops.survey(*args)) == sums(dimap_cpu.survey(*args))
+    windows[:, 0] += 3 << 23  # with weights above and below
+    assert sums(ops.survey(*args)) == sums(dimap_cpu.survey(*args))
+    weights[1][17] = float("nan")
+    with pytest.raises(
+        RuntimeError, match=r"weights\[1\] must be finite, got nan at flat index 17"
+    ):
+        ops.survey(*args)
+
+
+def test_scores_are_the_same_in_every_run() -> None:
+    weights = [cast(values("cauchy", 40_000, 1), dtype) for dtype in DTYPES]
+    first, second = ops.score(weights, [0, 1, 2]), ops.score(weights, [0, 1, 2])
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
