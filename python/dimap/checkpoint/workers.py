@@ -55,11 +55,10 @@ class _Worker:
     It is an executor of its own: one whose process is killed gives up all that was submitted to it.
     """
 
-    _executor: ProcessPoolExecutor | None = None
-    _process: BaseProcess
-
     def __init__(self, threads: int) -> None:
         self._threads = threads
+        self._executor: ProcessPoolExecutor | None = None
+        self._process: BaseProcess | None = None
 
     def submit(self, job: Job, task: Task) -> Future[Outcome]:
         if self._executor is not None:
@@ -72,7 +71,8 @@ class _Worker:
         before = multiprocessing.active_children()
         with _ignoring_interrupts():  # this process ends the worker, not the terminal
             future = self._executor.submit(_prune, job, task)
-        self._process = next(p for p in multiprocessing.active_children() if p not in before)
+        started = (p for p in multiprocessing.active_children() if p not in before)
+        self._process = next(started, None)  # none if it has ended already
         return future
 
     def outcome(self, future: Future[Outcome], task: Task) -> Outcome:
@@ -82,7 +82,7 @@ class _Worker:
             assert self._executor is not None
             self._executor.shutdown()  # the process has ended; now its exit code is there
             self._executor = None
-        code = self._process.exitcode or 0
+        code = (self._process and self._process.exitcode) or 0
         how = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
         if code == -signal.SIGKILL:
             how += ", as where memory runs out"
@@ -92,7 +92,8 @@ class _Worker:
     def end(self) -> None:
         """End the process; it removes what it has begun."""
         if self._executor is not None:
-            self._process.terminate()
+            if self._process is not None:
+                self._process.terminate()
             self._executor.shutdown(cancel_futures=True)
 
 
