@@ -48,7 +48,7 @@ cpu::ThreadPool::Watch watch_of(Progress progress) {
   return [progress = std::move(progress)](const char* step, int64_t done, int64_t bytes) {
     const py::gil_scoped_acquire gil;
     if (PyErr_CheckSignals() != 0) throw py::error_already_set();
-    if (progress && *progress) (*progress)(step, done, bytes);
+    if (*step && progress && *progress) (*progress)(step, done, bytes);
   };
 }
 

@@ -20,7 +20,7 @@ import torch
 
 from .. import __version__
 from .._files import remove
-from ..cli._support import sentence
+from .._support import sentence
 from ..pruning import Normalize, Scope
 from . import open_checkpoint
 from ._inputs import ENDINGS, TIMM, Item

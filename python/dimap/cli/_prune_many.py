@@ -13,13 +13,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from .._progress import Bar
+from .._support import complain, print_json
 from ..checkpoint._inputs import find_inputs
 from ..checkpoint._manifest import Manifest
 from ..checkpoint._prune_many import Job, Outcome, State, Task, check_job
 from ..checkpoint._share import Ranks
 from ..checkpoint._workers import prune_all
-from ._progress import Bar
-from ._support import complain, print_json
 
 COLOURS: dict[State, str] = {"done": "green", "done before": "default", "failed": "red"}
 
