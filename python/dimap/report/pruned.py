@@ -9,7 +9,7 @@ from fractions import Fraction
 from typing import TYPE_CHECKING
 
 from ..groups import AUX
-from ..groups._scopes import scope_names
+from ..groups.plan import scope_names
 from .report import LayerReport, ModuleReport, Report
 
 if TYPE_CHECKING:
@@ -17,8 +17,7 @@ if TYPE_CHECKING:
 
     from ..flops import Flops
     from ..groups import Layer
-    from ..groups._plan import Normalize
-    from ..groups._scopes import Scope
+    from ..groups.plan import Normalize, Scope
 
 
 @dataclass(kw_only=True)

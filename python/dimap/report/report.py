@@ -16,6 +16,7 @@ from itertools import groupby, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from ..groups import position
 from .text import Bar, leaves, plain, short, table, tiny
 
 if TYPE_CHECKING:
@@ -227,7 +228,7 @@ class Report(_Counts):
 
     def layer_table(self) -> Table:
         """For rich: one line for each prunable layer, block after block, with a bar of its density."""
-        layers = sorted(self.layers, key=place)
+        layers = sorted(self.layers, key=position)
         made = table(LAYERS, _layer_rows(layers), left=(1, 4))
         for line, (layer, after) in zip(made.rows, pairwise(layers), strict=False):
             line.end_section = layer.stage != after.stage
@@ -319,7 +320,7 @@ def _counts(part: ModuleReport | Report, threshold: str) -> tuple[str, ...]:
 def _layer_rows(layers: Sequence[LayerReport]) -> list[tuple[Any, ...]]:
     """Rows of the layer table; `layers` stand block after block."""
     rows = []
-    for _, members in groupby(layers, key=place):
+    for _, members in groupby(layers, key=position):
         block = list(members)
         for layer, name in zip(block, leaves([layer.name for layer in block]), strict=True):
             rows.append(
@@ -334,12 +335,3 @@ def _layer_rows(layers: Sequence[LayerReport]) -> list[tuple[Any, ...]]:
                 )
             )
     return rows
-
-
-def place(layer: Any) -> tuple[float, float]:
-    """Sort key by stage and block; what is outside of them comes last. layer: has both numbers."""
-    nowhere = float("inf")
-    return (
-        nowhere if layer.stage is None else layer.stage,
-        nowhere if layer.block is None else layer.block,
-    )
