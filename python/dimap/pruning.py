@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -128,7 +127,7 @@ def prune(
     plan = ranking.plan
     masks, thresholds = _decide(ranking)
     with renamed(plan.names):
-        (_dtensor() if is_sharded(plan.tensors) else ops).apply_(plan.tensors, masks)
+        _zero(plan.tensors, masks)
     return Pruning(
         modules=plan.modules,
         thresholds=dict(zip(plan.scope_names, thresholds.tolist(), strict=True)),
@@ -146,15 +145,21 @@ def _decide(ranking: Ranking) -> tuple[list[Tensor], Tensor]:
     plan = ranking.plan
     numbers = (plan.layers, plan.scopes, ranking.keep)
     if is_sharded(plan.tensors):
-        return _dtensor().select_cuts(plan.names, plan.tensors, *numbers)
+        from .distributed import _dtensor
+
+        return _dtensor.select_cuts(plan.names, plan.tensors, *numbers)
     with renamed(ranking.labels):
         return ops.select_cuts(ranking.tensors, *numbers)
 
 
-def _dtensor() -> Any:
-    from .distributed import _dtensor  # it imports torch.distributed
+def _zero(tensors: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
+    """Zero in place what the masks drop."""
+    if is_sharded(tensors):
+        from .distributed import _dtensor
 
-    return _dtensor
+        _dtensor.apply_(tensors, masks)
+    else:
+        ops.apply_(tensors, masks)
 
 
 @dataclass(kw_only=True)

@@ -5,16 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
-from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
+from ..groups import (
+    AUX,
+    Layer,
+    Located,
+    Patterns,
+    Shape,
+    family_of,
+    group_names,
+    position,
+    shapes_of,
+)
+from ..report import LayerReport, Pruned, Report
+from ..report.text import leaves
 
-from ..checkpoint import Checkpoint
-from ..groups import AUX, Layer, Patterns, find_modules
-from ..report._tables import _leaves
-from ..report._types import Report
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass
@@ -30,33 +38,6 @@ class Source:
     mask: Callable[[str], Tensor] = field(repr=False)
     family: str | None = None
 
-    @classmethod
-    def of(
-        cls,
-        modules: Mapping[str, list[Layer]],
-        tensors: Mapping[str, Tensor],
-        weight: Callable[[str], Tensor],
-        mask: Callable[[str], Tensor],
-        *,
-        known: bool = True,
-    ) -> Source:
-        """From what `find_modules` gave for `tensors`; known: by no patterns of the caller's own."""
-        layers = [layer for name, found in modules.items() if name != AUX for layer in found]
-        family = _family(modules, tensors) if known else None
-        return cls(sorted(layers, key=place), weight, mask, family)
-
-
-@dataclass(frozen=True)
-class LayerCount:
-    """Weights of a layer, and how many of them are kept."""
-
-    name: str
-    module: str
-    stage: int | None
-    block: int | None
-    weights: int
-    kept: int
-
 
 def source_of(
     model: Any, masks: Mapping[str, Tensor] | None = None, patterns: Patterns | None = None
@@ -71,120 +52,99 @@ def source_of(
     """
     if isinstance(model, Source):
         return model
-    weights: Mapping[str, Tensor]
-    tensors: Mapping[str, Tensor]
-    modules = getattr(model, "modules", None)
-    if isinstance(modules, Mapping) and hasattr(model, "parameters"):  # a Pruning
-        if not hasattr(model, "masks"):
-            raise TypeError("model must hold its masks, got what was pruned from file to file")
-        tensors = weights = model.parameters
-        masks = model.masks if masks is None else masks
-        get = weights.__getitem__
-    else:
-        if isinstance(model, Checkpoint):
-            tensors, get = model.tensors, model.get
-        elif isinstance(model, (nn.Module, Mapping)):
-            tensors = model.state_dict() if isinstance(model, nn.Module) else model
-            get = tensors.__getitem__
-        else:
-            kind = type(model).__name__
-            raise TypeError(
-                "model must be a Pruning, an open checkpoint, an nn.Module or a state dict, "
-                f"got {kind}"
-            )
-        modules = find_modules(tensors, patterns)
-    if masks is not None:
-        _check_masks(masks, modules)
+    import torch
 
-    def weight(name: str) -> Tensor:
-        return get(name).detach()
+    modules, shapes, get = _read(model, patterns)
+    if isinstance(model, Pruned) and masks is None:
+        masks = getattr(model, "masks", None)
+    layers = prunable(modules)
+    if masks is not None:
+        known = {parameter for layer in layers for parameter in layer.parameters}
+        if odd := [name for name in masks if name not in known]:
+            more = f" and {len(odd) - 1} more" if len(odd) > 1 else ""
+            raise ValueError(
+                f"masks must be of this model's prunable weights, got one of {odd[0]}{more}"
+            )
 
     def mask(name: str) -> Tensor:
         if masks is None:
-            return weight(name) != 0
+            return get(name) != 0
         if name not in masks:  # of a pruning that left this layer out
-            return torch.ones_like(weight(name), dtype=torch.bool)
-        found, shape = masks[name], tuple(tensors[name].shape)
+            return torch.ones(shapes[name], dtype=torch.bool)
+        found, shape = masks[name], tuple(shapes[name])
         if tuple(found.shape) != shape:
             raise ValueError(
                 f"the mask of {name} must have the weight's shape {shape}, got {tuple(found.shape)}"
             )
         return found
 
-    return Source.of(modules, tensors, weight, mask, known=patterns is None)
+    family = None if patterns is not None else family_of(shapes)
+    return Source(layers, get, mask, family.name if family else None)
 
 
-def _check_masks(masks: Mapping[str, Tensor], modules: Mapping[str, Sequence[Layer]]) -> None:
-    prunable = {
-        parameter
-        for name, layers in modules.items()
-        if name != AUX
-        for layer in layers
-        for parameter in layer.parameters
-    }
-    if odd := [name for name in masks if name not in prunable]:
-        more = f" and {len(odd) - 1} more" if len(odd) > 1 else ""
-        raise ValueError(
-            f"masks must be of this model's prunable weights, got one of {odd[0]}{more}"
-        )
+def _read(
+    model: Any, patterns: Patterns | None
+) -> tuple[Mapping[str, Sequence[Layer]], Mapping[str, Shape], Callable[[str], Tensor]]:
+    """Modules, shapes of the parameters, and what gives a weight."""
+    if isinstance(model, Pruned):
+        if not hasattr(model, "parameters"):
+            raise TypeError("model must hold its masks, got what was pruned from file to file")
+        return model.modules, model.shapes, lambda name: model.parameters[name].detach()
+    from torch import nn
 
-
-def _family(modules: Mapping[str, list[Layer]], tensors: Mapping[str, Tensor]) -> str | None:
-    from ..checkpoint._inspect import family_of
-
-    shaped: Any = {name: SimpleNamespace(shape=tuple(t.shape)) for name, t in tensors.items()}
-    family = family_of(modules, shaped)
-    return family.name if family else None
+    if isinstance(model, (nn.Module, Mapping)):
+        tensors = model.state_dict() if isinstance(model, nn.Module) else model
+        shapes = shapes_of(tensors)
+        return group_names(shapes, patterns), shapes, lambda name: tensors[name].detach()
+    if hasattr(model, "tensors") and hasattr(model, "get"):  # an open checkpoint
+        shapes = model.shapes() if hasattr(model, "shapes") else shapes_of(model.tensors)
+        return group_names(shapes, patterns), shapes, model.get
+    raise TypeError(
+        "model must be a Pruning, an open checkpoint, an nn.Module or a state dict, "
+        f"got {type(model).__name__}"
+    )
 
 
 def counts_of(
     model: Any, masks: Mapping[str, Tensor] | None = None, patterns: Patterns | None = None
-) -> list[LayerCount]:
+) -> list[LayerReport]:
     """Count what each layer keeps, block after block: from a Report, or as `source_of`."""
+    if isinstance(model, Pruned) and masks is None:
+        model = model.report()
     if isinstance(model, Report):
-        counts = [
-            LayerCount(row.name, row.module, row.stage, row.block, row.weights, row.kept)
-            for row in model.layers
-        ]
-        return sorted(counts, key=place)
+        return sorted(model.layers, key=position)
     source = source_of(model, masks, patterns)
-    counts = []
+    rows = []
     for layer in source.layers:
-        weights = kept = 0
-        for parameter in layer.parameters:
-            mask = source.mask(parameter)
-            weights += mask.numel()
-            kept += int(mask.count_nonzero())
-        counts.append(LayerCount(layer.name, layer.module, layer.stage, layer.block, weights, kept))
-    return counts
+        found = [source.mask(name) for name in layer.parameters]
+        weights, kept = sum(m.numel() for m in found), sum(int(m.count_nonzero()) for m in found)
+        place = (layer.name, layer.module, layer.stage, layer.block, layer.parameters)
+        rows.append(LayerReport(*place, weights, kept, nonzero=kept, threshold=None))
+    return rows
 
 
-def place(layer: Layer | LayerCount) -> tuple[float, float]:
-    """Sort key: stage and block; what is outside of them last."""
-    nowhere = float("inf")
-    return (
-        nowhere if layer.stage is None else layer.stage,
-        nowhere if layer.block is None else layer.block,
-    )
+def prunable(modules: Mapping[str, Sequence[Layer]]) -> list[Layer]:
+    """The layers that can be pruned, block after block."""
+    layers = [layer for name, found in modules.items() if name != AUX for layer in found]
+    return sorted(layers, key=position)
 
 
-def place_name(stage: int | None, block: int | None) -> str:
+def place_name(layer: Located) -> str:
     """ "stage 2, block 5" """
-    named = [("stage", stage), ("block", block)]
+    named = [("stage", layer.stage), ("block", layer.block)]
     return ", ".join(f"{kind} {number}" for kind, number in named if number is not None)
 
 
-def kinds(layers: list[Any]) -> dict[str, str]:
+def kinds(layers: Sequence[Any]) -> dict[str, str]:
     """Layer name -> what it is in its block ("attn.qkv"); outside blocks, its module.
 
-    layers: Layers or LayerCounts, sorted by `place`.
+    layers: those of a Source or a Report, block after block.
     """
     found: dict[str, str] = {}
-    for _, members in groupby(layers, key=place):
+    for _, members in groupby(layers, key=position):
         block = list(members)
-        if block[0].block is None:
-            found |= {layer.name: layer.module for layer in block}
-        else:
-            names = [layer.name for layer in block]
-            found |= dict(zip(names, _leaves(names), strict=True))
+        names = [layer.name for layer in block]
+        inside = block[0].block is not None
+        kind = leaves(names) if inside else [layer.module for layer in block]
+        found |= dict(zip(names, kind, strict=True))
     return found

@@ -130,7 +130,9 @@ class _Counter:
         self.nonzero, self.smallest = pruning.nonzero, pruning.smallest
         self.weights = {name: math.prod(shape) for name, shape in pruning.shapes.items()}
         self.kept = {**self.weights, **pruning.kept}
-        self.scopes = scope_names(pruning.modules, pruning.scope)  # of each layer but those of "aux"
+        self.scopes = scope_names(
+            pruning.modules, pruning.scope
+        )  # of each layer but those of "aux"
 
     def sum(self, counts: Iterable[int | None]) -> int | None:
         """Sum of FLOPs; None where they were not counted."""
@@ -168,7 +170,9 @@ class _Counter:
             kept=sum(self.kept[p] for p in names),
             nonzero=sum(self.nonzero[p] for p in names),
             threshold=None if math.isnan(threshold) else threshold,
-            smallest_kept=min((self.smallest[p] for p in names if p in self.smallest), default=None),
+            smallest_kept=min(
+                (self.smallest[p] for p in names if p in self.smallest), default=None
+            ),
             flops_dense=dense,
             flops_nominal=nominal,
             flops=pruned,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from itertools import groupby, pairwise
 from pathlib import Path
@@ -218,7 +218,7 @@ class Report(_Counts):
         from rich.console import Group
         from rich.text import Text
 
-        modules = table(MODULES, _module_rows(self), left=(0,))
+        modules = table(MODULES, module_rows(self), left=(0,))
         modules.rows[-1].style = "bold"
         modules.rows[-2].end_section = True
         lines = [Text(line, no_wrap=True, overflow="ellipsis") for line in _head(self)]
@@ -299,22 +299,21 @@ def _legend(report: Report) -> list[str]:
     ]
 
 
-def _module_rows(report: Report) -> list[tuple[str, ...]]:
-    """Rows of the module table; the last is the total."""
-    rows = [
-        (module.name, str(module.layers), *_counts(module, tiny(module.threshold)))
-        for module in report.modules
-    ]
+def module_rows(
+    report: Report, count: Callable[[int], str] = short, digits: int = 1
+) -> list[tuple[str, ...]]:
+    """Rows under `MODULES`, the last being the total. count: how numbers of weights are written."""
+
+    def row(part: ModuleReport | Report, *first: str, threshold: str = "") -> tuple[str, ...]:
+        removed = f"{part.removed_percent:.{digits}f} %"
+        flops = (short(part.flops_dense), short(part.flops), short(part.flops_nominal))
+        return (*first, count(part.weights), count(part.kept), removed, threshold, *flops)
+
+    rows = [row(m, m.name, str(m.layers), threshold=tiny(m.threshold)) for m in report.modules]
     if report.flops_other is not None:  # products of activations read no weight
         rows.append(("other", "", "", "", "", "", *[short(report.flops_other)] * 3))
     layers = sum(module.layers for module in report.modules)
-    return [*rows, ("all", str(layers), *_counts(report, ""))]
-
-
-def _counts(part: ModuleReport | Report, threshold: str) -> tuple[str, ...]:
-    flops = (short(part.flops_dense), short(part.flops), short(part.flops_nominal))
-    removed = f"{part.removed_percent:.1f} %"
-    return (short(part.weights), short(part.kept), removed, threshold, *flops)
+    return [*rows, row(report, "all", str(layers))]
 
 
 def _layer_rows(layers: Sequence[LayerReport]) -> list[tuple[Any, ...]]:

@@ -85,7 +85,7 @@ def plain(*renderables: Any) -> str:
     """Rich renderables as text of 80 columns that is drawn with ASCII characters."""
     from rich.console import Console
 
-    console = Console(file=_Ascii(), width=80, color_system=None)
+    console = Console(file=_Ascii(), width=80, color_system=None, force_jupyter=False)
     console.print(*renderables, sep="\n")
     lines = (line.rstrip() for line in console.file.getvalue().splitlines())  # type: ignore[attr-defined]
     return "\n".join(lines)
