@@ -77,15 +77,11 @@ class Bar:
         return Measurement(BAR, BAR)
 
 
-class _Ascii(io.StringIO):
-    encoding = "ascii"  # rich asks for it
-
-
-def plain(*renderables: Any) -> str:
-    """Rich renderables as text of 80 columns that is drawn with ASCII characters."""
+def plain(renderable: Any) -> str:
+    """What rich draws, as text of 80 columns; lines are drawn with ASCII characters."""
     from rich.console import Console
 
-    console = Console(file=_Ascii(), width=80, color_system=None, force_jupyter=False)
-    console.print(*renderables, sep="\n")
-    lines = (line.rstrip() for line in console.file.getvalue().splitlines())  # type: ignore[attr-defined]
-    return "\n".join(lines)
+    drawn = io.StringIO()
+    Console(file=drawn, width=80, color_system=None, force_jupyter=False).print(renderable)
+    lines = drawn.getvalue().replace("─", "-").splitlines()
+    return "\n".join(line.rstrip() for line in lines)
