@@ -15,8 +15,8 @@ pytest.importorskip("safetensors")
 pytest.importorskip("typer")
 
 import dimap
+from dimap._progress import Bar
 from dimap.cli import app
-from dimap.cli._progress import Bar
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -498,7 +498,7 @@ def terminal(monkeypatch):
 
 
 def test_bar_on_a_terminal_after_a_while(terminal, monkeypatch, capsys):
-    monkeypatch.setattr("dimap.cli._progress.DELAY", 0.0)
+    monkeypatch.setattr("dimap._progress.DELAY", 0.0)
     with Bar("opening") as bar:
         bar._timer.join()
         assert list(bar.over("writing", {"a": 3, "b": 1})) == ["a", "b"]
@@ -508,14 +508,14 @@ def test_bar_on_a_terminal_after_a_while(terminal, monkeypatch, capsys):
 
 
 def test_no_bar_for_short_work(terminal, monkeypatch, capsys):
-    monkeypatch.setattr("dimap.cli._progress.DELAY", 3600.0)
+    monkeypatch.setattr("dimap._progress.DELAY", 3600.0)
     with Bar("opening") as bar:
         list(bar.over("writing", {"a": 3}))
     assert capsys.readouterr() == ("", "")
 
 
 def test_no_bar_without_a_terminal(monkeypatch, capsys):
-    monkeypatch.setattr("dimap.cli._progress.DELAY", 0.0)
+    monkeypatch.setattr("dimap._progress.DELAY", 0.0)
     for name in ("FORCE_COLOR", "TTY_COMPATIBLE"):
         monkeypatch.delenv(name, raising=False)
     with Bar("opening") as bar:

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from ..cli._progress import Bar
+from .._progress import Bar
 from ..families import Family
 from ..groups import AUX, Layer, find_modules
 from ..groups import family_of as family_of_names

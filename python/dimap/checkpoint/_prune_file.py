@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .. import _timm
 from .._files import replacing
-from ..cli._progress import Bar
+from .._progress import Bar
 from ..distributed.ranks import Ranks
 from ..groups import AUX, Layer, find_modules
 from ..pruning import Normalize, Pruning, Scope, prune

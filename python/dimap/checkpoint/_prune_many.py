@@ -20,8 +20,8 @@ import torch
 
 from .. import __version__
 from .._files import remove
-from ..cli._progress import Bar
-from ..cli._support import sentence
+from .._progress import Bar
+from .._support import sentence
 from ..pruning import Normalize, Scope
 from . import open_checkpoint
 from ._inputs import ENDINGS, TIMM, Item

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ..cli._support import clean_up_on_signals
+from .._support import clean_up_on_signals
 from ._prune_many import Job, Outcome, Task, prune_one
 
 SPAWN = multiprocessing.get_context("spawn")  # a fork would copy locks that threads hold

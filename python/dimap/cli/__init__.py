@@ -10,13 +10,8 @@ import typer
 from rich.console import Console
 
 from .. import __version__, build_info
-from ..checkpoint import open_checkpoint
-from ..checkpoint._inspect import inspect as inspect_checkpoint
-from ._expand import expand
-from ._plot import plot
-from ._progress import Bar
-from ._prune import prune
-from ._support import (
+from .._progress import Bar
+from .._support import (
     Debug,
     Json,
     Layers,
@@ -26,6 +21,11 @@ from ._support import (
     clear_errors,
     print_json,
 )
+from ..checkpoint import open_checkpoint
+from ..checkpoint._inspect import inspect as inspect_checkpoint
+from ._expand import expand
+from ._plot import plot
+from ._prune import prune
 from .finetune import finetune
 
 app = typer.Typer(

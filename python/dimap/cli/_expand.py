@@ -11,9 +11,9 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from .._progress import Bar
+from .._support import Debug, Json, clear_errors, print_json
 from ..bitmask import expand as expand_file
-from ._progress import Bar
-from ._support import Debug, Json, clear_errors, print_json
 
 
 def expand(

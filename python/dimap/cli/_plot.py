@@ -13,9 +13,9 @@ from rich.console import Console
 from rich.text import Text
 
 from .._files import check_free
+from .._progress import Bar
+from .._support import IN_HELP, Debug, RandomInit, clear_errors
 from ..checkpoint import open_checkpoint
-from ._progress import Bar
-from ._support import IN_HELP, Debug, RandomInit, clear_errors
 
 
 class Picture(str, Enum):

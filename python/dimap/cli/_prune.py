@@ -11,15 +11,8 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from ..checkpoint import open_checkpoint
-from ..checkpoint._prune_file import prune_file
-from ..checkpoint._prune_many import Job, Settings
-from ..distributed.ranks import launched
-from ..methods import METHODS
-from ..report._tables import layers as layer_table
-from ._progress import Bar
-from ._prune_many import prune_many
-from ._support import (
+from .._progress import Bar
+from .._support import (
     IN_HELP,
     Debug,
     Json,
@@ -30,6 +23,13 @@ from ._support import (
     shares,
     sides,
 )
+from ..checkpoint import open_checkpoint
+from ..checkpoint._prune_file import prune_file
+from ..checkpoint._prune_many import Job, Settings
+from ..distributed.ranks import launched
+from ..methods import METHODS
+from ..report._tables import layers as layer_table
+from ._prune_many import prune_many
 
 
 class Format(str, Enum):

@@ -13,13 +13,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from .._progress import Bar
+from .._support import complain, print_json
 from ..checkpoint._inputs import Item, find_inputs
 from ..checkpoint._manifest import Manifest
 from ..checkpoint._prune_many import Job, Outcome, State, check_job
 from ..checkpoint._workers import prune_all
 from ..distributed.ranks import launched
-from ._progress import Bar
-from ._support import complain, print_json
 
 WAIT = 86400.0  # seconds that a rank waits for another's last checkpoint, unless that rank ends
 COLOURS: dict[State, str] = {"done": "green", "done before": "default", "failed": "red"}

@@ -12,8 +12,8 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from .._support import IN_HELP, Debug, Json, clear_errors, print_json
 from ..finetuning.settings import Settings
-from ._support import IN_HELP, Debug, Json, clear_errors, print_json
 
 
 def _numbers(text: str) -> tuple[float, ...]:
