@@ -20,11 +20,10 @@ pytest.importorskip("safetensors")
 pytest.importorskip("typer")
 
 from checkpoints import load_folder, shards, vit
-from dimap.checkpoint import _manifest, _share
-from dimap.checkpoint._inputs import Item, find_inputs
+from dimap.checkpoint import _manifest
+from dimap.checkpoint._inputs import find_inputs
 from dimap.checkpoint._manifest import NAME, Manifest
 from dimap.checkpoint._prune_many import Job, Settings
-from dimap.checkpoint._share import Ranks
 from dimap.checkpoint._workers import prune_all
 from dimap.cli import app
 from safetensors.torch import load_file, save_file
@@ -546,42 +545,3 @@ def test_a_rank_that_dies_ends_the_others(here):
     killer.join()
     assert ended.returncode != 0
     assert os.listdir("out") == [NAME]
-
-
-def test_ranks_share_a_list_and_take_each_item_once(monkeypatch):
-    from torch.distributed import HashStore
-
-    store, found = HashStore(), {}
-    items = [Item(f"{i}.pth", f"{i}.pth", i) for i in range(100)]
-
-    def rank(number):
-        ranks = ranks_of(store, number, 3)
-        mine = list(ranks.own(ranks.publish(items if number == 0 else None)))
-        found[number] = mine
-        ranks.collect([])
-
-    threads = [threading.Thread(target=rank, args=(number,)) for number in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    taken = [item for mine in found.values() for item in mine]
-    assert sorted(taken, key=lambda item: item.size) == items
-
-
-def ranks_of(store, rank, count):
-    ranks = Ranks()
-    ranks._store, ranks.rank, ranks.count = store, rank, count
-    return ranks
-
-
-def test_a_silent_rank_is_not_waited_for(monkeypatch):
-    from torch.distributed import HashStore
-
-    monkeypatch.setattr(_share, "SILENCE", 0.3)
-    with pytest.raises(RuntimeError, match="rank 1 must be alive"):
-        ranks_of(HashStore(), 0, 2).collect([])
-    store = HashStore()
-    ranks_of(store, 0, 2).publish(None)
-    with pytest.raises(RuntimeError, match="rank 0 has failed"):
-        ranks_of(store, 1, 2).publish(None)

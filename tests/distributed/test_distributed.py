@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from array import array
 from contextlib import ExitStack, contextmanager
 
 import pytest
@@ -15,7 +16,7 @@ import torch.distributed as dist
 from checkpoints import CASES, DTYPES, shards, vit
 from dimap import cli
 from dimap.checkpoint import prune
-from dimap.distributed.ranks import Group as Ranks
+from dimap.distributed.group import Group as Ranks
 from dimap.distributed.ranks import launched
 from dimap.stream import prune_checkpoint, pruning_checkpoint
 from ranks import Group, environment, free_port, start
@@ -106,7 +107,23 @@ def exchange():
         assert (ranks.rank, ranks.size) == (rank, size)
         assert ranks.sum(table).unique().tolist() == [size * (size + 1) // 2]
         assert ranks.gather("x" * rank * 1000) == ["x" * r * 1000 for r in range(size)]
+        numbers = array("q", [rank, -5])
+        ranks.exchange(memoryview(numbers))
+        assert list(numbers) == [size * (size - 1) // 2, -5 * size]
     assert table.unique().tolist() == [rank + 1]
+
+
+def take_items(items):
+    with Ranks([dist.group.WORLD]) as ranks:
+        return [list(ranks.take(items)), list(ranks.take(items[:1]))]
+
+
+def exchange_from_c():
+    """What C++ is given: an error in one rank ends the call in all."""
+    with Ranks([dist.group.WORLD]) as ranks:
+        if ranks.rank == 0:
+            raise ValueError("no more")
+        ranks.exchange(memoryview(array("q", [1])))
 
 
 # Bit-identical
@@ -114,6 +131,17 @@ def exchange():
 
 def test_exchange(group):
     group(exchange)
+
+
+def test_ranks_share_a_list_and_take_each_item_once(group):
+    items = [f"{i}.pth" for i in range(100)]
+    first, second = zip(*group(take_items, items), strict=True)
+    assert sorted(item for mine in first for item in mine) == sorted(items)
+    assert [item for mine in second for item in mine] == items[:1]
+
+
+def test_an_exchange_of_numbers_ends_with_the_error_of_another_rank(group):
+    stopped(group.outcomes(exchange_from_c), 0, "ValueError", "no more")
 
 
 @pytest.mark.parametrize("form", ["file", "folder"])

@@ -22,9 +22,9 @@ pytest.importorskip("timm")
 pytest.importorskip("torchvision")
 
 from dimap.cli.finetune import finetune as finetune_command
+from dimap.distributed.ranks import Ranks
 from dimap.finetuning import data as _data
 from dimap.finetuning import training as _training
-from dimap.finetuning._processes import Processes
 from dimap.finetuning.settings import Settings
 from dimap.finetuning.training import distilled
 from finetune_problems import (
@@ -47,7 +47,7 @@ def one_thread(threads):
     threads(1)
 
 
-CPU = Processes(torch.device("cpu"))
+CPU = Ranks(), torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -219,7 +219,7 @@ def test_every_policy_of_augmentation(policy, channels) -> None:
     settings = Settings(auto_augment=policy, batch_size=8, workers=0, pad=2, reprob=1.0)
     given = _data.Input((channels, 16, 16), (0.5,) * channels, (0.5,) * channels, 1.0, "bicubic")
     torch.manual_seed(0)
-    loader = _data.make_loader(Squares(160), given, settings, CPU, training=True)
+    loader = _data.make_loader(Squares(160), given, settings, *CPU, training=True)
     for images, labels in loader:
         assert images.shape == (8, channels, 16, 16)
         assert images.isfinite().all()
@@ -230,7 +230,7 @@ def test_padding_is_black_and_comes_first() -> None:
     given = _data.Input((3, 24, 24), (0.5,) * 3, (0.5,) * 3, 1.0, "bicubic")
     data = Squares(2)
     settings = Settings(pad=2, workers=0, batch_size=2)
-    [(images, _)] = _data.make_loader(data, given, settings, CPU, training=False)
+    [(images, _)] = _data.make_loader(data, given, settings, *CPU, training=False)
     assert (images[:, :, :2] == -1).all()
     pixels = torch.from_numpy(np.stack([np.array(image) for image in data.images]))
     want = (pixels.permute(0, 3, 1, 2) / 127.5) - 1
@@ -272,7 +272,7 @@ def test_distillation_is_the_divergence_from_the_teacher() -> None:
 def trainer(batches: int = 10, **options: Any) -> _training.Trainer:
     model = swin()
     masks = dimap.select(model, 0.5)
-    return _training.Trainer(model, None, masks, 3, batches, CPU, Settings(**options))
+    return _training.Trainer(model, None, masks, 3, batches, *CPU, Settings(**options))
 
 
 def test_clipping_sees_only_gradients_that_are_used() -> None:

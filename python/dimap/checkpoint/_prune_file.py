@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from .. import _timm
 from .._files import replacing
-from ..distributed.ranks import Alone, Ranks
+from ..distributed.ranks import Ranks
 from ..groups import AUX
 from ..groups.plan import Normalize, Scope
 from ..plots import report_output
@@ -53,7 +53,7 @@ def prune_file(
 
     All outputs appear complete or not at all.
     """
-    ranks, told = ranks or Alone(), progress or Silent()
+    ranks, told = ranks or Ranks(), progress or Silent()
     in_files = isinstance(checkpoint, Shards)
     if ranks.size > 1 and not in_files:
         raise ValueError(

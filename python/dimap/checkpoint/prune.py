@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from .. import _C
 from .._files import naming, replacing
-from ..distributed.ranks import Alone, Ranks, group_of
+from ..distributed.ranks import Ranks, group_of
 from ..groups import AUX, Patterns
 from ..groups.plan import Normalize, Plan, Scope
 from ..report import Pruned
@@ -94,7 +94,7 @@ def prune_checkpoint(
     error in another rank, with its message, and ConnectionError for a rank that is gone.
     """
     with ExitStack() as stack:
-        ranks = Alone() if group is None else stack.enter_context(group_of(group))
+        ranks = Ranks() if group is None else stack.enter_context(group_of(group))
         pruned = stack.enter_context(
             pruning_checkpoint(
                 source,
@@ -132,7 +132,7 @@ def pruning_checkpoint(
 
     ranks: those that do it together, where there are several; they leave the block together.
     """
-    ranks = ranks or Alone()
+    ranks = ranks or Ranks()
     first = ranks.rank == 0
     with ExitStack() as stack:
         checkpoint = source if isinstance(source, Shards) else open_checkpoint(source)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -15,50 +15,44 @@ from rich.text import Text
 
 from .._progress import Bar
 from .._support import complain, print_json
-from ..checkpoint._inputs import find_inputs
+from ..checkpoint._inputs import Item, find_inputs
 from ..checkpoint._manifest import Manifest
-from ..checkpoint._prune_many import Job, Outcome, State, Task, check_job
-from ..checkpoint._share import Ranks
+from ..checkpoint._prune_many import Job, Outcome, State, check_job
 from ..checkpoint._workers import prune_all
+from ..distributed.ranks import launched
 
+WAIT = 86400.0  # seconds that a rank waits for another's last checkpoint, unless that rank ends
 COLOURS: dict[State, str] = {"done": "green", "done before": "default", "failed": "red"}
 
 
 def prune_many(arguments: Sequence[str], job: Job, jobs: int, as_json: bool) -> None:
     """Prune the checkpoints that the arguments mean; ends with exit code 1 if any failed."""
     start = time.monotonic()
-    ranks = Ranks()
-    items = None
-    try:
+    with launched(timeout=WAIT) as ranks:
+        items: Sequence[Item] = ()
         if ranks.rank == 0:
             items = find_inputs(arguments, job.out_dir)
             check_job(job, items)
             job.out_dir.mkdir(parents=True, exist_ok=True)
-        items = ranks.publish(items)
-    except BaseException:
-        if ranks.rank == 0:
-            ranks.publish(None)
-        raise
-    order = {item.name: place for place, item in enumerate(items)}
-    known = Manifest(job.out_dir).read()
-
-    def tasks() -> Iterator[Task]:
-        for item in ranks.own(sorted(items, key=lambda item: -item.size)):  # no long one last
-            yield item, known.get(item.name)
-
-    outcomes = []
-    sizes = {item.name: item.size for item in items}
-    with Bar("pruning") as bar:
-        bar.step(f"pruning {len(items)} checkpoints", sum(sizes.values()))
-        for outcome in prune_all(job, tasks(), jobs):
-            outcomes.append(outcome)
-            bar.advance(sizes[outcome.out])
-            if outcome.error:
-                named = outcome.source in outcome.error
-                complain(outcome.error if named else f"{outcome.source}: {outcome.error}")
-    outcomes = sorted(ranks.collect(outcomes), key=lambda outcome: order[outcome.out])
+        items = ranks.gather(items)[0]
+        known = Manifest(job.out_dir).read()
+        mine = ranks.take(sorted(items, key=lambda item: -item.size))  # no long one last
+        tasks = ((item, known.get(item.name)) for item in mine)
+        outcomes: list[Outcome] = []
+        sizes = {item.name: item.size for item in items}
+        with Bar("pruning") as bar:
+            bar.step(f"pruning {len(items)} checkpoints", sum(sizes.values()))
+            for outcome in prune_all(job, tasks, jobs):
+                outcomes.append(outcome)
+                bar.advance(sizes[outcome.out])
+                if outcome.error:
+                    named = outcome.source in outcome.error
+                    complain(outcome.error if named else f"{outcome.source}: {outcome.error}")
+        outcomes = [outcome for found in ranks.gather(outcomes) for outcome in found]
     if ranks.rank > 0:
-        return  # rank 0 tells: an exit code here would end what the others still do
+        return  # rank 0 tells
+    order = {item.name: place for place, item in enumerate(items)}
+    outcomes.sort(key=lambda outcome: order[outcome.out])
     seconds = time.monotonic() - start
     if as_json:
         print_json(_to_dict(job, outcomes, seconds))

@@ -8,8 +8,7 @@ hold (`Replicate`) only the first of them counts; all of them get its mask.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -18,13 +17,18 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from .. import ops
+from .. import _C, ops
 from ._local import Local, Positions, local_of, local_part, share_out
-from .ranks import Group, Ranks, group_of
+from .group import Group
+from .ranks import Ranks, group_of
 
-BINS = 4096
-HEAD = 22  # columns of a table before its bins
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # by their numbers in `_C`
+ZERO_BITS = (0, 16, 13)  # low bits that are zero in every magnitude key of the dtype
 PROBES = 255  # places that are tried at once when the last kept tie is looked for
+
+# [layers] the key from which weights are kept, and the key of ties or -1; [modules] how many ties are
+# kept; [modules] thresholds.
+Decided = tuple[list[tuple[int, int]], list[int], list[float]]
 
 
 def select_cuts(
@@ -44,19 +48,28 @@ def select_cuts(
     """
     with _ranks_of(tensors) as ranks:
         held = [local_of(name, tensor) for name, tensor in zip(names, tensors, strict=True)]
-        share_out(held, ranks)
-        cuts, quota, thresholds = _cut(held, layers, modules, keep, ranks)
-        shares = _share_ties(held, [cuts[i].tolist() for i in layers], modules, quota, ranks)
-        masks = []
+        for local in held:
+            if local.weights.dtype not in DTYPES:
+                got = str(local.weights.dtype).removeprefix("torch.")
+                raise ValueError(f"{local.name} must be float32, bfloat16 or float16, got {got}")
+        devices = share_out(held, ranks)
+        sizes, module_of = [0] * (max(layers) + 1), [0] * (max(layers) + 1)
+        for local, layer, module in zip(held, layers, modules, strict=True):
+            sizes[layer] += local.tensor.numel()
+            module_of[layer] = module
+        decide = _decide_in_memory if devices == {"cpu"} else _decide_on_devices
+        cuts, quota, thresholds = decide(held, layers, sizes, module_of, keep, ranks)
+        here = [cuts[layer] for layer in layers]
+        shares = _share_ties(held, here, modules, quota, ranks)
+        masks = _emit(held, here, shares)
         kept = torch.zeros(len(keep), dtype=torch.int64)
-        for i, local in enumerate(held):
-            mask = _emit(local, cuts[layers[i] : layers[i] + 1], shares[i])
+        for local, mask, module in zip(held, masks, modules, strict=True):
             if local.counts:
-                kept[modules[i]] += mask.count_nonzero()
-            masks.append(local.dressed(mask))
+                kept[module] += int(mask.count_nonzero())
         if ranks.sum(kept).tolist() != list(keep):
             raise ValueError("the weights must not change while their masks are selected")
-    return masks, thresholds
+        dressed = [local.dressed(mask) for local, mask in zip(held, masks, strict=True)]
+    return dressed, torch.tensor(thresholds, dtype=torch.float64)
 
 
 def apply_(tensors: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
@@ -80,66 +93,64 @@ def _ranks_of(tensors: Sequence[Tensor]) -> Group:
 # The cuts
 
 
-def _cut(
+def _decide_in_memory(
     held: Sequence[Local],
     layers: Sequence[int],
-    modules: Sequence[int],
+    sizes: Sequence[int],
+    module_of: Sequence[int],
     keep: Sequence[int],
     ranks: Ranks,
-) -> tuple[Tensor, list[int], Tensor]:
-    """`solve`, as often as it takes: cuts by layer, quotas and thresholds by module."""
-    digits = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
-    module_of, dtypes = [0] * (max(layers) + 1), [torch.bfloat16] * (max(layers) + 1)
-    for local, layer, module in zip(held, layers, modules, strict=True):
-        module_of[layer] = module
-        dtype = local.weights.dtype
-        if dtype not in digits:
-            got = str(dtype).removeprefix("torch.")
-            raise ValueError(f"{local.name} must be float32, bfloat16 or float16, got {got}")
-        dtypes[layer] = max(dtypes[layer], dtype, key=digits.__getitem__)
-    bins = BINS
-    windows = ops.first_windows(dtypes, bins)
-    cuts = torch.full((len(module_of), 2), -1)
-    quota = torch.full((len(keep),), -1)
-    thresholds = torch.full((len(keep),), float("nan"), dtype=torch.float64)
-    while open_ := [m for m in range(len(keep)) if quota[m] < 0]:
-        rows = [layer for layer, m in enumerate(module_of) if m in set(open_)]
-        table = torch.zeros(len(rows), HEAD + 3 * bins, dtype=torch.int64)
-        for local, layer in zip(held, layers, strict=True):
-            if local.counts and layer in rows:
-                table[rows.index(layer)] += _survey(local, windows[layer : layer + 1], bins)
-        found = ops.solve(
-            ranks.sum(table),
-            windows[rows],
-            [open_.index(module_of[layer]) for layer in rows],
-            [keep[m] for m in open_],
-        )
-        cuts[rows], quota[open_], thresholds[open_], closer = found
-        if torch.equal(closer, windows[rows]):
-            bins *= 8
-        windows[rows] = closer
-    return cuts, quota.tolist(), thresholds
-
-
-def _survey(local: Local, window: Tensor, bins: int) -> Tensor:
-    table = torch.zeros(1, HEAD + 3 * bins, dtype=torch.int64)
-    for start, chunk in local.chunks():
-        with _named(local, start):
-            table += ops.survey([chunk], [0], window, bins)
-    return table[0]
-
-
-@contextmanager
-def _named(local: Local, start: int) -> Iterator[None]:
-    """Name the parameter and the place in the whole of it in an operator's error."""
+) -> Decided:
+    """Of weights that are in the memory of the processes; `sizes` are the weights of each layer."""
+    flat = [local.weights.contiguous() for local in held]  # alive while their addresses are in use
+    tensors = [
+        (w.data_ptr(), w.numel() if local.counts else 0, DTYPES.index(w.dtype), layer)
+        for local, w, layer in zip(held, flat, layers, strict=True)
+    ]
     try:
-        yield
-    except RuntimeError as error:
-        found = re.search(r"weights\[0\] (must be .*) at flat index (\d+)", str(error))
-        if found is None:
-            raise
-        index = int(local.whole_index(start + int(found[2])))
-        raise ValueError(f"{local.name} {found[1]} at flat index {index}") from error
+        return _C.decide_shards(
+            tensors, sizes, module_of, keep, exchange=ranks.exchange, size=ranks.size
+        )
+    except _C.NonFiniteError as error:
+        number, index, kind = error.args
+        raise held[number].non_finite(index, kind) from error
+
+
+def _decide_on_devices(
+    held: Sequence[Local],
+    layers: Sequence[int],
+    sizes: Sequence[int],
+    module_of: Sequence[int],
+    keep: Sequence[int],
+    ranks: Ranks,
+) -> Decided:
+    """The same where some are on GPUs: these survey them, and the tables are added up there."""
+    granularities = [max(ZERO_BITS)] * len(sizes)
+    numbers: dict[torch.device, list[int]] = {}  # of the tensors that this rank surveys
+    for i, (local, layer) in enumerate(zip(held, layers, strict=True)):
+        zero_bits = ZERO_BITS[DTYPES.index(local.weights.dtype)]
+        granularities[layer] = min(granularities[layer], zero_bits)
+        if local.counts:
+            numbers.setdefault(local.weights.device, []).append(i)
+
+    def survey(windows: bytes, bins: int) -> memoryview:
+        views = torch.frombuffer(bytearray(windows), dtype=torch.int64).reshape(-1, 7)
+        table = ops.survey([], [], views, bins)
+        for device, mine in numbers.items():
+            weights = [held[i].weights for i in mine]
+            try:
+                found = ops.survey(weights, [layers[i] for i in mine], views.to(device), bins)
+            except RuntimeError as error:
+                told = re.search(
+                    r"weights\[(\d+)\] must be finite, got (\w+) at .* (\d+)", str(error)
+                )
+                if told is None:
+                    raise
+                raise held[mine[int(told[1])]].non_finite(int(told[3]), told[2]) from error
+            table = table.to(device) + found
+        return ranks.sum(table).cpu().numpy().data
+
+    return _C.decide_surveys(survey, granularities, sizes, module_of, keep)
 
 
 # Ties: the first ones are kept, by tensor and by flat index in the whole
@@ -192,11 +203,19 @@ def _find_ends(split: dict[int, tuple[Positions, Local, int]], ranks: Ranks) -> 
     return dict(zip(split, low.tolist(), strict=True))
 
 
-def _emit(local: Local, cut: Tensor, share: int) -> Tensor:
-    """The local mask, flat and on the CPU."""
-    quota = torch.tensor([share])
-    masks = [torch.zeros(0, dtype=torch.bool)]
-    for _, chunk in local.chunks():
-        (mask,), quota = ops.emit([chunk], [0], [0], cut, quota)
+def _emit(
+    held: Sequence[Local], cuts: Sequence[tuple[int, int]], shares: Sequence[int]
+) -> list[Tensor]:
+    """The local masks, for each tensor's cut and its number of kept ties."""
+    masks = []
+    for local, cut, share in zip(held, cuts, shares, strict=True):
+        to = local.weights.device
+        (mask,), _ = ops.emit(
+            [local.weights],
+            [0],
+            [0],
+            torch.tensor([cut], device=to),
+            torch.tensor([share], device=to),
+        )
         masks.append(mask)
-    return torch.cat(masks)
+    return masks

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from .ranks import Ranks
 
-CHUNK = 1 << 24  # weights that are looked at, or brought from a device, at a time
+CHUNK = 1 << 24  # weights that are compared at a time, which takes some memory
 
 Positions = NDArray[np.int64]
 
@@ -33,12 +33,6 @@ class Local:
     def box(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         return self.offset, tuple(self.weights.shape)
 
-    def chunks(self) -> Iterator[tuple[int, Tensor]]:
-        """The local weights, flat and on the CPU, each part with the index of its first."""
-        flat = self.weights.reshape(-1)
-        for start in range(0, flat.numel(), CHUNK):
-            yield start, flat[start : start + CHUNK].cpu()
-
     def whole_index(self, index: Any) -> Any:
         """Flat indices in the whole tensor of flat indices in the local one; their order is kept."""
         if not self.weights.dim() or not self.weights.numel():
@@ -47,19 +41,24 @@ class Local:
         moved = [p + o for p, o in zip(places, self.offset, strict=True)]
         return np.ravel_multi_index(moved, self.tensor.shape)
 
+    def non_finite(self, index: int, kind: str) -> ValueError:
+        """The error for a local weight, by its place in the whole tensor."""
+        whole = int(self.whole_index(index))
+        return ValueError(f"{self.name} must be finite, got {kind} at flat index {whole}")
+
     def ties(self, key: int) -> Positions:
         """The flat indices in the whole tensor of the local weights of this magnitude."""
         value = float(np.uint32(key).view(np.float32))
         found = [np.zeros(0, np.int64)]
-        for start, chunk in self.chunks():
-            found.append(np.flatnonzero((chunk.abs().float() == value).numpy()) + start)
+        for i, chunk in enumerate(self.weights.reshape(-1).split(CHUNK)):
+            same = (chunk.abs().float() == value).nonzero().flatten()
+            found.append(same.cpu().numpy() + i * CHUNK)
         local = np.concatenate(found)
         whole: Positions = np.asarray(self.whole_index(local), np.int64)
         return whole
 
     def dressed(self, mask: Tensor) -> Tensor:
         """A local mask as what the weights are."""
-        mask = mask.reshape(self.weights.shape).to(self.weights.device)
         whole = self.tensor
         if not isinstance(whole, DTensor):
             return mask
@@ -125,9 +124,14 @@ def _place(name: str, tensor: DTensor) -> tuple[tuple[int, ...], tuple[int, ...]
     return tuple(offset), tuple(shape)
 
 
-def share_out(held: Sequence[Local], ranks: Ranks) -> None:
-    """Let the first rank of those that hold a box count it, and see that all boxes are the whole."""
-    holders = ranks.gather([(local.name, local.box) for local in held])
+def share_out(held: Sequence[Local], ranks: Ranks) -> set[str]:
+    """Let the first rank of those that hold a box count it, and see that all boxes are the whole.
+
+    Returns the kinds of devices that weights are on, of all ranks: "cpu", "cuda".
+    """
+    kinds = {local.weights.device.type for local in held}
+    told = ranks.gather(([(local.name, local.box) for local in held], kinds))
+    holders = [boxes for boxes, _ in told]
     for i, local in enumerate(held):
         first: dict[tuple[tuple[int, ...], tuple[int, ...]], int] = {}
         for rank, boxes in enumerate(holders):
@@ -145,3 +149,4 @@ def share_out(held: Sequence[Local], ranks: Ranks) -> None:
                 f"{local.name} must be on the ranks without gap or overlap: {local.tensor.numel()} "
                 f"weights, got {covered}"
             )
+    return set().union(*(kinds for _, kinds in told))

@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch.utils.data import IterableDataset
 
-from ._processes import Processes
+from ..distributed.ranks import Ranks
 from .settings import Settings
 
 # "torch/fashion_mnist:ROOT", "hfds/NAME", "wds/NAME:ROOT": the names of timm's factory.
@@ -154,7 +154,13 @@ def _declared_classes(dataset: Any) -> int | None:
 
 
 def make_loader(
-    dataset: Any, given: Input, settings: Settings, processes: Processes, *, training: bool
+    dataset: Any,
+    given: Input,
+    settings: Settings,
+    ranks: Ranks,
+    device: torch.device,
+    *,
+    training: bool,
 ) -> Any:
     """timm's loader: batches [n, channels, height, width] and labels [n], on the device."""
     from timm.data import create_loader
@@ -180,9 +186,9 @@ def make_loader(
             std=given.std,
             crop_pct=given.crop_pct,
             num_workers=settings.workers,
-            distributed=processes.world > 1,
-            pin_memory=processes.device.type == "cuda",
-            device=processes.device,
+            distributed=ranks.size > 1,
+            pin_memory=device.type == "cuda",
+            device=device,
             # Workers that lived on would go on with random numbers of earlier epochs, which a resumed
             # run does not have.
             persistent_workers=False,
@@ -207,8 +213,8 @@ def set_epoch(loader: Any, epoch: int) -> None:
             tell(epoch)
 
 
-def own_images(loader: Any, processes: Processes) -> int | None:
+def own_images(loader: Any, ranks: Ranks) -> int | None:
     """Validation images of this process without those that fill up the last; None for a stream."""
     if isinstance(loader.dataset, IterableDataset):
         return None
-    return (len(loader.dataset) - processes.rank + processes.world - 1) // processes.world
+    return (len(loader.dataset) - ranks.rank + ranks.size - 1) // ranks.size

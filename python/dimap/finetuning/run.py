@@ -14,9 +14,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ._processes import join, seed_epoch
 from .data import make_loader, open_images, set_epoch
 from .model import input_of, masks_of, open_model, outputs_of
+from .processes import join, seed_epoch
 from .settings import Settings
 from .state import BEST, LAST, Folder, fingerprint
 from .training import Trainer
@@ -116,10 +116,10 @@ def finetune(
         if (theirs := outputs_of(teacher_source, given)) != classes:
             raise ValueError(f"teacher must have {classes} outputs as the model has, got {theirs}")
         teacher_model = teacher_source.model
-    with join(device) as processes:
+    with join(device) as (ranks, place):
         identity = {
             **settings.to_dict(),
-            "processes": processes.world,
+            "processes": ranks.size,
             "data": str(data) if not isinstance(data, tuple) else "data sets",
             "train_split": train_split,
             "val_split": val_split,
@@ -134,18 +134,18 @@ def finetune(
             if isinstance(model, nn.Module):  # it was trained in place, maybe
                 identity["weights"] = folder.state["identity"]["weights"]
             folder.check_same(identity)
-        train = make_loader(images.train, given, settings, processes, training=True)
-        validation = make_loader(images.validation, given, settings, processes, training=False)
+        train = make_loader(images.train, given, settings, ranks, place, training=True)
+        validation = make_loader(images.validation, given, settings, ranks, place, training=False)
         if settings.epochs and not len(train):
             raise ValueError(
                 f"batch_size must be at most the training images of a process, got "
-                f"{settings.batch_size} for {len(images.train)} images and {processes.world} processes"
+                f"{settings.batch_size} for {len(images.train)} images and {ranks.size} processes"
             )
         trainer = Trainer(
-            source.model, teacher_model, held, classes, len(train), processes, settings
+            source.model, teacher_model, held, classes, len(train), ranks, place, settings
         )
-        board = folder.path / "tensorboard" if tensorboard and processes.first else None
-        shown = progress and processes.first
+        board = folder.path / "tensorboard" if tensorboard and ranks.rank == 0 else None
+        shown = progress and ranks.rank == 0
         history = _run(
             trainer, train, validation, source.metadata, identity, folder, board, shown=shown
         )
@@ -187,14 +187,14 @@ def _run(
     """
     from tqdm import tqdm
 
-    settings, processes = trainer.settings, trainer.processes
+    settings, ranks = trainer.settings, trainer.ranks
     history: list[dict[str, Any]] = []
     if folder.state is not None:
         history = folder.state["history"]
         trainer.load_state_dict(folder.state)
-    elif processes.first:
+    elif ranks.rank == 0:
         folder.create()
-    processes.wait()  # nobody reads what is not yet cleared
+    ranks.gather(None)  # nobody reads what is not yet cleared
     start = len(history)
     say = partial(tqdm.write, file=sys.stderr) if shown else lambda _: None
     if start > 1:
@@ -209,7 +209,7 @@ def _run(
         for epoch in range(start, settings.epochs + 1):
             began = time.monotonic()
             name = f"epoch {epoch}/{settings.epochs}"
-            seed_epoch(settings.seed, epoch, processes.rank)
+            seed_epoch(settings.seed, epoch, ranks.rank)
             row: dict[str, Any] = {"epoch": epoch}
             if epoch:
 
@@ -219,12 +219,12 @@ def _run(
 
                 set_epoch(train, epoch)
                 row |= trainer.train(train, epoch, tell)
-                processes.average_buffers(trainer.evaluated)
+                trainer.average_buffers()
             bar.set_description_str(f"{name}, validation")
             row |= trainer.evaluate(validation)
             row["seconds"] = time.monotonic() - began
             history.append(row)
-            if processes.first:
+            if ranks.rank == 0:
                 notes = {"format": "pt", "epoch": str(epoch), "top1": f"{row['top1']:.4f}"}
                 folder.save_epoch(
                     trainer.evaluated,
@@ -240,7 +240,7 @@ def _run(
     if board:
         board.close()
     trainer.holding.remove()
-    processes.wait()
+    ranks.gather(None)
     return history
 
 

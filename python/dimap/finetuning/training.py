@@ -11,9 +11,10 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
+from ..distributed.ranks import Ranks
 from ..holding import hold_masks
-from ._processes import Processes, reduce_loss
 from .data import own_images
 from .settings import Settings
 
@@ -36,7 +37,8 @@ class Trainer:
         masks: Mapping[str, Tensor],
         classes: int,
         batches: int,
-        processes: Processes,
+        ranks: Ranks,
+        device: torch.device,
         settings: Settings,
     ) -> None:
         from timm.optim import create_optimizer_v2, list_optimizers
@@ -45,11 +47,12 @@ class Trainer:
 
         if settings.opt not in list_optimizers():
             raise ValueError(f"opt must be an optimizer of timm, got {settings.opt!r}")
-        self.model, self.teacher = model.to(processes.device), teacher
-        self.classes, self.processes, self.settings = classes, processes, settings
+        self.model, self.teacher = model.to(device), teacher
+        self.classes, self.ranks, self.device = classes, ranks, device
+        self.settings = settings
         self.updates = 0  # steps of the optimizer so far
         if teacher is not None:
-            teacher.to(processes.device).eval().requires_grad_(False)
+            teacher.to(device).eval().requires_grad_(False)
         self.optimizer = create_optimizer_v2(
             model,
             opt=settings.opt,
@@ -73,9 +76,12 @@ class Trainer:
                 step_on_epochs=False,
                 updates_per_epoch=-(-batches // settings.accumulate),
             )
-        forward = processes.wrap(model)
+        forward: nn.Module = model
+        if ranks.size > 1:  # gradients are averaged over all processes
+            ids = [device] if device.type == "cuda" else None
+            forward = DistributedDataParallel(model, device_ids=ids)
         self.forward = cast(nn.Module, torch.compile(forward)) if settings.compile else forward
-        self.scaler = torch.amp.GradScaler(processes.device.type, enabled=settings.amp == "float16")
+        self.scaler = torch.amp.GradScaler(device.type, enabled=settings.amp == "float16")
         self.ema = ModelEmaV3(model, decay=settings.ema) if settings.ema is not None else None
 
     @property
@@ -113,7 +119,7 @@ class Trainer:
         self.forward.train()
         mixup = make_mixup(self.settings, self.classes, epoch)
         loss_of = make_loss(self.settings, soft=mixup is not None)
-        total = torch.zeros((), device=self.processes.device)
+        total = torch.zeros((), device=self.device)
         count, seen, lr = 0, 0.0, 0.0
         self.optimizer.zero_grad()
         for number, batches in enumerate(grouped(loader, self.settings.accumulate), 1):
@@ -134,12 +140,13 @@ class Trainer:
                 seen = _finite_mean(total, count, epoch)
             tell(seen)
         _finite_mean(total, count, epoch)
-        return {"train_loss": reduce_loss(total, count, self.processes), "lr": lr}
+        summed, images_seen = self._sum([float(total), count])
+        return {"train_loss": summed / max(1.0, images_seen), "lr": lr}
 
     def _autocast(self) -> Any:
         if self.settings.amp == "none":
             return nullcontext()
-        return torch.autocast(self.processes.device.type, getattr(torch, self.settings.amp))
+        return torch.autocast(self.device.type, getattr(torch, self.settings.amp))
 
     def _loss(self, images: Tensor, labels: Tensor, loss_of: Callable[..., Tensor]) -> Tensor:
         teacher_logits = None
@@ -179,7 +186,7 @@ class Trainer:
         model = self.evaluated.eval()
         k = min(5, self.classes)
         sums = torch.zeros(4, dtype=torch.float64)  # of loss, top-1, top-k, and the images
-        left = own_images(loader, self.processes)
+        left = own_images(loader, self.ranks)
         for images, labels in loader:
             if left is not None:
                 images, labels = images[:left], labels[:left]
@@ -190,9 +197,19 @@ class Trainer:
                 output = model(images).float()
             means = F.cross_entropy(output, labels), *accuracy(output, labels, topk=(1, k))
             sums += len(images) * torch.tensor([*map(float, means), 1.0], dtype=torch.float64)
-        *totals, count = self.processes.sum(sums.tolist())
+        *totals, count = self._sum(sums.tolist())
         loss, top1, topk = (total / max(1.0, count) for total in totals)
         return {"loss": loss, "top1": top1, "topk": topk, "k": k}
+
+    def average_buffers(self) -> None:
+        """Average the running statistics (of batch norms) of what is evaluated over all processes."""
+        for buffer in self.evaluated.buffers():
+            if self.ranks.size > 1 and buffer.is_floating_point():
+                buffer.copy_(self.ranks.sum(buffer) / self.ranks.size)
+
+    def _sum(self, numbers: list[float]) -> list[float]:
+        """Each number summed over all processes."""
+        return list(self.ranks.sum(torch.tensor(numbers, dtype=torch.float64)).tolist())
 
 
 def _finite_mean(total: Tensor, count: int, epoch: int) -> float:
