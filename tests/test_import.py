@@ -8,6 +8,8 @@ from pathlib import Path
 
 import dimap
 import pytest
+from checkpoints import vit
+from safetensors.torch import save_file
 
 SCORE = "(s,) = torch.ops.dimap.score([torch.tensor([3.0, -1.0])], [0]); assert s[0] == 1, s"
 
@@ -41,6 +43,21 @@ def test_help_imports_what_it_shows_only(command: str) -> None:
         "commands = {m for m in sys.modules if m in ('dimap.cli.prune', 'dimap.cli.finetune')}\n"
         f"assert commands <= {{'dimap.cli.{command}'}}, commands"
     )
+
+
+@pytest.mark.parametrize(
+    "more", ["o.safetensors --report r.json", "--out-dir o", "--out-dir o --json"]
+)
+def test_files_are_pruned_without_torch(more: str, tmp_path: Path) -> None:
+    save_file(vit(), tmp_path / "a.safetensors")
+    command = ["prune", "a.safetensors", *more.split(), "-s", "0.5"]
+    done = python(
+        f"import sys; from dimap.cli import app\ntry: app({command})\n"
+        "except SystemExit as end: assert not end.code\n"
+        "heavy = {'torch', 'numpy', 'matplotlib'} & set(sys.modules); assert not heavy, heavy",
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("order", ["dimap, torch", "torch, dimap"])

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import dimap
@@ -21,9 +20,9 @@ from dimap.checkpoint import open_checkpoint
 from dimap.stream import prune_checkpoint
 from safetensors.torch import save_file
 
-# Slow enough to be hit: the first piece to be written says so and waits.
+# The first piece to be written says so, and waits until standard input is closed.
 PRUNE = """
-import os, sys, time
+import os, signal, sys, time
 from dimap import stream
 class Progress:
     done = 0
@@ -32,15 +31,16 @@ class Progress:
     def advance(self, amount):
         if self.writing:
             os.write(1, b"writing\\n")  # at once, whatever another thread writes
-            time.sleep(float(sys.argv[3]))
+            {then}
 {before}
 stream.prune_checkpoint(sys.argv[1], sys.argv[2], 0.55, progress=Progress())
 """
 
 
-def start(source, out, *, before="", wait="30"):
-    command = [sys.executable, "-c", PRUNE.format(before=before), str(source), str(out), wait]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def start(source, out, *, before="", then="os.read(0, 1)"):
+    command = [sys.executable, "-c", PRUNE.format(before=before, then=then), str(source), str(out)]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
 
 
 @pytest.fixture(params=["file", "folder"])
@@ -70,7 +70,7 @@ def test_killed_in_the_middle_and_cleaned_up_by_the_next_run(case):
     process = start(source, out)
     assert process.stdout.readline() == "writing\n"
     process.kill()
-    process.wait()
+    process.communicate()
     untouched(left=1)  # the temporary, under a name of its own
     prune_checkpoint(source, out, 0.55)
     assert sorted(p.name for p in out.parent.iterdir()) == sorted([source.name, out.name])
@@ -78,7 +78,7 @@ def test_killed_in_the_middle_and_cleaned_up_by_the_next_run(case):
 
 def test_a_running_program_keeps_its_temporary(case):
     source, out, _ = case
-    process = start(source, out, wait="2")
+    process = start(source, out)
     assert process.stdout.readline() == "writing\n"
     prune_checkpoint(source, out, 0.3)
     _, error = process.communicate()
@@ -94,12 +94,11 @@ def test_interrupted_in_the_middle(case, number):
         "import signal; signal.signal(signal.SIGTERM, lambda *_: sys.exit(143));"
         "signal.signal(signal.SIGINT, signal.default_int_handler)"
     )
-    process = start(source, out, before=handler, wait="0.3")
-    assert process.stdout.readline() == "writing\n"
-    time.sleep(0.05)
-    process.send_signal(number)
-    process.wait()
-    assert process.returncode != 0
+    # The signal comes in the middle for certain; a thread that writes leaves time to hear of it.
+    then = f"os.kill(os.getpid(), {int(number)}); time.sleep(0.3)"
+    process = start(source, out, before=handler, then=then)
+    _, error = process.communicate()
+    assert process.returncode == (-number if number == signal.SIGINT else 143), error
     untouched()
 
 
@@ -107,7 +106,7 @@ def test_disk_full(case):
     """A limit on the length of files: what the system refuses, as on a full disk, is a write."""
     source, out, untouched = case
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))"
-    process = start(source, out, before=limit, wait="0")
+    process = start(source, out, before=limit)
     _, error = process.communicate()
     assert process.returncode == 1
     assert "File too large" in error

@@ -447,10 +447,12 @@ def test_killed_and_continued(run, moment):
 WAITING = "waiting.safetensors"  # a pipe that nobody writes to
 
 
-def wait_for(condition, seconds=180):
+def wait_for(condition, process=None, seconds=180):
+    """Until the condition holds; not on, where the process that is to bring it about has ended."""
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited for too long"
+        assert process is None or process.poll() is None, process.communicate()
         time.sleep(0.02)
 
 
@@ -469,6 +471,7 @@ def test_several_at_a_time_and_one_process_is_killed(run, here):
     outcomes = {}
     for outcome in prune_all(job, iter([(item, None) for item in items]), 2):
         outcomes[outcome.source] = outcome
+        assert WAITING not in outcomes or len(outcomes) > len(ALL), outcome.error
         if len(outcomes) == len(ALL):  # the other process has nothing left to do
             wait_for(begun(WAITING))
             for process in multiprocessing.active_children():
@@ -490,8 +493,8 @@ def test_no_process_outlives_the_command(here, number):
     process = subprocess.Popen(
         [*command, "-s", "0.5", "-j", "2"], stderr=subprocess.PIPE, text=True
     )
-    wait_for(begun(WAITING))
-    wait_for(lambda: not begun("a.safetensors")() and Path("out/a.safetensors").exists())
+    wait_for(begun(WAITING), process)
+    wait_for(lambda: not begun("a.safetensors")() and Path("out/a.safetensors").exists(), process)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     assert len(children) >= 2
     process.send_signal(number)

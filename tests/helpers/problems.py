@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -22,35 +23,37 @@ class Problem:
         return self.weights, self.layers, self.modules, self.keep
 
 
+# Weights that are hard on something, from normal x and uniform u in float64, and a generator.
+MAKERS: dict[str, Callable[[Tensor, Tensor, torch.Generator], Tensor]] = {
+    "normal": lambda x, u, g: x,
+    "equal": lambda x, u, g: torch.full_like(x, 0.5),
+    "two values": lambda x, u, g: torch.where(u < 0.5, 0.25, -1.5).double(),
+    "small integers": lambda x, u, g: torch.randint(-3, 4, x.shape, generator=g).double(),
+    "denormals": lambda x, u, g: x * 1e-42,
+    "huge and tiny": lambda x, u, g: x * torch.exp(15 * x.flip(0)),
+    "zeros": lambda x, u, g: torch.where(u < 0.95, 0.0, x),
+    "all zero": lambda x, u, g: torch.zeros_like(x),
+    "tiny scale": lambda x, u, g: x * 1e-20,
+    "large scale": lambda x, u, g: x * 1e20,
+    "cauchy": lambda x, u, g: torch.tan((u - 0.5) * 3.141),
+    "sorted": lambda x, u, g: x.sort().values,
+    "periodic": lambda x, u, g: sines(len(x)) * (1 + torch.arange(len(x)) % 16),
+    "grid": lambda x, u, g: (u * 255).round() - 128,
+    "outlier": lambda x, u, g: torch.cat([torch.full_like(x[:1], 1e30), x[:-1]]),
+}
+KINDS = list(MAKERS)
+
+
+def sines(n: int) -> Tensor:
+    return torch.sin(torch.arange(n, dtype=torch.float64) * 0.1)
+
+
 def values(kind: str, n: int, seed: int) -> Tensor:
     """n float64 values of a kind that is hard on something."""
     g = torch.Generator().manual_seed(seed)
     normal = torch.randn(n, generator=g, dtype=torch.float64)
     uniform = torch.rand(n, generator=g, dtype=torch.float64)
-    return {
-        "normal": normal,
-        "equal": torch.full((n,), 0.5, dtype=torch.float64),
-        "two values": torch.where(uniform < 0.5, 0.25, -1.5),
-        "small integers": torch.randint(-3, 4, (n,), generator=g).double(),
-        "denormals": normal * 1e-42,
-        "huge and tiny": normal * torch.exp(15 * normal.flip(0)),
-        "zeros": torch.where(uniform < 0.95, 0.0, normal),
-        "all zero": torch.zeros(n, dtype=torch.float64),
-        "tiny scale": normal * 1e-20,
-        "large scale": normal * 1e20,
-        "cauchy": torch.tan((uniform - 0.5) * 3.141),
-        "sorted": normal.sort().values,
-        "periodic": torch.sin(torch.arange(n, dtype=torch.float64) * 0.1)
-        * (1 + torch.arange(n) % 16),
-        "grid": (uniform * 255).round() - 128,
-        "outlier": torch.cat([torch.tensor([1e30], dtype=torch.float64), normal])[:n],
-    }[kind]
-
-
-KINDS = [
-    "normal", "equal", "two values", "small integers", "denormals", "huge and tiny", "zeros",
-    "all zero", "tiny scale", "large scale", "cauchy", "sorted", "periodic", "grid", "outlier",
-]  # fmt: skip
+    return MAKERS[kind](normal, uniform, g)
 
 
 def cast(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,6 +1,6 @@
 """More than 2^31 weights: in one tensor, and in total. Every decision is asked of, in pieces.
 
-What takes minutes runs with `make test-large`; where memory is short a test is left out.
+`make test-large` runs them; where memory is short a test is left out.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dimap import ops
 from exact import assert_masks, assert_pruned, assert_scores16
 from torch import Tensor
 
+pytestmark = pytest.mark.large
 OVER = (1 << 31) + 77
 
 
@@ -34,7 +35,6 @@ def weights_of(n: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     return w
 
 
-@pytest.mark.large
 def test_masks_of_one_tensor_of_2_to_the_31(threads) -> None:
     needs(7)
     threads(2)
@@ -46,7 +46,6 @@ def test_masks_of_one_tensor_of_2_to_the_31(threads) -> None:
     assert bool(masks[0][-1000:].all())
 
 
-@pytest.mark.large
 def test_pruning_of_one_tensor_of_2_to_the_31(threads) -> None:
     needs(9)
     threads(2)
@@ -66,9 +65,7 @@ def test_pruning_of_one_tensor_of_2_to_the_31(threads) -> None:
     assert bool((w[-1000:] == 50).all())
 
 
-@pytest.mark.parametrize(
-    "dtype", [pytest.param(torch.float32, marks=pytest.mark.large), torch.bfloat16], ids=str
-)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_masks_of_2_to_the_31_in_total(dtype: torch.dtype, threads) -> None:
     needs(3.5)
     threads(2)
@@ -85,7 +82,6 @@ def test_masks_of_2_to_the_31_in_total(dtype: torch.dtype, threads) -> None:
     assert_masks(weights, *args, masks)
 
 
-@pytest.mark.large
 def test_scores_of_one_tensor_of_2_to_the_31(threads) -> None:
     needs(13.5)
     threads(2)

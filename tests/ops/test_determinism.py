@@ -6,6 +6,7 @@ import hashlib
 import os
 import subprocess
 import sys
+from functools import cache
 
 import dimap
 import pytest
@@ -30,13 +31,18 @@ def digest(dtype: torch.dtype) -> str:
     return h.hexdigest()
 
 
+@cache
+def scored(dtype: torch.dtype) -> list[torch.Tensor]:
+    weights = [cast(values(kind, 150_001, 5), dtype) for kind in KINDS]
+    return [*weights, cast(values("normal", 9_000_000, 6), dtype)]  # the last: by all threads
+
+
 def scores_digest() -> str:
     h = hashlib.sha256()
     for dtype in DTYPES:
-        weights = [cast(values(kind, 150_001, 5), dtype) for kind in KINDS]
-        weights.append(cast(values("normal", 9_000_000, 6), dtype))  # worked on by all threads
+        weights = scored(dtype)
         for s in ops.score(weights, list(range(len(weights)))):
-            h.update(s.view(torch.uint8).numpy().tobytes())
+            h.update(s.view(torch.uint8).numpy())
     return h.hexdigest()
 
 

@@ -13,8 +13,8 @@ from .._files import replacing
 from ..distributed.ranks import Ranks
 from ..groups import AUX
 from ..groups.plan import Normalize, Scope
+from ..plots import report_output
 from ..report import Report, build_report
-from ..report._output import report_output
 from .base import Checkpoint, Progress, Silent, check_apart
 from .folder import Shards
 from .prune import pruning_checkpoint

@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING
 from .. import _C
 from .._files import naming, replacing
 from ..distributed.ranks import Ranks, group_of
-from ..groups import AUX, Layer, Patterns
+from ..groups import AUX, Patterns
 from ..groups.plan import Normalize, Plan, Scope
+from ..report import Pruned
 from . import open_checkpoint
 from .base import INDEX, Progress, check_apart
 from .bitmask import Layout, lay_out
@@ -30,10 +31,7 @@ from .folder import Shards, packed_index
 from .header import DTYPES, Entry, Header, make_header
 
 if TYPE_CHECKING:
-    from torch import nn
     from torch.distributed import ProcessGroup
-
-    from ..report import Report
 
 __all__ = ["Progress", "StreamPruning", "prune_checkpoint", "pruning_checkpoint"]
 
@@ -41,8 +39,8 @@ ENGINE_DTYPES = {"F32": 0, "BF16": 1, "F16": 2}  # as `_C` numbers them
 ASIDE = 1 << 25  # numbers that may be set aside while the cuts are sought: 128 MiB
 
 
-@dataclass
-class StreamPruning:
+@dataclass(kw_only=True)
+class StreamPruning(Pruned):
     """What was pruned: `dimap.Pruning` without the weights and masks, which lie in files.
 
     modules, thresholds, scope, normalize, sparsity: as in `dimap.Pruning`.
@@ -54,25 +52,12 @@ class StreamPruning:
     readings: how often the weights were read to find the cuts.
     """
 
-    modules: dict[str, list[Layer]]
-    thresholds: dict[str, float]
-    scope: Scope
-    normalize: Normalize
-    sparsity: dict[str, float]
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, str]
     kept: dict[str, int] = field(default_factory=dict)
     nonzero: dict[str, int] = field(default_factory=dict)
     smallest: dict[str, float] = field(default_factory=dict)
     readings: int = 1
-
-    def report(
-        self, model: nn.Module | None = None, input_size: int | Sequence[int] | None = None
-    ) -> Report:
-        """Tables of what is left; with `model`, FLOPs too (see `dimap.report.build_report`)."""
-        from ..report import build_report
-
-        return build_report(self, model, input_size)
 
 
 def prune_checkpoint(

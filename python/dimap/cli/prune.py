@@ -190,11 +190,9 @@ def prune(
         return
     from rich.console import Console
 
-    from ..report._tables import layers as layer_table
-
     console = Console()
     console.print(built)
     if layers:
-        console.print(layer_table(built))
+        console.print(built.layer_table())
     names = ", ".join(str(path) for path in (out, masks, report) if path)
     print_wrote(f"{names} in {seconds:.1f} s")
