@@ -13,7 +13,7 @@ from datetime import timedelta
 
 WAIT = 120  # seconds for any answer
 PRELOAD = [
-    "dimap.cli",
+    "dimap.cli.prune_many",
     "dimap.distributed._dtensor",
     "torch.distributed.fsdp",
     "torch.distributed.tensor.parallel",

@@ -9,7 +9,8 @@ other files are carried over.
             writer.put(name, source.get(name))
 
 Rooms: `header` (safetensors headers), `bitmask` (the sparse format), `folder` (files and folders of
-safetensors), `memory` (state dicts; imports torch), `prune` and `expand` (from files to files).
+safetensors), `memory` (state dicts; imports torch), `prune` and `expand` (from files to files); and of
+many checkpoints: `inputs` (which), `manifest` (what is done), `many` (one of them), `workers` (--jobs).
 """
 
 from __future__ import annotations
