@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dimap.plots import _style as style
-from dimap.plots import accuracy_curves
+from dimap.plots import accuracy_curves, style
 
 if TYPE_CHECKING:
     from report import Run

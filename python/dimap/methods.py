@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from . import saliency as saliencies
-from .groups import Patterns
-from .groups._plan import Model, Normalize, Plan, check_choice, renamed
-from .groups._scopes import Scope
+from .distributed._sharded import check_whole
+from .groups import Model, Patterns
+from .groups.plan import Normalize, Plan, Scope, check_choice, parameters_of
 from .saliency import Batches, Loss
 
 __all__ = ["METHODS", "Method"]
@@ -56,13 +55,7 @@ class Ranking:
     scope: Scope
     normalize: Normalize
     saliency: str  # "magnitude", "given", or the method's name
-    labels: Sequence[str]
-
-    @contextmanager
-    def naming(self) -> Iterator[None]:
-        """Say a parameter's name where an operator's error says ``weights[3]``."""
-        with renamed(self.labels):
-            yield
+    labels: Sequence[str]  # of the tensors, for errors
 
 
 def rank(
@@ -91,6 +84,8 @@ def rank(
     # A saliency of the caller's own is an order already: it is normalised only on request.
     normalize = normalize or ("scope" if saliency is not None else chosen.normalize)
     plan = Plan.of(model, scope, normalize, patterns)
+    if saliency is not None or data is not None:  # only magnitudes are ranked on several processes
+        check_whole(parameters_of(model).values(), "data" if saliency is None else "saliency")
     keep = plan.keep(sparsity)
     source = "magnitude" if saliency is None else "given"
     if chosen.saliency is not None:

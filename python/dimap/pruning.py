@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor
 
 from . import ops
 from .distributed._sharded import check_whole, is_sharded
-from .groups import Layer, Patterns
-from .groups._plan import Model, Normalize, Plan, check_choice, parameters_of, renamed
-from .groups._scopes import Scope
+from .groups import Model, Patterns
+from .groups.plan import Normalize, Plan, Scope, check_choice, parameters_of, renamed
+from .masks import save_masks
 from .methods import Ranking, rank
+from .report import Pruned
 from .saliency import Batches, Loss
-
-if TYPE_CHECKING:
-    from .report import Report
 
 __all__ = ["Normalize", "Pruning", "Scope", "prune", "score", "select"]
 
@@ -83,7 +82,6 @@ def select(
     exactly ``N - round(sparsity * N)`` are kept; ties go to the earlier parameter, then to the lower
     flat index. Parameters of "aux" are not in it.
     """
-    _check_ranked(model, saliency, data)
     ranking = rank(
         model,
         sparsity,
@@ -95,13 +93,8 @@ def select(
         loss=loss,
         patterns=patterns,
     )
-    plan = ranking.plan
-    if is_sharded(plan.tensors):
-        masks, _ = _select_sharded(ranking)
-    else:
-        with ranking.naming():
-            masks = ops.select(ranking.tensors, plan.layers, plan.scopes, ranking.keep)
-    return dict(zip(plan.names, masks, strict=True))
+    masks, _ = _decide(ranking)
+    return dict(zip(ranking.plan.names, masks, strict=True))
 
 
 def prune(
@@ -120,7 +113,6 @@ def prune(
 
     Nothing is changed when an error is raised.
     """
-    _check_ranked(model, saliency, data)
     ranking = rank(
         model,
         sparsity,
@@ -133,53 +125,55 @@ def prune(
         patterns=patterns,
     )
     plan = ranking.plan
-    if is_sharded(plan.tensors):
-        from .distributed import _dtensor
-
-        masks, thresholds = _select_sharded(ranking)
-        _dtensor.apply_(plan.tensors, masks)
-    else:
-        with ranking.naming():
-            masks, thresholds = ops.select_cuts(
-                ranking.tensors, plan.layers, plan.scopes, ranking.keep
-            )
-        with renamed(plan.names):
-            ops.apply_(plan.tensors, masks)
+    masks, thresholds = _decide(ranking)
+    with renamed(plan.names):
+        _zero(plan.tensors, masks)
     return Pruning(
-        masks=dict(zip(plan.names, masks, strict=True)),
         modules=plan.modules,
         thresholds=dict(zip(plan.scope_names, thresholds.tolist(), strict=True)),
         scope=ranking.scope,
         normalize=ranking.normalize,
         sparsity=plan.ratios(sparsity),
-        parameters=parameters_of(model),
         saliency=ranking.saliency,
+        masks=dict(zip(plan.names, masks, strict=True)),
+        parameters=parameters_of(model),
     )
 
 
-@dataclass
-class Pruning:
-    """What was pruned.
+def _decide(ranking: Ranking) -> tuple[list[Tensor], Tensor]:
+    """Masks, and the thresholds of the scopes."""
+    plan = ranking.plan
+    numbers = (plan.layers, plan.scopes, ranking.keep)
+    if is_sharded(plan.tensors):
+        from .distributed import _dtensor
+
+        return _dtensor.select_cuts(plan.names, plan.tensors, *numbers)
+    with renamed(ranking.labels):
+        return ops.select_cuts(ranking.tensors, *numbers)
+
+
+def _zero(tensors: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
+    """Zero in place what the masks drop."""
+    if is_sharded(tensors):
+        from .distributed import _dtensor
+
+        _dtensor.apply_(tensors, masks)
+    else:
+        ops.apply_(tensors, masks)
+
+
+@dataclass(kw_only=True)
+class Pruning(Pruned):
+    """What was pruned in memory. Its counts are made when they are asked for.
 
     masks: parameter name -> bool tensor, True where the weight is kept.
-    modules: what `find_modules` gave, "aux" included.
-    thresholds: the smallest kept score64 of each scope (of the saliency, where there is one), under
-        the scope's name: "mlp", "global", "layers.0.blocks.0.attn.qkv", "mlp.1", "stage 0 block 1",
-        "stage 0"; NaN where nothing is kept.
-    scope, normalize: what the ranking used, given or the method's.
-    sparsity: module name -> the ratio asked for.
     parameters: every parameter of the model, "aux" included: the model's own tensors.
-    saliency: what was ranked: "magnitude", "given", or the method's name ("taylor", "snip").
+
+    The rest as in `dimap.report.Pruned`.
     """
 
     masks: dict[str, Tensor]
-    modules: dict[str, list[Layer]]
-    thresholds: dict[str, float]
-    scope: Scope
-    normalize: Normalize
-    sparsity: dict[str, float]
     parameters: dict[str, Tensor] = field(repr=False)
-    saliency: str = "magnitude"
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -187,23 +181,31 @@ class Pruning:
         return {name: tuple(p.shape) for name, p in self.parameters.items()}
 
     @property
+    def kept(self) -> dict[str, int]:
+        """How many weights of every pruned parameter the masks keep."""
+        check_whole(self.masks.values(), "kept")
+        return {name: int(mask.count_nonzero()) for name, mask in self.masks.items()}
+
+    @property
     def nonzero(self) -> dict[str, int]:
         """How many weights of every parameter are not zero now."""
         check_whole(self.parameters.values(), "nonzero")
         return {name: count_nonzero(p) for name, p in self.parameters.items()}
 
-    def report(
-        self, model: nn.Module | None = None, input_size: int | Sequence[int] | None = None
-    ) -> Report:
-        """Tables of what is left; with `model`, FLOPs too (see `dimap.report.build_report`)."""
-        from .report import build_report
-
-        return build_report(self, model, input_size)
+    @property
+    def smallest(self) -> dict[str, float]:
+        """The smallest kept magnitude of every pruned parameter of which anything is kept."""
+        check_whole(self.parameters.values(), "smallest")
+        found = {}
+        for name, mask in self.masks.items():
+            weight = self.parameters[name].detach()
+            magnitude = torch.where(mask.to(weight.device), weight.abs(), math.inf)
+            if magnitude.numel() and math.isfinite(least := float(magnitude.amin())):
+                found[name] = least
+        return found
 
     def save_masks(self, path: str | os.PathLike[str]) -> None:
         """Write the masks to a safetensors file, one bit a weight (see `dimap.load_masks`)."""
-        from .masks import save_masks
-
         settings: dict[str, str] = {"scope": self.scope, "normalize": self.normalize}
         if self.saliency != "magnitude":
             settings["saliency"] = self.saliency
@@ -211,22 +213,8 @@ class Pruning:
         save_masks(path, self.masks, settings)
 
 
-def _check_ranked(model: Model, saliency: object, data: object) -> None:
-    """Only magnitudes are ranked where they lie on several processes."""
-    given: object = model  # callers are not bound by the annotation; another check refuses the rest
-    if isinstance(given, (nn.Module, Mapping)) and not (saliency is None and data is None):
-        check_whole(parameters_of(model).values(), "data" if saliency is None else "saliency")
-
-
-def _select_sharded(ranking: Ranking) -> tuple[list[Tensor], Tensor]:
-    from .distributed import _dtensor
-
-    plan = ranking.plan
-    return _dtensor.select_cuts(plan.names, plan.tensors, plan.layers, plan.scopes, ranking.keep)
-
-
 def count_nonzero(tensor: Tensor) -> int:
-    """How many values are not zero."""
+    """How many values of a tensor of any dtype are not zero."""
     if tensor.is_floating_point() and tensor.itemsize == 1:  # torch cannot count float8
         tensor = tensor.float()
     return int(tensor.count_nonzero())

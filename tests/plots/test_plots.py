@@ -22,11 +22,10 @@ import numpy as np
 from dimap import plots
 from dimap.checkpoint import open_checkpoint
 from dimap.cli import app
-from dimap.plots._curves import METHODS
-from dimap.plots._mask import KEPT, PRUNED, average
-from dimap.plots._source import LayerCount
-from dimap.report._output import kept_mask
-from dimap.report._types import Report
+from dimap.plots.curves import METHODS
+from dimap.plots.folder import kept_mask
+from dimap.plots.mask import KEPT, PRUNED, average
+from dimap.report import LayerReport, Report
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from PIL import Image
@@ -161,7 +160,7 @@ def test_own_patterns_without_blocks_are_numbered():
 )
 def test_no_labels_overlap_in_kept_ratios(stages):
     counts = [
-        LayerCount(f"layers.{s}.blocks.{b}.{kind}", module, s if len(stages) > 2 else None, b, 10, b % 11)
+        LayerReport(f"layers.{s}.blocks.{b}.{kind}", module, s if len(stages) > 2 else None, b, (), 10, b % 11, b % 11, None)
         for s, blocks in enumerate(stages[1:])
         for b in range(blocks)
         for module, kind in (("qkv", "attn.qkv"), ("proj", "attn.proj"), ("mlp", "mlp.fc1"), ("mlp", "mlp.fc2"))

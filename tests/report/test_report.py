@@ -5,13 +5,12 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
-import sys
 
 import dimap
 import pytest
 import torch
 from dimap.report import VERSION, Report, build_report
-from dimap.report import _tables as tables
+from dimap.report.text import leaves, short
 from torch import nn
 
 # Paper, Table 1: removed parameters % and removed FLOPs %, at 15, 35 and 55 %.
@@ -126,6 +125,14 @@ def test_zeros_that_were_there_before_are_kept_but_not_counted():
     assert (first.kept, first.nonzero, first.smallest_kept) == (16, 12, 0)
     assert (first.flops_dense, first.flops_nominal, first.flops) == (256, 256, 192)
     assert report.removed_percent == 0
+
+
+def test_float8_beside_what_is_pruned_is_counted():
+    state = {f"blocks.{i}.fc.weight": torch.randn(4, 4) for i in range(2)}
+    for name in ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz"):
+        state[f"{name}.weight"] = torch.tensor([0.0, -0.0, 1.0, -0.5]).to(getattr(torch, name))
+    report = dimap.prune(state, 0.5, patterns=PATTERNS).report()
+    assert (report.weights, report.kept, report.nonzero) == (48, 32, 16 + 8)
 
 
 class TestThreshold:
@@ -334,24 +341,24 @@ def drawn(*parts: object, encoding: str = "utf-8") -> list[str]:
 
 class TestTables:
     def test_text_is_at_most_80_columns(self, large):
-        lines = tables.plain(large, layers=True).splitlines()
+        lines = [*str(large).splitlines(), *drawn(large.layer_table(), encoding="ascii")]
         assert max(map(len, lines)) <= 80
         assert len(lines) > 2 * 24
-        assert lines[0].isascii()
+        assert all(line.isascii() for line in lines)
 
     def test_rich_fits_80_columns_with_every_figure_whole(self, large):
-        lines = drawn(large, tables.layers(large))
+        lines = drawn(large, large.layer_table())
         assert max(map(len, lines)) <= 80
         assert not any("…" in line for line in lines)
         row = next(line for line in lines if "2.3 " in line and "self" in line)
         assert row.split() == ["2.3", "self", "2.36G", "8.5", "%", "▉", "1.50e-11", "99.9M"]
 
     def test_long_name_keeps_its_end(self, large):
-        row = next(line for line in drawn(tables.layers(large)) if "attention" in line)
+        row = next(line for line in drawn(large.layer_table()) if "attention" in line)
         assert row.split()[:3] == ["0.0", "..e.of.an.long.attention", "2.36G"]
 
     def test_ascii_terminal_gets_ascii(self, large):
-        assert any("#" in line for line in drawn(large, tables.layers(large), encoding="ascii"))
+        assert any("#" in line for line in drawn(large, large.layer_table(), encoding="ascii"))
 
     def test_str_is_the_summary(self, large):
         assert "threshold" in str(large)
@@ -364,15 +371,10 @@ class TestTables:
         large.print(layers=True)
         assert capsys.readouterr().out.count("\n") > short.count("\n") + 48
 
-    def test_print_without_rich_is_plain(self, large, capsys, monkeypatch):
-        monkeypatch.setitem(sys.modules, "rich", None)
-        large.print(layers=True)
-        assert capsys.readouterr().out == tables.plain(large, layers=True) + "\n"
-
     def test_model_without_parameters_to_prune_is_drawn(self):
         empty = dataclasses.replace(pruned()[0].report(), layers=())
-        assert drawn(empty, tables.layers(empty))
-        assert tables.plain(empty, layers=True)
+        assert drawn(empty, empty.layer_table())
+        assert str(empty)
 
     @pytest.mark.parametrize(
         ("count", "text"),
@@ -383,10 +385,10 @@ class TestTables:
         ],
     )  # fmt: skip
     def test_counts_keep_three_digits(self, count, text):
-        assert tables._short(count) == text
+        assert short(count) == text
 
     @pytest.mark.parametrize(
-        ("names", "leaves"),
+        ("names", "ends"),
         [
             (["a"], ["a"]),
             (["a.b.c.d"], ["c.d"]),
@@ -395,5 +397,5 @@ class TestTables:
             (["fc1", "fc2"], ["fc1", "fc2"]),
         ],
     )
-    def test_names_lose_what_a_block_shares(self, names, leaves):
-        assert tables._leaves(names) == leaves
+    def test_names_lose_what_a_block_shares(self, names, ends):
+        assert leaves(names) == ends

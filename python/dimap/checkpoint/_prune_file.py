@@ -14,9 +14,9 @@ from .._files import replacing
 from .._progress import Bar
 from ..distributed.ranks import Ranks
 from ..groups import AUX, Layer, find_modules
+from ..plots import report_output
 from ..pruning import Normalize, Pruning, Scope, prune
 from ..report import Report, build_report
-from ..report._output import report_output
 from ..stream import StreamPruning, pruning_checkpoint
 from . import Checkpoint
 from ._safetensors import Shards

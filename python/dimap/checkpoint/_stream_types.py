@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
-from torch import nn
 
-from ..groups import Layer
-from ..groups._plan import Normalize
-from ..groups._scopes import Scope
-
-if TYPE_CHECKING:
-    from ..report import Report
+from ..report import Pruned
 
 
 class Progress(Protocol):
@@ -34,8 +27,8 @@ class Silent:
         pass
 
 
-@dataclass
-class StreamPruning:
+@dataclass(kw_only=True)
+class StreamPruning(Pruned):
     """What was pruned: `dimap.Pruning` without the weights and masks, which lie in files.
 
     modules, thresholds, scope, normalize, sparsity: as in `dimap.Pruning`.
@@ -47,22 +40,9 @@ class StreamPruning:
     readings: how often the weights were read to find the cuts.
     """
 
-    modules: dict[str, list[Layer]]
-    thresholds: dict[str, float]
-    scope: Scope
-    normalize: Normalize
-    sparsity: dict[str, float]
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, torch.dtype]
     kept: dict[str, int]
     nonzero: dict[str, int]
     smallest: dict[str, float] = field(default_factory=dict)
     readings: int = 1
-
-    def report(
-        self, model: nn.Module | None = None, input_size: int | Sequence[int] | None = None
-    ) -> Report:
-        """Tables of what is left; with `model`, FLOPs too (see `dimap.report.build_report`)."""
-        from ..report import build_report
-
-        return build_report(self, model, input_size)

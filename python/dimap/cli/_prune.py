@@ -28,7 +28,6 @@ from ..checkpoint._prune_file import prune_file
 from ..checkpoint._prune_many import Job, Settings
 from ..distributed.ranks import launched
 from ..methods import METHODS
-from ..report._tables import layers as layer_table
 from ._prune_many import prune_many
 
 
@@ -222,7 +221,7 @@ def prune(
     console = Console()
     console.print(built)
     if layers:
-        console.print(layer_table(built))
+        console.print(built.layer_table())
     names = ", ".join(str(path) for path in (out, masks, report) if path)
     text = Text("wrote ", style="green").append(f"{names} in {seconds:.1f} s", style="default")
     console.print(text, soft_wrap=True)

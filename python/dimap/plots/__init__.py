@@ -12,12 +12,12 @@ ending. Nothing global is changed, and matplotlib is imported only when a pictur
 
 from __future__ import annotations
 
-from ._curves import accuracy_curves, load_rows
-from ._folder import write_report
-from ._histograms import weight_histograms
-from ._kept import kept_ratios
-from ._mask import mask_picture
-from ._style import check_path
+from .curves import accuracy_curves, load_rows
+from .folder import report_output, write_report
+from .histograms import weight_histograms
+from .kept import kept_ratios
+from .mask import mask_picture
+from .style import check_path
 
 __all__ = [
     "accuracy_curves",
@@ -25,6 +25,7 @@ __all__ = [
     "kept_ratios",
     "load_rows",
     "mask_picture",
+    "report_output",
     "weight_histograms",
     "write_report",
 ]

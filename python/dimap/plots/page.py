@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import io
 import re
+from base64 import b64encode
 from collections.abc import Sequence
 from html import escape
+from itertools import groupby
 from typing import TYPE_CHECKING
 
-from ..report._tables import MODULES, _by_block, _short, _tiny
-from ..report._types import LayerReport, Report
-from . import _style as style
-from ._source import place_name
+from ..groups import position
+from ..report import Report
+from ..report.report import MODULES, module_rows
+from ..report.text import short, tiny
+from . import style
+from .source import place_name
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -70,7 +74,7 @@ def page(report: Report, pictures: Sequence[tuple[str, str, str]]) -> str:
 def inline_svg(figure: Figure, number: int, alt: str) -> str:
     """An <svg> element in the page's own font and ink; `number` keeps its ids apart from others."""
     buffer = io.BytesIO()
-    style.write(figure, buffer, "svg", inline=True)
+    style.write(figure, buffer, ".svg", inline=True)
     text = buffer.getvalue().decode()
     text = text[text.index("<svg ") :].strip()
     text = re.sub(r'\bid="', f'id="p{number}-', text)
@@ -81,8 +85,6 @@ def inline_svg(figure: Figure, number: int, alt: str) -> str:
 
 def inline_png(data: bytes, alt: str) -> str:
     """An <img> element that holds the bytes of a PNG."""
-    from base64 import b64encode
-
     return f'<img alt="{escape(alt)}" src="data:image/png;base64,{b64encode(data).decode()}">'
 
 
@@ -96,7 +98,7 @@ def _summary(report: Report) -> list[str]:
     if report.flops is not None and report.flops_removed_percent is not None:
         size = " × ".join(map(str, report.input_size or ()))
         lines.append(
-            f"{_short(report.flops)} of {_short(report.flops_dense)} multiply-adds of one {size} "
+            f"{short(report.flops)} of {short(report.flops_dense)} multiply-adds of one {size} "
             f"input are left: {report.flops_removed_percent:.2f} % are removed, nominally "
             f"{report.flops_nominal_removed_percent:.2f} %."
         )
@@ -104,67 +106,44 @@ def _summary(report: Report) -> list[str]:
 
 
 def _modules(report: Report) -> str:
-    rows = []
-    for module in report.modules:
-        rows.append(
-            (
-                module.name, str(module.layers), f"{module.weights:,}", f"{module.kept:,}",
-                f"{module.removed_percent:.2f} %", _tiny(module.threshold),
-                _short(module.flops_dense), _short(module.flops), _short(module.flops_nominal),
-            )
-        )  # fmt: skip
-    layers = str(sum(module.layers for module in report.modules))
-    rows.append(
-        (
-            "all", layers, f"{report.weights:,}", f"{report.kept:,}",
-            f"{report.removed_percent:.2f} %", "",
-            _short(report.flops_dense), _short(report.flops), _short(report.flops_nominal),
-        )
-    )  # fmt: skip
+    rows = module_rows(report, count=lambda n: f"{n:,}", digits=2)
     used = [i for i in range(len(MODULES)) if any(row[i] for row in rows)]
-    lines = [_row("th", [MODULES[i] for i in used])]
-    for row in rows:
-        kind = ' class="total"' if row is rows[-1] else ""
-        lines.append(_row("td", [row[i] for i in used], kind))
-    return _table("modules", lines)
+    head, *lines = (_row([row[i] for i in used]) for row in [MODULES, *rows])
+    lines[-1] = lines[-1].replace("<tr>", '<tr class="total">')
+    return _table("modules", head, lines)
 
 
 def _layers(report: Report) -> str:
     flops = any(layer.flops for layer in report.layers)
-    head = ["layer", "module", "weights", "kept", "density", "", "min |w|"]
-    lines = [_row("th", head + ["FLOPs"] * flops)]
-    members = _by_block(report.layers)
-    before: LayerReport | None = None
-    for layer in members:
-        first = before is None or (layer.stage, layer.block) != (before.stage, before.block)
-        where = place_name(layer.stage, layer.block)
-        cells = [
-            layer.name, layer.module, f"{layer.weights:,}", f"{layer.kept:,}",
-            f"{100 * layer.density:.1f} %",
-            f'<div style="width: {100 * layer.density:.1f}%"></div>',
-            _tiny(layer.smallest_kept), *[_short(layer.flops)] * flops,
-        ]  # fmt: skip
-        kind = f' class="first" title="{escape(where)}"' if first else f' title="{escape(where)}"'
-        lines.append(_row("td", cells, kind, bar=5))
-        before = layer
-    return _table("layers", lines)
+    head = ["layer", "module", "weights", "kept", "density", "", "min |w|"] + ["FLOPs"] * flops
+    lines = []
+    for _, members in groupby(sorted(report.layers, key=position), key=position):
+        first = ' class="first"'
+        for layer in members:
+            density = f"{100 * layer.density:.1f}"
+            cells = [
+                layer.name, layer.module, f"{layer.weights:,}", f"{layer.kept:,}", f"{density} %",
+                "", tiny(layer.smallest_kept), *[short(layer.flops)] * flops,
+            ]  # fmt: skip
+            bar = f'<td class="bar"><div style="width: {density}%"></div></td>'
+            row = _row(cells).replace("<td></td>", bar, 1)
+            place = f' title="{escape(place_name(layer))}"'
+            lines.append(row.replace("<tr>", f"<tr{first}{place}>"))
+            first = ""
+    return _table("layers", _row(head), lines)
 
 
-def _row(tag: str, cells: Sequence[str], kind: str = "", bar: int | None = None) -> str:
-    """`cells` are escaped, but for the one at `bar`."""
-    made = []
-    for place, cell in enumerate(cells):
-        if place == bar:
-            made.append(f'<{tag} class="bar">{cell}</{tag}>')
-        else:
-            name = ' class="name"' if place == 0 else ""
-            made.append(f"<{tag}{name}>{escape(cell)}</{tag}>")
-    return f"<tr{kind}>{''.join(made)}</tr>"
+def _row(cells: Sequence[str]) -> str:
+    """A row of cells, the first of which is a name."""
+    name, *others = map(escape, cells)
+    others = [f"<td>{cell}</td>" for cell in others]
+    return f'<tr><td class="name">{name}</td>{"".join(others)}</tr>'
 
 
-def _table(name: str, lines: Sequence[str]) -> str:
-    body = "\n".join(lines[1:])
+def _table(name: str, head: str, lines: Sequence[str]) -> str:
+    head = head.replace("<td", "<th").replace("</td", "</th")
+    body = "\n".join(lines)
     return (
-        f'<div class="wide"><table id="{name}">\n<thead>{lines[0]}</thead>\n'
+        f'<div class="wide"><table id="{name}">\n<thead>{head}</thead>\n'
         f"<tbody>\n{body}\n</tbody>\n</table></div>"
     )

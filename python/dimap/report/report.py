@@ -10,16 +10,22 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
+from itertools import groupby, pairwise
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from . import _tables as tables
+from ..groups import position
+from .text import Bar, leaves, plain, short, table, tiny
+
+if TYPE_CHECKING:
+    from rich.console import Group
+    from rich.table import Table
 
 SCHEMA = "dimap.report"
 VERSION = 1
-
+NAME = 24  # characters that a table has for a layer's name
 
 _Built = TypeVar("_Built")
 
@@ -53,6 +59,15 @@ class _Counts:
     @property
     def flops_nominal_removed_percent(self) -> float | None:
         return _removed_percent(self.flops_dense, self.flops_nominal)
+
+
+_DERIVED = [name for name, value in vars(_Counts).items() if isinstance(value, property)]
+
+
+def _removed_percent(dense: int | None, left: int | None) -> float | None:
+    if dense is None or left is None:
+        return None
+    return 100 * (dense - left) / dense if dense else 0.0
 
 
 @dataclass(frozen=True)
@@ -195,39 +210,41 @@ class Report(_Counts):
         return cls.from_dict(json.loads(source))
 
     def __str__(self) -> str:
-        """The summary in plain text; needs no rich."""
-        return tables.plain(self)
+        """The summary in plain text."""
+        return plain(self)
 
-    def __rich__(self) -> Any:
-        return tables.summary(self)
+    def __rich__(self) -> Group:
+        """Whole model and modules."""
+        from rich.console import Group
+        from rich.text import Text
+
+        modules = table(MODULES, module_rows(self), left=(0,))
+        modules.rows[-1].style = "bold"
+        modules.rows[-2].end_section = True
+        lines = [Text(line, no_wrap=True, overflow="ellipsis") for line in _head(self)]
+        lines[0].stylize("bold")
+        legend = [Text(line, style="dim") for line in _legend(self)]
+        return Group(*lines, modules, *legend, *(Text(note, style="yellow") for note in self.notes))
+
+    def layer_table(self) -> Table:
+        """For rich: one line for each prunable layer, block after block, with a bar of its density."""
+        layers = sorted(self.layers, key=position)
+        made = table(LAYERS, _layer_rows(layers), left=(1, 4))
+        for line, (layer, after) in zip(made.rows, pairwise(layers), strict=False):
+            line.end_section = layer.stage != after.stage
+        return made
 
     def print(self, *, layers: bool = False) -> None:
-        """Print the summary, and one line per layer where asked; plain text without rich."""
-        try:
-            import rich
-        except ModuleNotFoundError:
-            print(tables.plain(self, layers=layers))
-            return
+        """Print the summary, and one line for each layer where asked."""
+        import rich
+
         rich.print(self)
         if layers:
-            rich.print(tables.layers(self))
-
-
-def _removed_percent(dense: int | None, left: int | None) -> float | None:
-    if dense is None or left is None:
-        return None
-    return 100 * (dense - left) / dense if dense else 0.0
+            rich.print(self.layer_table())
 
 
 def _derived(counts: _Counts) -> dict[str, Any]:
-    names = (
-        "density",
-        "removed",
-        "removed_percent",
-        "flops_removed_percent",
-        "flops_nominal_removed_percent",
-    )
-    return {name: getattr(counts, name) for name in names}
+    return {name: getattr(counts, name) for name in _DERIVED}
 
 
 def _build(kind: type[_Built], data: Mapping[str, Any], **ready: Any) -> _Built:
@@ -240,3 +257,80 @@ def _build(kind: type[_Built], data: Mapping[str, Any], **ready: Any) -> _Built:
         elif field.default is MISSING:
             raise ValueError(f"{kind.__name__} must have a field {field.name!r}, got {list(data)}")
     return kind(**values)
+
+
+# What the tables say
+
+MODULES = (
+    "module", "layers", "weights", "kept", "removed", "threshold", "dense", "FLOPs", "nominal",
+)  # fmt: skip
+LAYERS = ("block", "layer", "weights", "density", "", "min |w|", "FLOPs")
+
+
+def _head(report: Report) -> list[str]:
+    ratios = dict.fromkeys(report.sparsity.values())
+    asked = [f"{ratio:g}" for ratio in ratios]
+    if len(ratios) > 1:
+        asked = [f"{module} {ratio:g}" for module, ratio in report.sparsity.items()]
+    lines = [
+        f"sparsity {', '.join(asked)}; scope {report.scope}; normalize {report.normalize}",
+        f"parameters     {report.weights:,} -> {report.kept:,}, "
+        f"{report.removed_percent:.2f} % removed",
+        f"not zero       {report.nonzero:,}",
+    ]
+    for name, flops, percent in (
+        ("FLOPs         ", report.flops, report.flops_removed_percent),
+        ("FLOPs, nominal", report.flops_nominal, report.flops_nominal_removed_percent),
+    ):
+        if percent is not None:
+            lines.append(
+                f"{name} {short(report.flops_dense)} -> {short(flops)}, {percent:.2f} % removed"
+            )
+    return lines
+
+
+def _legend(report: Report) -> list[str]:
+    if report.input_size is None:
+        return []
+    size = " x ".join(map(str, report.input_size))
+    return [
+        f"FLOPs are multiply-adds of one {size} input. dense: before pruning;",
+        "FLOPs: nonzero weights x tokens; nominal: the module's ratio, in all its layers.",
+    ]
+
+
+def module_rows(
+    report: Report, count: Callable[[int], str] = short, digits: int = 1
+) -> list[tuple[str, ...]]:
+    """Rows under `MODULES`, the last being the total. count: how numbers of weights are written."""
+
+    def row(part: ModuleReport | Report, *first: str, threshold: str = "") -> tuple[str, ...]:
+        removed = f"{part.removed_percent:.{digits}f} %"
+        flops = (short(part.flops_dense), short(part.flops), short(part.flops_nominal))
+        return (*first, count(part.weights), count(part.kept), removed, threshold, *flops)
+
+    rows = [row(m, m.name, str(m.layers), threshold=tiny(m.threshold)) for m in report.modules]
+    if report.flops_other is not None:  # products of activations read no weight
+        rows.append(("other", "", "", "", "", "", *[short(report.flops_other)] * 3))
+    layers = sum(module.layers for module in report.modules)
+    return [*rows, row(report, "all", str(layers))]
+
+
+def _layer_rows(layers: Sequence[LayerReport]) -> list[tuple[Any, ...]]:
+    """Rows of the layer table; `layers` stand block after block."""
+    rows = []
+    for _, members in groupby(layers, key=position):
+        block = list(members)
+        for layer, name in zip(block, leaves([layer.name for layer in block]), strict=True):
+            rows.append(
+                (
+                    ".".join(str(n) for n in (layer.stage, layer.block) if n is not None),
+                    name if len(name) <= NAME else ".." + name[2 - NAME :],
+                    short(layer.weights),
+                    f"{100 * layer.density:.1f} %",
+                    Bar(layer.density),
+                    tiny(layer.smallest_kept),
+                    short(layer.flops),
+                )
+            )
+    return rows

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
-from . import _style as style
-from ._source import LayerCount, counts_of, kinds, place
+from ..groups import Patterns, position
+from ..report import LayerReport
+from . import style
+from .source import counts_of, kinds
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-    from ..groups import Patterns
+    from torch import Tensor
 
 MARKERS = ("o", "s", "^", "v", "D", "P", "X", "d")
 DASHES = ("-", (0, (3, 1.5)), (0, (1, 1)), (0, (4, 1, 1, 1)))  # of the kinds in one module
@@ -53,20 +51,20 @@ def kept_ratios(
     share = 100 * kept / weights if weights else 100.0
     axes.axhline(share, color=style.GREY, linewidth=1, label=f"all: {share:.1f} %", zorder=1)
     blocks = all(layer.block is not None for layer in layers)
-    spots = sorted({place(layer) for layer in layers})
+    spots = [position(layer) for layer in _firsts(layers)]
     modules = list(dict.fromkeys(layer.module for layer in layers))
-    by_kind = _by_kind(layers)
-    room = (style.WIDTH - INSET) / max(len(spots) if blocks else len(layers), 1)  # inches a block
+    by_kind = _by_kind(layers, modules)
+    room = (style.WIDTH - INSET) / len(spots if blocks else layers)  # inches a block
     for number, (kind, members) in enumerate(by_kind.items()):
         module = members[0].module
         order = [k for k, others in by_kind.items() if others[0].module == module].index(kind)
         # The layers of a block stand side by side, so that equal ones do not hide each other.
         aside = 0.8 * ((number + 0.5) / len(by_kind) - 0.5) if blocks else 0.0
-        starts = [spots.index(place(x)) for x in members] if blocks else range(len(members))
+        starts = [spots.index(position(x)) for x in members] if blocks else range(len(members))
         color = style.module_color(module, modules)
         axes.plot(
             [start + aside for start in starts],
-            [100 * layer.kept / layer.weights if layer.weights else 100.0 for layer in members],
+            [100 * layer.density for layer in members],
             color=color,
             marker=MARKERS[number % len(MARKERS)],
             markerfacecolor=color if order % 2 == 0 else "white",
@@ -79,7 +77,7 @@ def kept_ratios(
     axes.set_ylim(-3, 103)
     axes.set_ylabel("weights kept, %")
     if blocks:
-        _mark_blocks(axes, [(layer.stage, layer.block) for layer in _firsts(layers)], room)
+        _mark_blocks(axes, _firsts(layers), room)
     else:
         axes.set_xlabel("layer")
     style.dress(axes)
@@ -92,27 +90,27 @@ def kept_ratios(
     return style.finish(figure, path)
 
 
-def _by_kind(layers: Sequence[LayerCount]) -> dict[str, list[LayerCount]]:
+def _by_kind(layers: Sequence[LayerReport], modules: list[str]) -> dict[str, list[LayerReport]]:
     """Kind -> its layers through the network; kinds of one module stand together."""
-    names = kinds(list(layers))
-    order = {module: i for i, module in enumerate(dict.fromkeys(x.module for x in layers))}
-    found: dict[str, list[LayerCount]] = defaultdict(list)
-    for layer in sorted(layers, key=lambda layer: order[layer.module]):
-        found[names[layer.name]].append(layer)
-    return dict(found)
+    names = kinds(layers)
+    found: dict[str, list[LayerReport]] = {}
+    for layer in sorted(layers, key=lambda layer: modules.index(layer.module)):
+        found.setdefault(names[layer.name], []).append(layer)
+    return found
 
 
-def _firsts(layers: Sequence[LayerCount]) -> list[LayerCount]:
-    return [next(members) for _, members in groupby(layers, key=place)]
+def _firsts(layers: Sequence[LayerReport]) -> list[LayerReport]:
+    """The first layer of each block."""
+    return [next(members) for _, members in groupby(layers, key=position)]
 
 
-def _mark_blocks(axes: Axes, spots: Sequence[tuple[int | None, int | None]], room: float) -> None:
+def _mark_blocks(axes: Axes, firsts: Sequence[LayerReport], room: float) -> None:
     """Block numbers under the axis, as many as there is room for; stages below and between them."""
     every = next(n for n in (1, 2, 5, 10, 20, 50, 100, 1000) if n * room >= 0.22)
-    shown = [i for i, (_, block) in enumerate(spots) if (block or 0) % every == 0]
-    axes.set_xticks(shown, [str(spots[i][1]) for i in shown])
-    axes.set_xlim(-0.7, len(spots) - 0.3)
-    stages = [stage for stage, _ in spots]
+    shown = [i for i, layer in enumerate(firsts) if (layer.block or 0) % every == 0]
+    axes.set_xticks(shown, [str(firsts[i].block) for i in shown])
+    axes.set_xlim(-0.7, len(firsts) - 0.3)
+    stages = [layer.stage for layer in firsts]
     if set(stages) == {None}:
         axes.set_xlabel("block")
         return
@@ -124,13 +122,8 @@ def _mark_blocks(axes: Axes, spots: Sequence[tuple[int | None, int | None]], roo
             axes.axvline(start - 0.5, color=style.GREY, linewidth=0.6, alpha=0.6, zorder=0)
         axes.annotate(
             str(stages[start]) if narrow else f"stage {stages[start]}",
-            ((start + end - 1) / 2, 0),
-            xycoords=("data", "axes fraction"),
-            xytext=(0, -17),
-            textcoords="offset points",
-            ha="center",
-            va="top",
-            fontsize=style.TEXT - 1,
-            color=style.INK,
-        )
+            ((start + end - 1) / 2, 0), xycoords=("data", "axes fraction"),
+            xytext=(0, -17), textcoords="offset points", ha="center", va="top",
+            fontsize=style.TEXT - 1, color=style.INK,
+        )  # fmt: skip
     axes.set_xlabel("block; below it, the stage" if narrow else "block", labelpad=14)

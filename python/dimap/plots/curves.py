@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import statistics
 from collections.abc import Mapping, Sequence
@@ -11,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import _style as style
+from . import style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -88,8 +87,7 @@ def accuracy_curves(
         axes.set_title(style.plain(panel), loc="left", fontsize=style.TEXT, color=style.INK)
         style.dress(axes)
     cells[0].set_ylabel(style.plain(ylabel))
-    if title:
-        figure.suptitle(style.plain(title), fontsize=style.TEXT + 1, color=style.INK)
+    style.head(figure, title)
     handles: dict[str, Any] = {}
     for axes in cells:
         handles |= {label: h for h, label in zip(*axes.get_legend_handles_labels(), strict=True)}
@@ -137,8 +135,8 @@ def read_rows(
     Raises as `accuracy_curves`.
     """
     found: dict[str, dict[str, dict[float, list[tuple[float, float]]]]] = {}
-    for place, row in enumerate(_list(rows)):
-        where = f"rows[{place}]"
+    for number, row in enumerate(_list(rows)):
+        where = f"rows[{number}]"
         if not isinstance(row, Mapping):
             raise TypeError(f"{where} must be a mapping, got {type(row).__name__}")
         method, panel = row.get("method"), row.get("panel", "")
@@ -146,11 +144,13 @@ def read_rows(
             raise ValueError(f"{where}['method'] must be the method's name, got {method!r}")
         if not isinstance(panel, str):
             raise ValueError(f"{where}['panel'] must be a string, got {panel!r}")
-        sparsity = _number(row, "sparsity", where, 1.0, 0.0 if method == DENSE else None)
-        accuracy = _number(row, "accuracy", where, 100.0, None)
-        spread = _number(row, "spread", where, 100.0, 0.0)
+        dense = method == DENSE
+        sparsity = _number(where, "sparsity", row.get("sparsity", 0.0 if dense else None), 1)
+        accuracy = _number(where, "accuracy", row.get("accuracy"), 100)
+        spread = row.get("spread")
+        spread = 0.0 if spread is None else _number(where, "spread", spread, 100)
         points = found.setdefault(panel, {}).setdefault(method, {})
-        points.setdefault(0.0 if method == DENSE else sparsity, []).append((accuracy, spread))
+        points.setdefault(0.0 if dense else sparsity, []).append((accuracy, spread))
     if not found:
         raise ValueError("rows must hold at least one measurement, got none")
     return {
@@ -180,15 +180,10 @@ def _list(rows: Any) -> Sequence[Any]:
     return rows
 
 
-def _number(
-    row: Mapping[str, Any], key: str, where: str, most: float, default: float | None
-) -> float:
-    value = row.get(key, default)
-    if value is None and key == "spread":
-        return 0.0
+def _number(where: str, key: str, value: object, most: float) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ValueError(f"{where}[{key!r}] must be a number, got {value!r}")
-    if not 0 <= value <= most or math.isnan(value):
+    if not 0 <= value <= most:  # nor a NaN
         raise ValueError(f"{where}[{key!r}] must be in [0, {most:g}], got {value}")
     return float(value)
 
@@ -199,8 +194,6 @@ def load_rows(path: str | os.PathLike[str]) -> Sequence[Mapping[str, Any]]:
     Raises OSError where it cannot be read, ValueError where it is not JSON or of another schema.
     """
     try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
+        return _list(json.loads(Path(path).read_text(encoding="utf-8")))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{os.fspath(path)} must be a JSON file, got: {error}") from error
-    rows: Sequence[Mapping[str, Any]] = _list(data)
-    return rows

@@ -11,14 +11,14 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
+from .._files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
-YELLOW, BLUE, VERMILLION, PURPLE = "#F0E442", "#0072B2", "#D55E00", "#CC79A7"
+BLUE, VERMILLION, PURPLE = "#0072B2", "#D55E00", "#CC79A7"
 INK, FAINT, GREY = "#262626", "#D9D9D9", "#8C8C8C"
 
 MODULES = {"qkv": BLUE, "proj": ORANGE, "mlp": GREEN}
@@ -44,16 +44,6 @@ def new_figure(width: float, height: float, *, layout: str | None = "constrained
     return Figure(figsize=(width, height), dpi=DPI, layout=layout, facecolor="white")
 
 
-def check_matplotlib() -> None:
-    """Raise ModuleNotFoundError, naming the extra that brings it, where matplotlib is missing."""
-    try:
-        import matplotlib  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "pictures need the package matplotlib: pip install 'dimap[plot]'", name="matplotlib"
-        ) from error
-
-
 def dress(axes: Axes, *, grid: str | None = "y") -> None:
     """Quiet axes: no box, thin ticks, a faint grid behind the data along "x", "y" or "both"."""
     axes.spines[["top", "right"]].set_visible(False)
@@ -66,14 +56,10 @@ def dress(axes: Axes, *, grid: str | None = "y") -> None:
         text.set(color=INK, fontsize=TEXT)
 
 
-def check_path(path: str | os.PathLike[str] | None) -> None:
-    """Raise where a picture could not be written to `path`, before any work.
-
-    ModuleNotFoundError without matplotlib, ValueError for an ending that is not .png or .svg.
-    """
-    if path is not None:
-        file_format(path)
-    check_matplotlib()
+def head(figure: Figure, title: str | None) -> None:
+    """Words above all of a picture."""
+    if title:
+        figure.suptitle(plain(title), fontsize=TEXT + 1, color=INK)
 
 
 def plain(text: str) -> str:
@@ -81,31 +67,36 @@ def plain(text: str) -> str:
     return text.replace("$", r"\$")
 
 
-def file_format(path: str | os.PathLike[str]) -> str:
-    """ "png" or "svg", from the end of the path; ValueError for another one."""
-    ending = Path(path).suffix.lower()
-    if ending not in FORMATS:
+def check_path(path: str | os.PathLike[str] | None) -> None:
+    """Raise where a picture could not be written to `path`, before any work.
+
+    ModuleNotFoundError without matplotlib, ValueError for an ending that is not .png or .svg.
+    """
+    if path is not None and Path(path).suffix.lower() not in FORMATS:
         raise ValueError(f"a picture's path must end in {' or '.join(FORMATS)}, got {path}")
-    return ending[1:]
+    try:
+        import matplotlib  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "pictures need the package matplotlib: pip install 'dimap[plot]'", name="matplotlib"
+        ) from error
 
 
 def finish(figure: Figure, path: str | os.PathLike[str] | None) -> Figure:
     """Write the figure where a path is given, complete or not at all; a file there is replaced."""
     if path is not None:
-        from .._files import replacing
-
-        form = file_format(path)
         with replacing(Path(path), force=True) as temporary:
-            write(figure, temporary, form)
+            write(figure, temporary, Path(path).suffix.lower())
     return figure
 
 
-def write(figure: Figure, target: Any, form: str, *, inline: bool = False) -> None:
+def write(figure: Figure, target: Any, ending: str, *, inline: bool = False) -> None:
     """Write to a path or a binary file: the same bytes for the same figure and matplotlib.
 
+    ending: ".png" or ".svg".
     inline: SVG for a page of either ink: no background, and words in the page's fonts, not shapes.
     """
-    if form == "png":
+    if ending == ".png":
         _write_png(figure, target)
         return
     import matplotlib
@@ -123,7 +114,8 @@ def _write_png(figure: Figure, target: Any) -> None:
 
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
-    picture = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+    pixels = bytes(canvas.buffer_rgba())
+    picture = Image.frombytes("RGBA", canvas.get_width_height(), pixels).convert("RGB")
     picture.quantize(256, dither=Image.Dither.NONE).save(
         target, format="png", optimize=True, dpi=(figure.dpi, figure.dpi)
     )

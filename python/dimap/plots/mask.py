@@ -8,16 +8,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
-from . import _style as style
-from ._source import Source, source_of
+from ..groups import Layer, Patterns
+from . import style
+from .source import Source, source_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-    from ..groups import Layer, Patterns
+    from torch import Tensor
 
 KEPT, PRUNED = style.VERMILLION, style.FAINT
 ROLES = ("query", "key", "value")
@@ -77,6 +74,10 @@ def mask_picture(
     Returns the matplotlib Figure. Raises ValueError for a layer that the model does not have.
     """
     style.check_path(path)
+    from matplotlib.colors import LinearSegmentedColormap
+    from matplotlib.patches import Patch
+
+    colors = LinearSegmentedColormap.from_list("kept", [PRUNED, KEPT])
     source = source_of(model, masks, patterns)
     found = find_layer(source, layer)
     parts = [part for name in found.parameters for part in _parts(source, name)]
@@ -94,9 +95,7 @@ def mask_picture(
         h, w = image.shape
         # On whole pixels, as many as the image has: nothing is sampled twice or left out.
         axes = figure.add_axes((left / wide, (high - top - h) / high, w / wide, h / high))
-        axes.imshow(
-            image.numpy(), cmap=_colors(), vmin=0, vmax=1, aspect="auto", interpolation="none"
-        )
+        axes.imshow(image.numpy(), cmap=colors, vmin=0, vmax=1, aspect="auto", interpolation="none")
         axes.set_xticks([])
         axes.set_yticks([])
         axes.spines[:].set_visible(False)
@@ -112,16 +111,12 @@ def mask_picture(
     kept = sum(int(part.mask.count_nonzero()) for part in parts)
     words = title or f"{found.name}: {100 * kept / max(weights, 1):.1f} % of {weights:,} kept"
     figure.text(
-        EDGE / wide,
-        1 - 6 / high,
-        style.plain(words),
-        ha="left",
-        va="top",
-        fontsize=style.TEXT,
-        color=style.INK,
-    )
+        EDGE / wide, 1 - 6 / high, style.plain(words),
+        ha="left", va="top", fontsize=style.TEXT, color=style.INK,
+    )  # fmt: skip
     figure.legend(
-        handles=_legend(), loc="lower right", ncols=2, frameon=False, fontsize=style.TEXT - 1,
+        handles=[Patch(color=KEPT, label="kept"), Patch(color=PRUNED, label="pruned")],
+        loc="lower right", ncols=2, frameon=False, fontsize=style.TEXT - 1,
         labelcolor=style.INK, handlelength=1, borderaxespad=0.2,
     )  # fmt: skip
     return style.finish(figure, path)
@@ -159,10 +154,7 @@ def _scaled(masks: Sequence[Tensor]) -> list[Tensor]:
     if scale >= 1:
         n = int(scale)
         return [m.float().repeat_interleave(n, 0).repeat_interleave(n, 1) for m in masks]
-    return [
-        average(m, max(1, round(m.shape[0] * scale)), max(1, round(m.shape[1] * scale)))
-        for m in masks
-    ]
+    return [average(m, *(max(1, round(n * scale)) for n in m.shape)) for m in masks]
 
 
 def average(mask: Tensor, rows: int, columns: int) -> Tensor:
@@ -175,19 +167,9 @@ def average(mask: Tensor, rows: int, columns: int) -> Tensor:
 
 def _areas(weights: int, pixels: int) -> Tensor:
     """[pixels, weights]: how much of each pixel's length every weight takes; rows sum to 1."""
+    import torch
+
     start = torch.arange(pixels, dtype=torch.float64).mul(weights / pixels).unsqueeze(1)
     place = torch.arange(weights, dtype=torch.float64)
     end = torch.minimum(start + weights / pixels, place + 1)
     return (end - torch.maximum(start, place)).clamp_(min=0).mul(pixels / weights).float()
-
-
-def _colors() -> Any:
-    from matplotlib.colors import LinearSegmentedColormap
-
-    return LinearSegmentedColormap.from_list("kept", [PRUNED, KEPT])
-
-
-def _legend() -> list[Any]:
-    from matplotlib.patches import Patch
-
-    return [Patch(color=KEPT, label="kept"), Patch(color=PRUNED, label="pruned")]
