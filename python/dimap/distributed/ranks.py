@@ -52,9 +52,6 @@ class Ranks:
         return nullcontext()
 
 
-Alone = Ranks
-
-
 def group_of(group: dist.ProcessGroup | None = None) -> Group:
     """The ranks of a process group of torch; of the default one if none is given."""
     import torch
