@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from . import _C
 from ._files import open_safetensors, replacing, save_safetensors
 from .distributed._sharded import check_whole
 
@@ -170,7 +171,7 @@ def _kind(value: object) -> str:
 
 def _pack(mask: Tensor) -> Tensor:
     flat = mask.detach().cpu().reshape(-1).numpy()
-    return torch.from_numpy(np.packbits(flat, bitorder="little"))
+    return torch.from_numpy(np.frombuffer(bytearray(_C.pack_bits(flat.data)), np.uint8))
 
 
 def _unpack(path: Path, name: str, packed: Tensor, shape: list[int]) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -83,16 +83,9 @@ def select(
     flat index. Parameters of "aux" are not in it.
     """
     ranking = rank(
-        model,
-        sparsity,
-        method=method,
-        scope=scope,
-        normalize=normalize,
-        saliency=saliency,
-        data=data,
-        loss=loss,
-        patterns=patterns,
-    )
+        model, sparsity, method=method, scope=scope, normalize=normalize, saliency=saliency,
+        data=data, loss=loss, patterns=patterns,
+    )  # fmt: skip
     masks, _ = _decide(ranking)
     return dict(zip(ranking.plan.names, masks, strict=True))
 
@@ -114,20 +107,18 @@ def prune(
     Nothing is changed when an error is raised.
     """
     ranking = rank(
-        model,
-        sparsity,
-        method=method,
-        scope=scope,
-        normalize=normalize,
-        saliency=saliency,
-        data=data,
-        loss=loss,
-        patterns=patterns,
-    )
+        model, sparsity, method=method, scope=scope, normalize=normalize, saliency=saliency,
+        data=data, loss=loss, patterns=patterns,
+    )  # fmt: skip
     plan = ranking.plan
     masks, thresholds = _decide(ranking)
-    with renamed(plan.names):
-        _zero(plan.tensors, masks)
+    if is_sharded(plan.tensors):
+        from .distributed import _dtensor
+
+        _dtensor.apply_(plan.tensors, masks)
+    else:
+        with renamed(plan.names):
+            ops.apply_(plan.tensors, masks)
     return Pruning(
         modules=plan.modules,
         thresholds=dict(zip(plan.scope_names, thresholds.tolist(), strict=True)),
@@ -150,16 +141,6 @@ def _decide(ranking: Ranking) -> tuple[list[Tensor], Tensor]:
         return _dtensor.select_cuts(plan.names, plan.tensors, *numbers)
     with renamed(ranking.labels):
         return ops.select_cuts(ranking.tensors, *numbers)
-
-
-def _zero(tensors: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
-    """Zero in place what the masks drop."""
-    if is_sharded(tensors):
-        from .distributed import _dtensor
-
-        _dtensor.apply_(tensors, masks)
-    else:
-        ops.apply_(tensors, masks)
 
 
 @dataclass(kw_only=True)

@@ -6,9 +6,8 @@ import json
 import os
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import style
 
@@ -32,8 +31,7 @@ METHODS: dict[str, tuple[str, str, Any]] = {
 SPARE = ((style.BLACK, "*", "-"), (style.BLACK, "h", (0, (3, 1))), (style.GREY, "d", "-"))
 
 
-@dataclass(frozen=True)
-class Point:
+class Point(NamedTuple):
     """One method at one sparsity: the mean over its rows, and how far they spread."""
 
     sparsity: float
@@ -100,11 +98,9 @@ def accuracy_curves(
 
 def _draw(axes: Axes, name: str, points: list[Point], names: list[str]) -> None:
     color, marker, dashes = _look(name, names)
-    x = [100 * point.sparsity for point in points]
-    y = [point.accuracy for point in points]
+    x, y = [100 * point.sparsity for point in points], [point.accuracy for point in points]
     if any(point.spread for point in points):
-        low = [point.accuracy - point.spread for point in points]
-        high = [point.accuracy + point.spread for point in points]
+        low, high = ([p.accuracy + sign * p.spread for p in points] for sign in (-1, 1))
         axes.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
     first = name.lower() == "dimap"
     axes.plot(
@@ -160,9 +156,9 @@ def read_rows(
 
 
 def _point(sparsity: float, values: list[tuple[float, float]]) -> Point:
-    accuracies = [accuracy for accuracy, _ in values]
     if len(values) == 1:
         return Point(sparsity, *values[0])
+    accuracies = [accuracy for accuracy, _ in values]
     return Point(sparsity, statistics.fmean(accuracies), statistics.stdev(accuracies))
 
 

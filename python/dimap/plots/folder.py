@@ -6,15 +6,16 @@ import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from .._files import replacing
 from ..groups import Layer
 from ..report import Pruned, Report
-from . import page, style
+from . import style
 from .histograms import block_of, choose_blocks, weight_histograms
 from .kept import kept_ratios
 from .mask import mask_picture
+from .page import page
 from .source import Source, prunable, source_of
 
 if TYPE_CHECKING:
@@ -46,49 +47,38 @@ def write_report(
     return report
 
 
-class ReportOutput(Protocol):
-    """Takes what a report needs of a checkpoint's pruning, whether in memory or from file to file."""
-
-    def before(self, checkpoint: Checkpoint) -> None:
-        """Look at the dense weights, before they are pruned."""
-
-    def write(self, report: Report, pruning: Pruned) -> None:
-        """Write all that there is to write."""
-
-
 @contextmanager
 def report_output(
     path: Path, modules: Mapping[str, Sequence[Layer]], *, force: bool = False
 ) -> Iterator[ReportOutput]:
-    """A JSON file where `path` ends in .json or is a file already, else a folder; whole at the end.
+    """Where the report of a checkpoint's pruning goes: complete when the block ends, or not there.
 
-    modules: the layers that will be pruned. Raises as `write_report`; a JSON file is written without
-    matplotlib too.
+    path: a JSON file where it ends in .json or is a file already, else a folder as of `write_report`.
+    modules: the layers that will be pruned. Raises as `write_report`; for a JSON file there need not
+    be matplotlib.
     """
     if (path.suffix == ".json" or path.is_file()) and not path.is_dir():
         with replacing(path, force=force) as temporary:
-            yield _JsonFile(temporary)
+            yield ReportOutput(lambda _: temporary, None)
     else:
         with _report_folder(path, modules, force=force) as path_of:
-            yield _PageFolder(path_of, modules)
+            yield ReportOutput(path_of, prunable(modules))
 
 
-class _JsonFile:
-    def __init__(self, path: Path) -> None:
-        self._path = path
+class ReportOutput:
+    """Takes what a report needs of a pruning in memory, or from file to file.
 
-    def before(self, checkpoint: Checkpoint) -> None:
-        pass
+    path_of: from a file's name to where it is to be written.
+    layers: those to draw, block after block; None draws nothing.
+    """
 
-    def write(self, report: Report, pruning: Pruned) -> None:
-        report.to_json(self._path)
-
-
-class _PageFolder:
-    def __init__(self, path_of: PathOf, modules: Mapping[str, Sequence[Layer]]) -> None:
-        self._path_of, self._layers = path_of, prunable(modules)
+    def __init__(self, path_of: PathOf, layers: list[Layer] | None) -> None:
+        self._path_of, self._layers = path_of, layers
 
     def before(self, checkpoint: Checkpoint) -> None:
+        """Look at the dense weights before they are pruned."""
+        if self._layers is None:
+            return
         self._dense = source_of(checkpoint)
         if checkpoint.form not in ("safetensors", "folder"):  # pruned in place: keep what is drawn
             blocks = choose_blocks(self._layers)
@@ -97,6 +87,10 @@ class _PageFolder:
             self._dense.weight = {n: checkpoint.get(n).clone() for n in names}.__getitem__
 
     def write(self, report: Report, pruning: Pruned) -> None:
+        """Write all files."""
+        if self._layers is None:
+            report.to_json(self._path_of("report.json"))
+            return
         masks = getattr(pruning, "masks", None)  # of what was pruned in memory
         weight = self._dense.weight
 
@@ -145,26 +139,13 @@ def _fill(path_of: PathOf, report: Report, source: Source) -> None:
     kept, weights = kept_ratios(report), weight_histograms(source)
     style.write(kept, path_of("kept.png"), ".png")
     style.write(weights, path_of("weights.png"), ".png")
-    pictures = [
-        (
-            "What every layer keeps",
-            "Share of the weights that each layer keeps, block after block.",
-            page.inline_svg(kept, 0, "kept share of every layer"),
-        ),
-        (
-            "Weights",
-            "Kept weights in colour, pruned ones in grey where they are known; every panel has "
-            "its own height.",
-            page.inline_svg(weights, 1, "histograms of weights"),
-        ),
-    ]
+    masks = {}
     for number, layer in enumerate(_masked(source.layers)):
-        buffer = io.BytesIO()
-        style.write(mask_picture(source, layer.name), buffer, ".png")
-        path_of(_mask_file(number)).write_bytes(buffer.getvalue())
-        picture = page.inline_png(buffer.getvalue(), f"mask of {layer.name}")
-        pictures.append(("" if number else "Masks", "", picture))
-    path_of("index.html").write_text(page.page(report, pictures), encoding="utf-8")
+        picture = io.BytesIO()
+        style.write(mask_picture(source, layer.name), picture, ".png")
+        masks[layer.name] = picture.getvalue()
+        path_of(_mask_file(number)).write_bytes(masks[layer.name])
+    path_of("index.html").write_text(page(report, kept, weights, masks), encoding="utf-8")
 
 
 def _masked(layers: Sequence[Layer]) -> list[Layer]:

@@ -63,17 +63,13 @@ def kept_ratios(
         starts = [spots.index(position(x)) for x in members] if blocks else range(len(members))
         color = style.module_color(module, modules)
         axes.plot(
-            [start + aside for start in starts],
-            [100 * layer.density for layer in members],
-            color=color,
+            [start + aside for start in starts], [100 * layer.density for layer in members],
+            label=style.plain(kind if module in kind else f"{module}: {kind}"),
+            color=color, linestyle=DASHES[order % len(DASHES)], linewidth=0.7, zorder=3,
             marker=MARKERS[number % len(MARKERS)],
             markerfacecolor=color if order % 2 == 0 else "white",
-            linestyle=DASHES[order % len(DASHES)],
-            label=style.plain(kind if module in kind else f"{module}: {kind}"),
-            linewidth=0.7,
             markersize=min(5.0, max(3.0, 72 * room * 0.8 / len(by_kind))),
-            zorder=3,
-        )
+        )  # fmt: skip
     axes.set_ylim(-3, 103)
     axes.set_ylabel("weights kept, %")
     if blocks:

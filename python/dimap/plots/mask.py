@@ -5,8 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..groups import Layer, Patterns
 from . import style
@@ -34,20 +33,11 @@ EDGE, GAP, LINE, BOTTOM = 34, 16, 24, 32  # pixels around them; a line of words 
 NARROWEST = 480  # pixels of a picture, for its words
 
 
-@dataclass(frozen=True)
-class Part:
-    """A matrix to draw: a tensor's mask, or its query's, key's or value's share of it.
-
-    mask: bool, [rows, columns] as drawn.
-    """
+class Part(NamedTuple):
+    """A matrix to draw: a tensor's mask, or its query's, key's or value's share of it."""
 
     name: str
-    mask: Tensor
-
-    @property
-    def share(self) -> float:
-        """Of the weights, how much is kept."""
-        return float(self.mask.count_nonzero()) / self.mask.numel() if self.mask.numel() else 1.0
+    mask: Tensor  # bool, [rows, columns] as drawn
 
 
 def mask_picture(
@@ -100,16 +90,16 @@ def mask_picture(
         axes.set_yticks([])
         axes.spines[:].set_visible(False)
         if len(parts) > 1:
-            words = f"{part.name} {100 * part.share:.1f} % kept"
+            words = f"{part.name} {_percent([part.mask])} kept"
             axes.set_title(style.plain(words), fontsize=style.TEXT, color=style.INK, pad=4)
         if number == 0:
             rows, columns = ("output", "input") if upright else ("input", "output")
             axes.set_ylabel(f"{rows} feature", fontsize=style.TEXT - 1, color=style.INK)
             axes.set_xlabel(f"{columns} feature", fontsize=style.TEXT - 1, color=style.INK)
         left += w + GAP
-    weights = sum(part.mask.numel() for part in parts)
-    kept = sum(int(part.mask.count_nonzero()) for part in parts)
-    words = title or f"{found.name}: {100 * kept / max(weights, 1):.1f} % of {weights:,} kept"
+    masks_drawn = [part.mask for part in parts]
+    weights = sum(mask.numel() for mask in masks_drawn)
+    words = title or f"{found.name}: {_percent(masks_drawn)} of {weights:,} kept"
     figure.text(
         EDGE / wide, 1 - 6 / high, style.plain(words),
         ha="left", va="top", fontsize=style.TEXT, color=style.INK,
@@ -120,6 +110,12 @@ def mask_picture(
         labelcolor=style.INK, handlelength=1, borderaxespad=0.2,
     )  # fmt: skip
     return style.finish(figure, path)
+
+
+def _percent(masks: Sequence[Tensor]) -> str:
+    """How much is kept of all weights, "55.0 %"."""
+    weights, kept = sum(m.numel() for m in masks), sum(int(m.count_nonzero()) for m in masks)
+    return f"{100 * kept / weights if weights else 100:.1f} %"
 
 
 def find_layer(source: Source, name: str) -> Layer:

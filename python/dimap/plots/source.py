@@ -7,17 +7,7 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from ..groups import (
-    AUX,
-    Layer,
-    Located,
-    Patterns,
-    Shape,
-    family_of,
-    group_names,
-    position,
-    shapes_of,
-)
+from ..groups import AUX, Layer, Patterns, family_of, group_names, position, shapes_of
 from ..report import LayerReport, Pruned, Report
 from ..report.text import leaves
 
@@ -84,7 +74,7 @@ def source_of(
 
 def _read(
     model: Any, patterns: Patterns | None
-) -> tuple[Mapping[str, Sequence[Layer]], Mapping[str, Shape], Callable[[str], Tensor]]:
+) -> tuple[Mapping[str, Sequence[Layer]], Mapping[str, tuple[int, ...]], Callable[[str], Tensor]]:
     """Modules, shapes of the parameters, and what gives a weight."""
     if isinstance(model, Pruned):
         if not hasattr(model, "parameters"):
@@ -116,8 +106,10 @@ def counts_of(
     source = source_of(model, masks, patterns)
     rows = []
     for layer in source.layers:
-        found = [source.mask(name) for name in layer.parameters]
-        weights, kept = sum(m.numel() for m in found), sum(int(m.count_nonzero()) for m in found)
+        weights = kept = 0
+        for mask in map(source.mask, layer.parameters):
+            weights += mask.numel()
+            kept += int(mask.count_nonzero())
         place = (layer.name, layer.module, layer.stage, layer.block, layer.parameters)
         rows.append(LayerReport(*place, weights, kept, nonzero=kept, threshold=None))
     return rows
@@ -129,7 +121,7 @@ def prunable(modules: Mapping[str, Sequence[Layer]]) -> list[Layer]:
     return sorted(layers, key=position)
 
 
-def place_name(layer: Located) -> str:
+def place_name(layer: Layer | LayerReport) -> str:
     """ "stage 2, block 5" """
     named = [("stage", layer.stage), ("block", layer.block)]
     return ", ".join(f"{kind} {number}" for kind, number in named if number is not None)

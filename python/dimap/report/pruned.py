@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..groups import AUX
 from ..groups.plan import scope_names
@@ -100,23 +100,17 @@ def build_report(
     modules.sort(key=lambda module: module.name == AUX)
     if flops and (unused := [row.name for row in layers if row.weights and not row.flops_dense]):
         notes.append(f"no FLOPs were seen of {len(unused)} layers, {unused[0]} is the first")
-    other = flops.other if flops else None
     return Report(
         scope=pruning.scope,
         normalize=pruning.normalize,
         sparsity=dict(pruning.sparsity),
-        weights=sum(module.weights for module in modules),
-        kept=sum(module.kept for module in modules),
-        nonzero=sum(module.nonzero for module in modules),
         modules=tuple(modules),
         layers=tuple(layers),
         model=None if model is None or isinstance(model, Mapping) else type(model).__name__,
         input_size=flops.input_size if flops else None,
-        flops_dense=counter.sum([other, *(module.flops_dense for module in modules)]),
-        flops_nominal=counter.sum([other, *(module.flops_nominal for module in modules)]),
-        flops=counter.sum([other, *(module.flops for module in modules)]),
-        flops_other=other,
+        flops_other=flops.other if flops else None,
         notes=tuple(notes),
+        **counter.sums(modules, flops.other if flops else 0),
     )
 
 
@@ -134,9 +128,13 @@ class _Counter:
             pruning.modules, pruning.scope
         )  # of each layer but those of "aux"
 
-    def sum(self, counts: Iterable[int | None]) -> int | None:
-        """Sum of FLOPs; None where they were not counted."""
-        return None if self.flops is None else sum(count or 0 for count in counts)
+    def sums(self, parts: Sequence[LayerReport | ModuleReport], other: int = 0) -> dict[str, Any]:
+        """The counts of all parts together, and FLOPs with `other` that are of none of them."""
+        names = ["weights", "kept", "nonzero"]
+        sums = {name: sum(getattr(part, name) for part in parts) for name in names}
+        for name in ("flops_dense", "flops_nominal", "flops") if self.flops is not None else ():
+            sums[name] = other + sum(getattr(part, name) for part in parts)
+        return sums
 
     def layers(self, layers: Sequence[Layer]) -> list[LayerReport]:
         """The rows of one module's layers."""
@@ -181,17 +179,8 @@ class _Counter:
     def module(self, name: str, rows: Sequence[LayerReport]) -> ModuleReport:
         shared = self.pruning.scope in ("module", "global")
         thresholds = {row.threshold for row in rows} if shared else set()
-        return ModuleReport(
-            name=name,
-            layers=len(rows),
-            weights=sum(row.weights for row in rows),
-            kept=sum(row.kept for row in rows),
-            nonzero=sum(row.nonzero for row in rows),
-            threshold=thresholds.pop() if len(thresholds) == 1 else None,
-            flops_dense=self.sum(row.flops_dense for row in rows),
-            flops_nominal=self.sum(row.flops_nominal for row in rows),
-            flops=self.sum(row.flops for row in rows),
-        )
+        threshold = thresholds.pop() if len(thresholds) == 1 else None
+        return ModuleReport(name=name, layers=len(rows), threshold=threshold, **self.sums(rows))
 
 
 def _check_same(pruning: Pruned, model: nn.Module | Mapping[str, Tensor] | None) -> None:

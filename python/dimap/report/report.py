@@ -221,10 +221,11 @@ class Report(_Counts):
         modules = table(MODULES, module_rows(self), left=(0,))
         modules.rows[-1].style = "bold"
         modules.rows[-2].end_section = True
-        lines = [Text(line, no_wrap=True, overflow="ellipsis") for line in _head(self)]
+        lines = [Text(line, no_wrap=True, overflow="ellipsis") for line in summary_lines(self)]
         lines[0].stylize("bold")
-        legend = [Text(line, style="dim") for line in _legend(self)]
-        return Group(*lines, modules, *legend, *(Text(note, style="yellow") for note in self.notes))
+        style = dict.fromkeys(self.notes, "yellow")
+        notes = [Text(line, style=style.get(line, "dim")) for line in note_lines(self)]
+        return Group(*lines, modules, *notes)
 
     def layer_table(self) -> Table:
         """For rich: one line for each prunable layer, block after block, with a bar of its density."""
@@ -267,7 +268,8 @@ MODULES = (
 LAYERS = ("block", "layer", "weights", "density", "", "min |w|", "FLOPs")
 
 
-def _head(report: Report) -> list[str]:
+def summary_lines(report: Report) -> list[str]:
+    """What was asked for, and what came of it in all."""
     ratios = dict.fromkeys(report.sparsity.values())
     asked = [f"{ratio:g}" for ratio in ratios]
     if len(ratios) > 1:
@@ -289,13 +291,15 @@ def _head(report: Report) -> list[str]:
     return lines
 
 
-def _legend(report: Report) -> list[str]:
+def note_lines(report: Report) -> list[str]:
+    """What FLOPs are, and the report's notes."""
     if report.input_size is None:
-        return []
+        return list(report.notes)
     size = " x ".join(map(str, report.input_size))
     return [
         f"FLOPs are multiply-adds of one {size} input. dense: before pruning;",
         "FLOPs: nonzero weights x tokens; nominal: the module's ratio, in all its layers.",
+        *report.notes,
     ]
 
 
