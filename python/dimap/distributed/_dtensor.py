@@ -12,18 +12,16 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from .. import _C, ops
-from ._local import Local, Positions, local_of, local_part, share_out
+from ._local import NOWHERE, Local, Positions, local_of, local_part, share_out
 from .group import Group
 from .ranks import Ranks, group_of
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # by their numbers in `_C`
-ZERO_BITS = (0, 16, 13)  # low bits that are zero in every magnitude key of the dtype
+ZERO_BITS = (0, 16, 13)  # low bits that are zero in every magnitude key, by number of the dtype
 PROBES = 255  # places that are tried at once when the last kept tie is looked for
 
 # [layers] the key from which weights are kept, and the key of ties or -1; [modules] how many ties are
@@ -47,29 +45,23 @@ def select_cuts(
     another rank, and ConnectionError if one does not answer within its group's timeout.
     """
     with _ranks_of(tensors) as ranks:
-        held = [local_of(name, tensor) for name, tensor in zip(names, tensors, strict=True)]
-        for local in held:
-            if local.weights.dtype not in DTYPES:
-                got = str(local.weights.dtype).removeprefix("torch.")
-                raise ValueError(f"{local.name} must be float32, bfloat16 or float16, got {got}")
+        held = [local_of(*each) for each in zip(names, tensors, layers, modules, strict=True)]
         devices = share_out(held, ranks)
-        sizes, module_of = [0] * (max(layers) + 1), [0] * (max(layers) + 1)
-        for local, layer, module in zip(held, layers, modules, strict=True):
-            sizes[layer] += local.tensor.numel()
-            module_of[layer] = module
+        sizes, module_of = [0] * (max(layers) + 1), [0] * (max(layers) + 1)  # of each layer
+        for local in held:
+            sizes[local.layer] += local.tensor.numel()
+            module_of[local.layer] = local.module
         decide = _decide_in_memory if devices == {"cpu"} else _decide_on_devices
-        cuts, quota, thresholds = decide(held, layers, sizes, module_of, keep, ranks)
-        here = [cuts[layer] for layer in layers]
-        shares = _share_ties(held, here, modules, quota, ranks)
-        masks = _emit(held, here, shares)
-        kept = torch.zeros(len(keep), dtype=torch.int64)
-        for local, mask, module in zip(held, masks, modules, strict=True):
+        cuts, quota, thresholds = decide(held, sizes, module_of, keep, ranks)
+        masks, kept = [], torch.zeros(len(keep), dtype=torch.int64)
+        for local, share in zip(held, _share_ties(held, cuts, quota, ranks), strict=True):
+            mask = local.emit(cuts[local.layer], share)
             if local.counts:
-                kept[module] += int(mask.count_nonzero())
+                kept[local.module] += int(mask.count_nonzero())
+            masks.append(local.dressed(mask))
         if ranks.sum(kept).tolist() != list(keep):
             raise ValueError("the weights must not change while their masks are selected")
-        dressed = [local.dressed(mask) for local, mask in zip(held, masks, strict=True)]
-    return dressed, torch.tensor(thresholds, dtype=torch.float64)
+    return masks, torch.tensor(thresholds, dtype=torch.float64)
 
 
 def apply_(tensors: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
@@ -86,26 +78,20 @@ def _ranks_of(tensors: Sequence[Tensor]) -> Group:
         (mesh,) = meshes
         device = torch.device(mesh.device_type)
         return Group([mesh.get_group(d) for d in range(mesh.ndim)], device)
-    assert dist.group.WORLD is not None
-    return group_of(dist.group.WORLD)
+    return group_of()
 
 
 # The cuts
 
 
 def _decide_in_memory(
-    held: Sequence[Local],
-    layers: Sequence[int],
-    sizes: Sequence[int],
-    module_of: Sequence[int],
-    keep: Sequence[int],
-    ranks: Ranks,
+    held: Sequence[Local], sizes: list[int], module_of: list[int], keep: Sequence[int], ranks: Ranks
 ) -> Decided:
-    """Of weights that are in the memory of the processes; `sizes` are the weights of each layer."""
+    """Of weights that are in the memory of the processes."""
     flat = [local.weights.contiguous() for local in held]  # alive while their addresses are in use
     tensors = [
-        (w.data_ptr(), w.numel() if local.counts else 0, DTYPES.index(w.dtype), layer)
-        for local, w, layer in zip(held, flat, layers, strict=True)
+        (w.data_ptr(), w.numel() if local.counts else 0, local.dtype, local.layer)
+        for local, w in zip(held, flat, strict=True)
     ]
     try:
         return _C.decide_shards(
@@ -117,36 +103,30 @@ def _decide_in_memory(
 
 
 def _decide_on_devices(
-    held: Sequence[Local],
-    layers: Sequence[int],
-    sizes: Sequence[int],
-    module_of: Sequence[int],
-    keep: Sequence[int],
-    ranks: Ranks,
+    held: Sequence[Local], sizes: list[int], module_of: list[int], keep: Sequence[int], ranks: Ranks
 ) -> Decided:
     """The same where some are on GPUs: these survey them, and the tables are added up there."""
     granularities = [max(ZERO_BITS)] * len(sizes)
-    numbers: dict[torch.device, list[int]] = {}  # of the tensors that this rank surveys
-    for i, (local, layer) in enumerate(zip(held, layers, strict=True)):
-        zero_bits = ZERO_BITS[DTYPES.index(local.weights.dtype)]
-        granularities[layer] = min(granularities[layer], zero_bits)
+    on: dict[torch.device, list[Local]] = {}  # those that this rank surveys
+    for local in held:
+        granularities[local.layer] = min(granularities[local.layer], ZERO_BITS[local.dtype])
         if local.counts:
-            numbers.setdefault(local.weights.device, []).append(i)
+            on.setdefault(local.weights.device, []).append(local)
 
     def survey(windows: bytes, bins: int) -> memoryview:
         views = torch.frombuffer(bytearray(windows), dtype=torch.int64).reshape(-1, 7)
         table = ops.survey([], [], views, bins)
-        for device, mine in numbers.items():
-            weights = [held[i].weights for i in mine]
+        for device, mine in on.items():
+            weights, layers = [local.weights for local in mine], [local.layer for local in mine]
             try:
-                found = ops.survey(weights, [layers[i] for i in mine], views.to(device), bins)
+                found = ops.survey(weights, layers, views.to(device), bins)
             except RuntimeError as error:
                 told = re.search(
-                    r"weights\[(\d+)\] must be finite, got (\w+) at .* (\d+)", str(error)
+                    r"weights\[(\d+)\] must be finite, got (\w+) at flat index (\d+)", str(error)
                 )
                 if told is None:
                     raise
-                raise held[mine[int(told[1])]].non_finite(int(told[3]), told[2]) from error
+                raise mine[int(told[1])].non_finite(int(told[3]), told[2]) from error
             table = table.to(device) + found
         return ranks.sum(table).cpu().numpy().data
 
@@ -157,65 +137,42 @@ def _decide_on_devices(
 
 
 def _share_ties(
-    held: Sequence[Local],
-    cuts: Sequence[Sequence[int]],
-    modules: Sequence[int],
-    quota: Sequence[int],
-    ranks: Ranks,
+    held: Sequence[Local], cuts: Sequence[tuple[int, int]], quota: Sequence[int], ranks: Ranks
 ) -> list[int]:
     """How many of the local ties of each tensor are kept."""
     here = [
-        local.ties(tie) if tie >= 0 and quota[module] > 0 else np.zeros(0, np.int64)
-        for local, (_, tie), module in zip(held, cuts, modules, strict=True)
+        local.ties(cuts[local.layer][1]) if quota[local.module] > 0 else NOWHERE for local in held
     ]
-    counted = [len(at) if x.counts else 0 for x, at in zip(held, here, strict=True)]
+    counted = [len(at) if local.counts else 0 for local, at in zip(held, here, strict=True)]
     totals = ranks.sum(torch.tensor(counted, dtype=torch.int64)).tolist()
     left = list(quota)
     shares, split = [], {}
-    for i, module in enumerate(modules):
-        if 0 < left[module] < totals[i]:
-            split[i] = left[module]
-        shares.append(len(here[i]) if totals[i] <= left[module] else 0)
-        left[module] -= min(left[module], totals[i])
-    ends = _find_ends({i: (here[i], held[i], wanted) for i, wanted in split.items()}, ranks)
-    for i, end in ends.items():
+    for i, (local, at, total) in enumerate(zip(held, here, totals, strict=True)):
+        if 0 < left[local.module] < total:
+            split[i] = left[local.module]
+        shares.append(len(at) if total <= left[local.module] else 0)
+        left[local.module] -= min(left[local.module], total)
+    ends = _find_ends([(held[i], here[i], wanted) for i, wanted in split.items()], ranks)
+    for i, end in zip(split, ends, strict=True):
         shares[i] = int(np.searchsorted(here[i], end))
     return shares
 
 
-def _find_ends(split: dict[int, tuple[Positions, Local, int]], ranks: Ranks) -> dict[int, int]:
+def _find_ends(split: Sequence[tuple[Local, Positions, int]], ranks: Ranks) -> list[int]:
     """The flat index before which lie as many ties of all ranks as are wanted, of each tensor."""
     low = np.zeros(len(split), np.int64)
-    high = np.array([local.tensor.numel() for _, local, _ in split.values()], np.int64)
-    wanted = np.array([count for _, _, count in split.values()], np.int64)
+    high = np.array([local.tensor.numel() for local, _, _ in split], np.int64)
+    wanted = np.array([count for _, _, count in split], np.int64)
     # Before `low` there are not more than wanted, before `high` there are.
     steps = np.arange(1, PROBES + 1)
     while (high - low > 1).any():
         probes = low[:, None] + (high - low)[:, None] * steps // (PROBES + 1)
         mine = [
-            np.searchsorted(at, row) if local.counts else np.zeros(PROBES, np.int64)
-            for (at, local, _), row in zip(split.values(), probes, strict=True)
+            np.searchsorted(at, row) * local.counts
+            for (local, at, _), row in zip(split, probes, strict=True)
         ]
-        before = ranks.sum(torch.from_numpy(np.stack(mine).astype(np.int64))).numpy()
+        before = ranks.sum(torch.from_numpy(np.stack(mine))).numpy()
         fits = before <= wanted[:, None]
         low = np.where(fits, probes, low[:, None]).max(axis=1)
         high = np.where(fits, high[:, None], probes).min(axis=1)
-    return dict(zip(split, low.tolist(), strict=True))
-
-
-def _emit(
-    held: Sequence[Local], cuts: Sequence[tuple[int, int]], shares: Sequence[int]
-) -> list[Tensor]:
-    """The local masks, for each tensor's cut and its number of kept ties."""
-    masks = []
-    for local, cut, share in zip(held, cuts, shares, strict=True):
-        to = local.weights.device
-        (mask,), _ = ops.emit(
-            [local.weights],
-            [0],
-            [0],
-            torch.tensor([cut], device=to),
-            torch.tensor([share], device=to),
-        )
-        masks.append(mask)
-    return masks
+    return list(low.tolist())

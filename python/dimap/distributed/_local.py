@@ -12,11 +12,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
+from .. import ops
 from .ranks import Ranks
 
 CHUNK = 1 << 24  # weights that are compared at a time, which takes some memory
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # by their numbers in `_C`
+
 Positions = NDArray[np.int64]
+NOWHERE: Positions = np.zeros(0, np.int64)
 
 
 @dataclass
@@ -25,9 +29,15 @@ class Local:
 
     name: str
     tensor: Tensor  # the whole: a DTensor, or a plain tensor that every rank has
+    layer: int
+    module: int
     weights: Tensor
     offset: tuple[int, ...]
     counts: bool = False  # whether this rank counts for it
+
+    @property
+    def dtype(self) -> int:
+        return DTYPES.index(self.weights.dtype)
 
     @property
     def box(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -47,15 +57,22 @@ class Local:
         return ValueError(f"{self.name} must be finite, got {kind} at flat index {whole}")
 
     def ties(self, key: int) -> Positions:
-        """The flat indices in the whole tensor of the local weights of this magnitude."""
+        """The flat indices in the whole tensor of the local weights of this magnitude; of -1 none."""
+        if key < 0:
+            return NOWHERE
         value = float(np.uint32(key).view(np.float32))
-        found = [np.zeros(0, np.int64)]
+        found = [NOWHERE]
         for i, chunk in enumerate(self.weights.reshape(-1).split(CHUNK)):
             same = (chunk.abs().float() == value).nonzero().flatten()
             found.append(same.cpu().numpy() + i * CHUNK)
-        local = np.concatenate(found)
-        whole: Positions = np.asarray(self.whole_index(local), np.int64)
-        return whole
+        return np.asarray(self.whole_index(np.concatenate(found)), np.int64)
+
+    def emit(self, cut: tuple[int, int], share: int) -> Tensor:
+        """The local mask, which keeps so many of the ties."""
+        to = self.weights.device
+        cuts, quota = torch.tensor([cut], device=to), torch.tensor([share], device=to)
+        [mask], _ = ops.emit([self.weights], [0], [0], cuts, quota)
+        return mask
 
     def dressed(self, mask: Tensor) -> Tensor:
         """A local mask as what the weights are."""
@@ -78,17 +95,20 @@ def local_part(tensor: Tensor) -> Tensor:
     return local.detach()
 
 
-def local_of(name: str, tensor: Tensor) -> Local:
+def local_of(name: str, tensor: Tensor, layer: int, module: int) -> Local:
     weights = local_part(tensor)
-    if not isinstance(tensor, DTensor):
-        return Local(name, tensor, weights, (0,) * tensor.dim())
-    offset, shape = _place(name, tensor)
+    if weights.dtype not in DTYPES:
+        got = str(weights.dtype).removeprefix("torch.")
+        raise ValueError(f"{name} must be float32, bfloat16 or float16, got {got}")
+    offset, shape = (0,) * tensor.dim(), tuple(tensor.shape)
+    if isinstance(tensor, DTensor):
+        offset, shape = _place(name, tensor)
     if shape != tuple(weights.shape):
         raise ValueError(
             f"{name} must be sharded in even parts as torch.chunk does, so that this rank has shape "
             f"{shape}, got {tuple(weights.shape)}"
         )
-    return Local(name, tensor, weights, offset)
+    return Local(name, tensor, layer, module, weights, offset)
 
 
 def _place(name: str, tensor: DTensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
