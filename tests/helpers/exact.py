@@ -181,15 +181,15 @@ def assert_scores16(weights: Sequence[Tensor], scores: Sequence[Tensor], times: 
 
 def assert_scores(weights: Sequence[Tensor], scores: Sequence[Tensor]) -> None:
     """Scores of one layer of any types, within 1 ulp, by a sort and sums in extended precision."""
-    flat = np.concatenate([w.detach().double().abs().flatten().numpy() for w in weights])
-    order = np.argsort(-flat, kind="stable")
-    ranked = flat[order].astype(np.longdouble)
-    energy = np.cumsum(ranked * ranked)
-    last = np.searchsorted(-flat[order], -flat[order], side="right") - 1  # of the equal ones
-    want = np.zeros(flat.size)
+    flat = torch.cat([w.detach().double().abs().flatten() for w in weights])
+    ranked, order = flat.sort(descending=True)
+    values, counts = (x.numpy() for x in ranked.unique_consecutive(return_counts=True))
+    squares = values.astype(np.longdouble) ** 2
+    energy = np.cumsum(ranked.numpy().astype(np.longdouble) ** 2)[np.cumsum(counts) - 1]
     with np.errstate(invalid="ignore", divide="ignore"):
-        quotient = ranked * ranked / energy[last]
-    want[order] = np.where(ranked > 0, quotient, 0).astype(np.float64)
+        quotients = np.where(values > 0, squares / energy, 0).astype(np.float64)
+    want = np.empty(len(ranked))
+    want[order.numpy()] = np.repeat(quotients, counts)
     got = np.concatenate([s.flatten().numpy() for s in scores])
     assert got.dtype == np.float32
     ulps = np.abs(got.view(np.int32) - want.astype(np.float32).view(np.int32))
