@@ -31,31 +31,34 @@ $(VENV)/.dimap: $(VENV)/.torch $(SOURCES)
 
 $(VENV)/.test: $(VENV)/.dimap
 	@echo "== test dependencies"
-	@$(PIP) install --quiet pytest hypothesis transformers matplotlib tensorboard onnx onnxscript tqdm "pillow<13"
+	@$(PIP) install --quiet pytest pytest-xdist hypothesis transformers matplotlib tensorboard onnx onnxscript tqdm "pillow<13"
 	@touch $@
 
 $(VENV)/.lint: $(VENV)/.torch
 	@echo "== lint tools"
-	@$(PIP) install --quiet ruff==0.17.6 mypy==2.4.1 clang-format==19.1.7 torch-abi-audit
+	@$(PIP) install --quiet ruff==0.17.6 mypy==2.4.1 clang-format==19.1.7 import-linter==2.17 torch-abi-audit
 	@touch $@
 
 demo: $(VENV)/.dimap  ## Prune a trained Swin at 55 % and show what it costs
 	@echo "== the demo"
 	@$(BIN)/python examples/demo/demo.py
 
-test: $(VENV)/.test  ## Run the tests
+# A file stays in one worker, with what its tests share. Idle threads of one do not spin on the other's core.
+WORKERS ?= 2
+test: $(VENV)/.test  ## Run the tests (WORKERS=2 of them at a time)
 	@echo "== tests"
-	@$(BIN)/python -m pytest tests
+	@OMP_WAIT_POLICY=passive $(BIN)/python -m pytest tests -n $(WORKERS) --dist loadfile
 
-test-large: $(VENV)/.test  ## Run the tests of more than 2^31 weights in one tensor (minutes, 16 GiB)
+test-large: $(VENV)/.test  ## Run the tests of more than 2^31 weights (minutes, 16 GiB)
 	@echo "== tests that take minutes"
 	@$(BIN)/python -m pytest tests -m large
 
-lint: $(VENV)/.lint $(VENV)/.dimap  ## ruff, mypy, clang-format
+lint: $(VENV)/.lint $(VENV)/.dimap  ## ruff, mypy, the layers of imports, clang-format
 	@echo "== lint"
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+	@$(BIN)/lint-imports --no-cache --no-logo
 	@$(BIN)/clang-format --dry-run --Werror $(FORMATTED)
 
 format: $(VENV)/.lint  ## Format all sources
