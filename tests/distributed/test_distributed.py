@@ -17,7 +17,7 @@ from checkpoints import CASES, DTYPES, shards, vit
 from dimap import cli
 from dimap.checkpoint import prune
 from dimap.distributed.group import Group as Ranks
-from dimap.distributed.ranks import launched
+from dimap.distributed.launch import launched
 from dimap.stream import prune_checkpoint, pruning_checkpoint
 from ranks import Group, environment, free_port, start
 from safetensors.torch import save_file

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING
 
 from .. import _C
 from .._files import naming, replacing
-from ..distributed.ranks import Ranks, group_of
+from ..distributed.launch import group_of
+from ..distributed.ranks import Ranks
 from ..groups import AUX, Patterns
 from ..groups.plan import Normalize, Plan, Scope
 from ..report import Pruned

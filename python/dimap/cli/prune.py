@@ -157,7 +157,7 @@ def prune(
             return
         from ..checkpoint import open_checkpoint
         from ..checkpoint._prune_file import prune_file
-        from ..distributed.ranks import launched
+        from ..distributed.launch import launched
 
         source, out, start = paths[0], Path(paths[1]), time.monotonic()
         with (

@@ -14,7 +14,7 @@ from ..checkpoint.inputs import Item, find_inputs
 from ..checkpoint.manifest import Manifest
 from ..checkpoint.many import Job, Outcome, State, check_job
 from ..checkpoint.workers import prune_all
-from ..distributed.ranks import launched
+from ..distributed.launch import launched
 from .common import print_error, print_json
 from .progress import Bar
 

@@ -19,7 +19,8 @@ from torch.distributed.tensor import DTensor
 from .. import _C, ops
 from ._local import NOWHERE, Local, Positions, local_of, local_part, share_out
 from .group import Group
-from .ranks import Ranks, group_of
+from .launch import group_of
+from .ranks import Ranks
 
 ZERO_BITS = (0, 16, 13)  # low bits that are zero in every magnitude key, by number of the dtype
 PROBES = 255  # places that are tried at once when the last kept tie is looked for

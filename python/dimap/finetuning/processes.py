@@ -10,7 +10,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from ..distributed.ranks import Ranks, group_of
+from ..distributed.launch import group_of
+from ..distributed.ranks import Ranks
 
 
 @contextmanager
