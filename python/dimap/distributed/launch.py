@@ -1,4 +1,4 @@
-"""The ranks that a launcher started, and those of a process group. torch is loaded where there are several."""
+"""The ranks that a launcher started, or that are a process group. torch is loaded where there are several."""
 
 from __future__ import annotations
 
