@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -364,3 +365,27 @@ def test_a_timeout_that_is_no_number():
     message = "DIMAP_RANK_TIMEOUT must be seconds, got 'soon'"
     with pytest.raises(ValueError, match=message), launched(names):
         pass
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_processes_that_hash_strings_otherwise_count_the_same(tmp_path, size):
+    """As torchrun's do: what is never pruned must have the same order in all of them."""
+    state = vit() | {f"blocks.0.norm{i}.weight": torch.ones(i * 700) for i in range(1, 9)}
+    state["relative_position_index"] = torch.ones(70_000, dtype=torch.int64)  # no parameter
+    save_file(state, tmp_path / IN)
+    port = free_port()
+    command = [sys.executable, "-m", "dimap", "prune", IN, OUT, "-s", "0.5", "--report", "r.json"]
+    processes = [
+        subprocess.Popen(
+            command,
+            cwd=tmp_path,
+            env=os.environ | environment(rank, size, port) | {"PYTHONHASHSEED": str(rank)},
+            stdout=subprocess.DEVNULL,
+        )
+        for rank in range(size)
+    ]
+    assert [process.wait(timeout=200) for process in processes] == [0] * size
+    want = prune_checkpoint(tmp_path / IN, tmp_path / "alone.safetensors", 0.5).report()
+    got = json.loads((tmp_path / "r.json").read_text())
+    assert [m["nonzero"] for m in got["modules"]] == [m.nonzero for m in want.modules]
+    assert (tmp_path / OUT).read_bytes() == (tmp_path / "alone.safetensors").read_bytes()

@@ -224,7 +224,8 @@ def _fill(
     shards = checkpoint.shards
     located = {e.name: (file, e) for file, shard in enumerate(shards) for e in shard.header.entries}
     tensors = [located[name] for name in plan.names]
-    others = [located[name] for name in located.keys() - set(plan.names)]
+    pruned = set(plan.names)
+    others = [where for name, where in located.items() if name not in pruned]  # alike on all ranks
     module_of = dict(zip(plan.layers, plan.scopes, strict=True))
     with ExitStack() as files:
         sources = files.enter_context(opened([shard.path for shard in shards], READ))
