@@ -111,7 +111,9 @@ def counts_of(
             weights += mask.numel()
             kept += int(mask.count_nonzero())
         place = (layer.name, layer.module, layer.stage, layer.block, layer.parameters)
-        rows.append(LayerReport(*place, weights, kept, nonzero=kept, threshold=None))
+        rows.append(
+            LayerReport(*place, weights, kept, nonzero=kept, threshold=None, tower=layer.tower)
+        )
     return rows
 
 

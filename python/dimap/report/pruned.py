@@ -174,6 +174,7 @@ class _Counter:
             flops_dense=dense,
             flops_nominal=nominal,
             flops=pruned,
+            tower=layer.tower,
         )
 
     def module(self, name: str, rows: Sequence[LayerReport]) -> ModuleReport:

@@ -75,7 +75,7 @@ class LayerReport(_Counts):
     """One prunable layer.
 
     Attributes:
-        name, module, stage, block, parameters: as in `groups.Layer`.
+        name, module, stage, block, parameters, tower: as in `groups.Layer`.
         weights: how many the layer has.
         kept: how many the masks keep.
         nonzero: how many are not zero; less than `kept` where kept weights were zero already.
@@ -101,6 +101,7 @@ class LayerReport(_Counts):
     flops_dense: int | None = None
     flops_nominal: int | None = None
     flops: int | None = None
+    tower: str = ""
 
 
 @dataclass(frozen=True)
