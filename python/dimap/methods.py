@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from .distributed._sharded import check_whole
-from .groups import Model, Patterns
+from .groups import Choice, Model, Patterns
 from .groups.plan import Normalize, Plan, Scope, check_choice, parameters_of
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def rank(
     saliency: Mapping[str, Tensor] | None,
     data: Batches | None,
     loss: Loss | None,
-    patterns: Patterns | None,
+    patterns: Patterns | Choice | None,
 ) -> Ranking:
     """What a call of `dimap.select` is to rank; everything is checked before data are read."""
     from torch import nn

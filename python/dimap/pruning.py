@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import ops
 from .distributed._sharded import check_whole, is_sharded
-from .groups import Model, Patterns
+from .groups import AUX, Choice, Model, Patterns, Slice, choose, part_of, part_shape
 from .groups.plan import Normalize, Plan, Scope, check_choice, parameters_of, renamed
 from .masks import save_masks
 from .methods import Ranking, rank
@@ -23,23 +23,28 @@ __all__ = ["Normalize", "Pruning", "Scope", "prune", "score", "select"]
 
 
 def score(
-    model: Model, *, normalize: Normalize = "layer", patterns: Patterns | None = None
+    model: Model,
+    *,
+    normalize: Normalize = "layer",
+    patterns: Patterns | Choice | None = None,
+    family: str | None = None,
+    ignore: str | Sequence[str] | None = None,
 ) -> dict[str, Tensor]:
     """Score every prunable weight of a model (Eq. 10 of the DIMAP paper).
 
     model: an nn.Module or a state dict; float32, bfloat16 or float16 weights on one device.
     normalize: where the squares are summed: over a layer (the paper), or over the layers of one
         module that stand in the same block, in the same stage, or all of them.
-    patterns: see `find_modules`.
+    patterns, family, ignore: see `find_modules`.
 
     Returns parameter name -> float32 tensor of the parameter's shape.
     """
     check_choice("normalize", normalize, ("layer", "block", "stage", "module"))
-    plan = Plan.of(model, "module", normalize, patterns)
+    plan = Plan.of(model, "module", normalize, choose(patterns, family, ignore))
     check_whole(plan.tensors, "score")
     with renamed(plan.names):
         scores = ops.score(plan.tensors, plan.layers)
-    return dict(zip(plan.names, scores, strict=True))
+    return plan.merged(scores)
 
 
 def select(
@@ -52,7 +57,9 @@ def select(
     saliency: Mapping[str, Tensor] | None = None,
     data: Batches | None = None,
     loss: Loss | None = None,
-    patterns: Patterns | None = None,
+    patterns: Patterns | Choice | None = None,
+    family: str | None = None,
+    ignore: str | Sequence[str] | None = None,
 ) -> dict[str, Tensor]:
     """Return the masks that prune a model, without changing it.
 
@@ -72,7 +79,7 @@ def select(
         as it is (normalize="scope") unless `normalize` is given: then by s²/S(s), as weights are.
         What it says of other parameters is left out.
     data, loss: batches and loss for the methods that need them, as in `dimap.saliency.taylor`.
-    patterns: see `find_modules`.
+    patterns, family, ignore: see `find_modules`.
 
     A model may be sharded: parameters that are DTensors (FSDP2). Then all processes of its mesh call
     this together, no weight is gathered, and the masks are DTensors with the same placements; the
@@ -84,10 +91,10 @@ def select(
     """
     ranking = rank(
         model, sparsity, method=method, scope=scope, normalize=normalize, saliency=saliency,
-        data=data, loss=loss, patterns=patterns,
+        data=data, loss=loss, patterns=choose(patterns, family, ignore),
     )  # fmt: skip
     masks, _ = _decide(ranking)
-    return dict(zip(ranking.plan.names, masks, strict=True))
+    return ranking.plan.merged(masks)
 
 
 def prune(
@@ -100,7 +107,9 @@ def prune(
     saliency: Mapping[str, Tensor] | None = None,
     data: Batches | None = None,
     loss: Loss | None = None,
-    patterns: Patterns | None = None,
+    patterns: Patterns | Choice | None = None,
+    family: str | None = None,
+    ignore: str | Sequence[str] | None = None,
 ) -> Pruning:
     """Prune a model in place: what `select` drops becomes zero. Arguments as in `select`.
 
@@ -108,7 +117,7 @@ def prune(
     """
     ranking = rank(
         model, sparsity, method=method, scope=scope, normalize=normalize, saliency=saliency,
-        data=data, loss=loss, patterns=patterns,
+        data=data, loss=loss, patterns=choose(patterns, family, ignore),
     )  # fmt: skip
     plan = ranking.plan
     masks, thresholds = _decide(ranking)
@@ -126,8 +135,9 @@ def prune(
         normalize=ranking.normalize,
         sparsity=plan.ratios(sparsity),
         saliency=ranking.saliency,
-        masks=dict(zip(plan.names, masks, strict=True)),
+        masks=plan.merged(masks),
         parameters=parameters_of(model),
+        grouping_notes=plan.notes,
     )
 
 
@@ -159,31 +169,39 @@ class Pruning(Pruned):
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every parameter."""
-        return {name: tuple(p.shape) for name, p in self.parameters.items()}
+        shapes = {name: tuple(p.shape) for name, p in self.parameters.items()}
+        return shapes | {name: part_shape(shapes, name) for name in self._slices()}
 
     @property
     def kept(self) -> dict[str, int]:
         """How many weights of every pruned parameter the masks keep."""
         check_whole(self.masks.values(), "kept")
-        return {name: int(mask.count_nonzero()) for name, mask in self.masks.items()}
+        kept = {name: int(mask.count_nonzero()) for name, mask in self.masks.items()}
+        return kept | {n: int(part_of(self.masks, n).count_nonzero()) for n in self._slices()}
 
     @property
     def nonzero(self) -> dict[str, int]:
         """How many weights of every parameter are not zero now."""
         check_whole(self.parameters.values(), "nonzero")
-        return {name: count_nonzero(p) for name, p in self.parameters.items()}
+        counts = {name: count_nonzero(p) for name, p in self.parameters.items()}
+        return counts | {n: count_nonzero(part_of(self.parameters, n)) for n in self._slices()}
 
     @property
     def smallest(self) -> dict[str, float]:
         """The smallest kept magnitude of every pruned parameter of which anything is kept."""
         check_whole(self.parameters.values(), "smallest")
         found = {}
-        for name, mask in self.masks.items():
-            weight = self.parameters[name].detach()
+        for name in [*self.masks, *self._slices()]:
+            weight, mask = (part_of(x, name).detach() for x in (self.parameters, self.masks))
             magnitude = torch.where(mask.to(weight.device), weight.abs(), math.inf)
             if magnitude.numel() and math.isfinite(least := float(magnitude.amin())):
                 found[name] = least
         return found
+
+    def _slices(self) -> list[str]:
+        """The slices that are layers: they are told beside their parameters."""
+        layers = (x for name, found in self.modules.items() if name != AUX for x in found)
+        return [p for layer in layers for p in layer.parameters if isinstance(p, Slice)]
 
     def save_masks(self, path: str | os.PathLike[str]) -> None:
         """Write the masks to a safetensors file, one bit a weight (see `dimap.load_masks`)."""

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .groups import AUX, Patterns, find_modules
+from .groups import AUX, Choice, Patterns, find_modules, wholes
 
 Loss: TypeAlias = Callable[[Any, Any], Tensor]
 Batches: TypeAlias = Iterable[tuple[Any, Any]]
@@ -26,7 +26,7 @@ __all__ = ["Batches", "Loss", "magnitude", "random", "snip", "taylor"]
 
 
 def magnitude(
-    model: nn.Module | Mapping[str, Tensor], *, patterns: Patterns | None = None
+    model: nn.Module | Mapping[str, Tensor], *, patterns: Patterns | Choice | None = None
 ) -> dict[str, Tensor]:
     """The magnitudes of the weights, |w|: what `dimap.select` ranks by where no saliency is given.
 
@@ -36,7 +36,10 @@ def magnitude(
 
 
 def random(
-    model: nn.Module | Mapping[str, Tensor], seed: int = 0, *, patterns: Patterns | None = None
+    model: nn.Module | Mapping[str, Tensor],
+    seed: int = 0,
+    *,
+    patterns: Patterns | Choice | None = None,
 ) -> dict[str, Tensor]:
     """Uniform random numbers in [0, 1), the same for the same seed and shapes on every device.
 
@@ -54,7 +57,7 @@ def taylor(
     data: Batches,
     loss: Loss | None = None,
     *,
-    patterns: Patterns | None = None,
+    patterns: Patterns | Choice | None = None,
 ) -> dict[str, Tensor]:
     """First-order change of the loss when a weight is removed, |w · ∂L/∂w|, averaged over batches.
 
@@ -84,7 +87,7 @@ def snip(
     data: Batches,
     loss: Loss | None = None,
     *,
-    patterns: Patterns | None = None,
+    patterns: Patterns | Choice | None = None,
 ) -> dict[str, Tensor]:
     """Connection sensitivity |g| / Σ|g|, where g = ∂L/∂c = w · ∂L/∂w for a factor c = 1 on a weight.
 
@@ -150,7 +153,7 @@ def _to(value: Any, device: torch.device) -> Any:
     return value.to(device) if isinstance(value, Tensor) else value
 
 
-def _of_module(model: object, patterns: Patterns | None) -> dict[str, Tensor]:
+def _of_module(model: object, patterns: Patterns | Choice | None) -> dict[str, Tensor]:
     if not isinstance(model, nn.Module):
         kind = type(model).__name__
         raise TypeError(f"model must be an nn.Module, to have gradients, got {kind}")
@@ -158,11 +161,12 @@ def _of_module(model: object, patterns: Patterns | None) -> dict[str, Tensor]:
 
 
 def _prunable(
-    model: nn.Module | Mapping[str, Tensor], patterns: Patterns | None
+    model: nn.Module | Mapping[str, Tensor], patterns: Patterns | Choice | None
 ) -> dict[str, Tensor]:
     modules = find_modules(model, patterns)
     tensors = dict(model.named_parameters()) if isinstance(model, nn.Module) else model
     layers = [layer for module, found in modules.items() if module != AUX for layer in found]
     if not layers:
         raise ValueError("the model must have a module to prune, got only 'aux'")
-    return {name: tensors[name] for layer in layers for name in layer.parameters}
+    names = wholes(p for layer in layers for p in layer.parameters)
+    return {name: tensors[name] for name in names}

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
+from math import prod
+from pathlib import Path
 from typing import Any
 
 from .. import _C
 from ..families import Family
-from ..groups import family_of
+from ..groups import Grouping, Slice, describe, propose, whole, wholes
 from .base import Checkpoint, Progress
 from .engine import READ, Told, elements, opened
 from .folder import Shards
+from .header import Entry
 
 
 @dataclass
@@ -45,22 +48,30 @@ class Count:
 
 @dataclass
 class Inspection:
-    """A checkpoint, counted."""
+    """A checkpoint, counted.
+
+    families: of its towers, by their names; "" where there is one; none where the caller's patterns
+        or the words of the names tell the modules.
+    proposed: why it cannot be pruned as it is; the modules are then what its names suggest.
+    """
 
     path: str
     form: str
-    family: Family | None
+    families: dict[str, Family]
     metadata: dict[str, str]
     notes: list[str]
     modules: list[Count]
     total: Count
+    proposed: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        family = self.family
+        told = {t: {"name": f.name, "models": f.models} for t, f in self.families.items()}
         return {
             "path": self.path,
             "form": self.form,
-            "family": family and {"name": family.name, "models": family.models},
+            "family": told.get(""),
+            "towers": told,
+            "proposed": self.proposed is not None,
             "metadata": self.metadata,
             "notes": self.notes,
             "weights": self.total.weights,
@@ -74,9 +85,24 @@ class Inspection:
 def inspect(checkpoint: Checkpoint, progress: Progress) -> Inspection:
     """Count every weight, reading each tensor once. Elements of less than a byte count as nonzero.
 
-    Raises ValueError where the names are of no known family.
+    Of names of no known family the modules are those that their words suggest. Raises ValueError
+    where the checkpoint's `choice` does not fit it.
     """
-    modules = checkpoint.find_modules()
+    proposed = None
+    try:
+        grouping = checkpoint.group()
+    except ValueError as error:
+        shapes = checkpoint.shapes()
+        if checkpoint.choice or not shapes:
+            raise
+        guess, modules = propose(shapes)
+        proposed = str(error)
+        told = (
+            f"of no known family: the modules are what the names suggest, {100 * guess.covered:.1f} % "
+            f"of the weights in the blocks\n{describe(modules)}\n{error}"
+        )
+        grouping = Grouping(modules, {}, (told,))
+    modules = grouping.modules
     names = [p for layers in modules.values() for layer in layers for p in layer.parameters]
     if isinstance(checkpoint, Shards):
         nonzero = _count_in_files(checkpoint, names, progress)
@@ -89,7 +115,7 @@ def inspect(checkpoint: Checkpoint, progress: Progress) -> Inspection:
         for layer in layers:
             one = Count(layer.name)
             for parameter in layer.parameters:
-                spec = checkpoint.tensors[parameter]
+                spec = checkpoint.tensors[whole(parameter)].part_spec(parameter)
                 for counted in (one, module, total):
                     counted.add(spec.numel(), nonzero[parameter], [spec.dtype.name])
             module.layers.append(one)
@@ -97,28 +123,45 @@ def inspect(checkpoint: Checkpoint, progress: Progress) -> Inspection:
     return Inspection(
         checkpoint.path,
         checkpoint.form,
-        family_of({name: checkpoint.tensors[name].shape for name in names}),
+        grouping.families,
         checkpoint.metadata,
-        checkpoint.notes,
+        [*checkpoint.notes, *grouping.notes],
         counts,
         total,
+        proposed,
     )
 
 
 def _count_in_files(checkpoint: Shards, names: list[str], progress: Progress) -> dict[str, int]:
     """Of a tensor that is stored as bits and values, the values are counted."""
     number = {shard.path: file for file, shard in enumerate(checkpoint.shards)}
-    homes = [checkpoint.home[name] for name in names]
-    stored = [home.layout.places[name].values for name, home in zip(names, homes, strict=True)]
+    stored: dict[str, tuple[int, Entry]] = {}
+    found: dict[str, int] = {}
+    for name in names:
+        home = checkpoint.home[whole(name)]
+        place = home.layout.places[whole(name)]
+        if place.bits and isinstance(name, Slice):
+            found[name] = _count_bits(home.path, place.bits, name, home.entries[name.parameter])
+        else:
+            stored[name] = number[home.path], place.values.part(name)
     told = Told(progress)
     with opened([shard.path for shard in checkpoint.shards], READ) as files:
-        tensors = [(number[h.path], *elements(e)) for h, e in zip(homes, stored, strict=True)]
+        tensors = [(file, *elements(entry)) for file, entry in stored.values()]
         counts = _C.count_nonzero(files, tensors, progress=told)
     told.finish()
-    return {
-        entry.name: count if entry.dtype.size else entry.numel()
-        for entry, count in zip(stored, counts, strict=True)
-    }
+    for (name, (_, entry)), count in zip(stored.items(), counts, strict=True):
+        found[name] = count if entry.dtype.size else entry.numel()
+    return found
+
+
+def _count_bits(path: Path, bits: Entry, name: Slice, dense: Entry) -> int:
+    """The ones among the bits of a slice, whose values no header tells apart."""
+    size = prod(dense.shape[1:])
+    first, last = name.at * size, (name.at + 1) * size
+    with open(path, "rb") as file:
+        file.seek(bits.begin + first // 8)
+        data = int.from_bytes(file.read((last + 7) // 8 - first // 8), "little")
+    return (data >> first % 8 & (1 << size) - 1).bit_count()
 
 
 def _count_in_memory(
@@ -126,9 +169,11 @@ def _count_in_memory(
 ) -> dict[str, int]:
     from ..pruning import count_nonzero
 
-    progress.step("reading", sum(checkpoint.tensors[name].nbytes for name in names))
+    progress.step("reading", sum(checkpoint.tensors[name].nbytes for name in wholes(names)))
     counts = {}
     for name in names:
-        counts[name] = count_nonzero(checkpoint.get(name))
-        progress.advance(checkpoint.tensors[name].nbytes)
+        tensor = checkpoint.get(whole(name))
+        part = tensor[name.at] if isinstance(name, Slice) else tensor
+        counts[name] = count_nonzero(part)
+        progress.advance(part.nbytes)
     return counts

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from .. import _timm
 from .._files import replacing
 from ..distributed.ranks import Ranks
-from ..groups import AUX
+from ..groups import AUX, wholes
 from ..groups.plan import Normalize, Scope
 from ..plots import report_output
 from ..report import Report, build_report
@@ -68,7 +68,7 @@ def prune_file(
             others[option] = path
     if bitmask and not in_files and out.suffix != ".safetensors":
         raise ValueError(f"the output must end in .safetensors with --format bitmask, got {out}")
-    names = [p for layers in modules.values() for layer in layers for p in layer.parameters]
+    names = wholes(p for layers in modules.values() for layer in layers for p in layer.parameters)
     with ExitStack() as outputs:
         # Begun before the work, so that an output that cannot be written is told at once. What is
         # begun last is completed first: OUT before the small files.
@@ -102,7 +102,9 @@ def prune_file(
             (file,) = outputs.enter_context(held.creating(out, force=force))
             told.step("pruning")
             state = {name: held.get(name) for name in names}
-            pruning = prune(state, ratios, scope=scope, normalize=normalize)
+            pruning = prune(
+                state, ratios, scope=scope, normalize=normalize, patterns=checkpoint.choice
+            )
             told.step("writing")
             held.save(file, out.suffix, pack=pruning.masks if bitmask else ())
             if masks_file:
@@ -112,7 +114,7 @@ def prune_file(
         if ranks.rank == 0:
             model, why = _model(checkpoint, names, timm_model)
         built = build_report(pruning, model, input_size)
-        notes = built.notes if model else (f"no FLOPs: {why}",)
+        notes = built.notes if model else (f"no FLOPs: {why}", *pruning.grouping_notes)
         built = replace(built, notes=(*notes, *checkpoint.notes))
         if reported:
             reported.write(built, pruning)

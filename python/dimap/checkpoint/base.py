@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from .._files import replacing
-from ..groups import Layer, group_names, is_parameter
+from ..groups import Choice, Grouping, Layer, group, is_parameter
 from .header import Spec
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ class Checkpoint(ABC):
         tensors: name -> `Spec` (dtype, shape, nbytes), in the order of the file; never empty.
         metadata: strings stored beside the tensors of a safetensors file.
         notes: what the user should know about this checkpoint, one sentence each.
+        choice: how its tensors are grouped, where that is not left to the known families.
     """
 
     # File name endings that an output may have; a folder may have any name.
@@ -63,6 +64,7 @@ class Checkpoint(ABC):
         self.tensors = dict(tensors)
         self.metadata = dict(metadata)
         self.notes: list[str] = []
+        self.choice = Choice()
         if not tensors:
             raise ValueError(f"{self.path} must hold at least one tensor, got none")
 
@@ -79,8 +81,12 @@ class Checkpoint(ABC):
         }
 
     def find_modules(self) -> dict[str, list[Layer]]:
-        """`dimap.find_modules` on the names and shapes."""
-        return group_names(self.shapes())
+        """`dimap.find_modules` on the names and shapes, by `choice`."""
+        return self.group().modules
+
+    def group(self) -> Grouping:
+        """Modules, families and notes, by `choice`."""
+        return group(self.shapes(), self.choice)
 
     @contextmanager
     def create(self, out: str | os.PathLike[str], *, force: bool = False) -> Iterator[Writer]:

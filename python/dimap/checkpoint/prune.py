@@ -21,7 +21,7 @@ from .. import _C
 from .._files import naming, replacing
 from ..distributed.launch import group_of
 from ..distributed.ranks import Ranks
-from ..groups import AUX, Patterns
+from ..groups import AUX, Choice, Patterns, Slice, choose, part_shape, whole, wholes
 from ..groups.plan import Normalize, Plan, Scope
 from ..report import Pruned
 from . import open_checkpoint
@@ -68,7 +68,9 @@ def prune_checkpoint(
     *,
     scope: Scope = "module",
     normalize: Normalize = "layer",
-    patterns: Patterns | None = None,
+    patterns: Patterns | Choice | None = None,
+    family: str | None = None,
+    ignore: str | Sequence[str] | None = None,
     masks: str | os.PathLike[str] | None = None,
     bitmask: bool = False,
     force: bool = False,
@@ -80,7 +82,7 @@ def prune_checkpoint(
     source: the path, or an open checkpoint. It is only read.
     target: a file for a file, a folder for a folder. It appears complete or not at all: the same
         headers, metadata, index and other files, with weights set to zero.
-    sparsity, scope, normalize, patterns: as in `dimap.select`.
+    sparsity, scope, normalize, patterns, family, ignore: as in `dimap.select`.
     masks: a file for the masks (see `dimap.load_masks`), one bit a weight.
     bitmask: write files of one bit a weight and the nonzero values (docs/format.md), which
         `dimap.load_file` and `dimap expand` read.
@@ -103,7 +105,7 @@ def prune_checkpoint(
                 sparsity,
                 scope=scope,
                 normalize=normalize,
-                patterns=patterns,
+                patterns=choose(patterns, family, ignore),
                 masks=masks,
                 bitmask=bitmask,
                 force=force,
@@ -122,7 +124,7 @@ def pruning_checkpoint(
     *,
     scope: Scope = "module",
     normalize: Normalize = "layer",
-    patterns: Patterns | None = None,
+    patterns: Patterns | Choice | None = None,
     masks: str | os.PathLike[str] | None = None,
     bitmask: bool = False,
     force: bool = False,
@@ -143,9 +145,10 @@ def pruning_checkpoint(
             raise ValueError(
                 f"{checkpoint.path} must be dense, got a bitmask file: `dimap expand` makes it dense"
             )
-        plan = Plan.of_shapes(checkpoint.shapes(), scope, normalize, patterns)
+        choice = choose(patterns) or checkpoint.choice
+        plan = Plan.of_shapes(checkpoint.shapes(), scope, normalize, choice)
         keep = plan.keep(sparsity)
-        for name in plan.names:
+        for name in wholes(plan.names):
             dtype = checkpoint.tensors[name].dtype
             if dtype.code not in ENGINE_DTYPES:
                 raise ValueError(f"{name} must be float32, bfloat16 or float16, got {dtype.name}")
@@ -169,14 +172,18 @@ def pruning_checkpoint(
         assert made is not None
 
         names = [p for layers in plan.modules.values() for x in layers for p in x.parameters]
+        names = list(dict.fromkeys([*wholes(names), *names]))
+        shapes = checkpoint.shapes()
+        check_bytes(plan, masks is not None or bitmask)
         result = StreamPruning(
             modules=plan.modules,
             thresholds={},
             scope=scope,
             normalize=normalize,
             sparsity=ratios,
-            shapes={name: checkpoint.tensors[name].shape for name in names},
-            dtypes={name: checkpoint.tensors[name].dtype.name for name in names},
+            shapes={name: part_shape(shapes, name) for name in names},
+            dtypes={name: checkpoint.tensors[whole(name)].dtype.name for name in names},
+            grouping_notes=plan.notes,
         )
         told = Told(progress if first else None)
         files, masks_file = made
@@ -223,8 +230,8 @@ def _fill(
     """Decide and write this rank's part, and complete the result with the counts of all ranks."""
     shards = checkpoint.shards
     located = {e.name: (file, e) for file, shard in enumerate(shards) for e in shard.header.entries}
-    tensors = [located[name] for name in plan.names]
-    pruned = set(plan.names)
+    tensors = [(located[whole(n)][0], located[whole(n)][1].part(n)) for n in plan.names]
+    pruned = {whole(name) for name in plan.names}
     others = [where for name, where in located.items() if name not in pruned]  # alike on all ranks
     module_of = dict(zip(plan.layers, plan.scopes, strict=True))
     with ExitStack() as files:
@@ -245,7 +252,12 @@ def _fill(
         )
         try:
             engine.decide()
-            packed = dict(zip(plan.names, engine.count_packed(), strict=True)) if bitmask else {}
+            counts = engine.count_packed() if bitmask else []
+            packed: dict[str, int] = {}
+            before = []  # of each tensor: values of its parameter that stand before its own
+            for name, count in zip(plan.names, counts, strict=bitmask):
+                before.append(packed.get(whole(name), 0))
+                packed[whole(name)] = before[-1] + count
             layouts = [
                 _layout(s.header, packed, str(s.path)) if bitmask else s.layout for s in shards
             ]
@@ -258,11 +270,15 @@ def _fill(
                 header = _masks_header(plan, result)
                 begin(output, header, first=ranks.rank == 0)
                 begins = {entry.name: entry.begin for entry in header.entries}
-                masks_at = (*output, [begins[name] for name in plan.names])
+                sizes = zip(plan.names, plan.sizes, strict=True)
+                masks_at = (*output, [begins[whole(n)] + skipped(n, size) for n, size in sizes])
                 outputs = [*outputs, output]
             nonzero_others = engine.write(
                 outputs[: len(targets)],
-                [place_of(layouts[file], entry) for file, entry in tensors],
+                [
+                    place_of(layouts[file], entry, before[i] if bitmask else 0)
+                    for i, (file, entry) in enumerate(tensors)
+                ],
                 [
                     (file, *elements(e), layouts[file].places[e.name].values.begin)
                     for file, e in others
@@ -294,18 +310,43 @@ def _layout(dense: Header, packed: Mapping[str, int], where: str) -> Layout:
     )
 
 
-def place_of(layout: Layout, entry: Entry) -> tuple[int, int]:
-    """Where the weights, or the values and the bits, of a tensor go in its output."""
-    place = layout.places[entry.name]
-    return place.values.begin, -1 if place.bits is None else place.bits.begin
+def place_of(layout: Layout, entry: Entry, before: int = 0) -> tuple[int, int]:
+    """Where the weights, or the values and the bits, of a tensor go in its output.
+
+    before: values of the same parameter that stand before those of this slice of it.
+    """
+    place = layout.places[whole(entry.name)]
+    size, count = entry.dtype.size, entry.numel()
+    if place.bits is None:
+        index = entry.name.at if isinstance(entry.name, Slice) else 0
+        return place.values.begin + index * count * size, -1
+    return place.values.begin + before * size, place.bits.begin + skipped(entry.name, count)
+
+
+def skipped(name: str, size: int) -> int:
+    """Bytes of bits in front of a slice's, of `size` weights."""
+    return name.at * size // 8 if isinstance(name, Slice) else 0
+
+
+def check_bytes(plan: Plan, bits: bool) -> None:
+    """Slices must begin with a byte where one bit a weight is written."""
+    for name, size in zip(plan.names, plan.sizes, strict=True):
+        if bits and isinstance(name, Slice) and size % 8:
+            raise ValueError(
+                f"{name} must have a multiple of 8 weights for masks or a bitmask file to be "
+                f"streamed, got {size}: leave --masks and --format bitmask out"
+            )
 
 
 def _masks_header(plan: Plan, result: StreamPruning) -> Header:
     """The header of the file that `dimap.save_masks` would write."""
-    shapes = {name: list(result.shapes[name]) for name in plan.names}
+    names = wholes(plan.names)
+    shapes = {name: list(result.shapes[name]) for name in names}
     settings = result.mask_metadata() | {"dimap_masks": "1", "shapes": json.dumps(shapes)}
-    sizes = zip(plan.names, plan.sizes, strict=True)
-    described = [(name, DTYPES["U8"], [(size + 7) // 8]) for name, size in sizes]
+    sizes = [math.prod(shapes[name]) for name in names]
+    described = [
+        (name, DTYPES["U8"], [(size + 7) // 8]) for name, size in zip(names, sizes, strict=True)
+    ]
     return make_header(described, settings, "the file of masks")
 
 
@@ -332,6 +373,10 @@ def _add_up(
     nonzero = dict(zip(plan.names, map(sum, zip(*(p[0] for p in parts), strict=True)), strict=True))
     for (_, entry), counts in zip(others, zip(*(p[1] for p in parts), strict=True), strict=True):
         nonzero[entry.name] = sum(counts) if entry.dtype.size else entry.numel()
+    for name in plan.names:
+        if isinstance(name, Slice):
+            nonzero[name.parameter] = nonzero.get(name.parameter, 0) + nonzero[name]
+            result.kept[name.parameter] = result.kept.get(name.parameter, 0) + result.kept[name]
     result.nonzero = {name: nonzero[name] for name in result.shapes}
     least = {
         name: min((v for v in values if not math.isnan(v)), default=math.nan)

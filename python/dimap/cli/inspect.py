@@ -47,8 +47,9 @@ def _print(found: Inspection, *, layers: bool) -> None:
     head.add_column(style="bold")
     head.add_column(overflow="fold")
     head.add_row(found.form, Text(found.path))
-    if found.family:
-        head.add_row("family", Text(f"{found.family.name}: {found.family.models}"))
+    for tower, family in found.families.items():
+        title = f"family of {tower}" if tower else "family"
+        head.add_row(title, Text(f"{family.name}: {family.models}"))
     table = _table("module", "layers")
     for module in found.modules:
         table.add_row(module.name, str(len(module.layers)), *_counts(module))

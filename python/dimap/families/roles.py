@@ -80,7 +80,8 @@ MLP_SPLIT = (
 MLP_ALONE = (
     "fc1", "fc2", "fc3", "w0", "w2", "w12", "w_1", "w_2", "linear1", "linear2", "lin1", "lin2", "dense1",
     "dense2", "dense_1", "dense_2", "gate_up", "up_gate", "down", "wi", "wo", "fc", "proj", "h_to_4h",
-    "4h_to_h", "dense_h_to_4h", "dense_4h_to_h", "intermediate", "intermediate_dense", "output_dense", "linear_fc1",
+    "4h_to_h", "dense_h_to_4h", "dense_4h_to_h", "intermediate", "intermediate_dense", "output_dense",
+    "linear_fc1",
     "linear_fc2", "ffn", "ffn_output", "in", "out", "fc_in", "fc_out", "weights_in", "weights_out", "dense",
     "input", "output", "input_linear", "output_linear", "layer1", "layer2", "layer_1", "layer_2", "linear_1",
     "linear_2", "fc_1", "fc_2", "linear_in", "linear_out", "ff", "expand", "pw1", "pw2", "key", "value",

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .. import _timm
 from ..checkpoint import open_checkpoint
-from ..groups import AUX, find_modules
+from ..groups import AUX, find_modules, wholes
 from ..masks import fit_masks, load_masks
 from .data import Input
 from .settings import Settings
@@ -182,7 +182,7 @@ def masks_of(
     if masks is not None:
         return fit_masks(masks, weights)
     modules = {n: layers for n, layers in find_modules(source.model).items() if n != AUX}
-    names = [p for layers in modules.values() for layer in layers for p in layer.parameters]
+    names = wholes(p for layers in modules.values() for layer in layers for p in layer.parameters)
     found = {name: weights[name].detach() != 0 for name in names}
     if all(bool(mask.all()) for mask in found.values()):
         raise ValueError(

@@ -50,6 +50,7 @@ __all__ = [
     "Shape",
     "Slice",
     "choose",
+    "describe",
     "family_of",
     "find_modules",
     "group",

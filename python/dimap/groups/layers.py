@@ -17,19 +17,24 @@ Modules: TypeAlias = "dict[str, list[Layer]]"
 class Slice(str):
     """The name of one layer's part of a tensor that stacks several along its first axis.
 
-    It reads "experts.down_proj[3]": the part `index` of the tensor `parameter`.
+    It reads "experts.down_proj[3]": number `at` of the tensor `parameter`.
     """
 
     parameter: str
-    index: int
+    at: int
 
-    def __new__(cls, parameter: str, index: int) -> Slice:
-        self = super().__new__(cls, f"{parameter}[{index}]")
-        self.parameter, self.index = parameter, index
+    def __new__(cls, parameter: str, at: int) -> Slice:
+        self = super().__new__(cls, f"{parameter}[{at}]")
+        self.parameter, self.at = parameter, at
         return self
 
-    def __getnewargs__(self) -> tuple[str, int]:
-        return self.parameter, self.index
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Slice, (self.parameter, self.at)
+
+
+def slices(name: str, shape: Sequence[int]) -> list[str]:
+    """The names of all slices of a tensor."""
+    return [Slice(name, at) for at in range(shape[0])]
 
 
 def whole(name: str) -> str:
@@ -49,7 +54,7 @@ def part_shape(shapes: Mapping[str, Sequence[int]], name: str) -> Shape:
 
 def part_of(tensors: Mapping[str, Any], name: str) -> Any:
     """A layer's tensor; a view of the parameter where it is a slice."""
-    return tensors[name.parameter][name.index] if isinstance(name, Slice) else tensors[name]
+    return tensors[name.parameter][name.at] if isinstance(name, Slice) else tensors[name]
 
 
 @dataclass(frozen=True)
@@ -142,10 +147,10 @@ def assemble(
             got = show(name, shape)
             problems.append(f"a weight to prune must have {wanted} dimensions, got {got}")
         stacked = holds_experts(name, shape) if rule.stacked is None else rule.stacked
-        pieces = [Slice(name, i) for i in range(shape[0])] if stacked and shape else [name]
+        pieces = slices(name, shape) if stacked and shape else [name]
         for piece in pieces:
             # One tensor is a layer by itself; several are joined by what their patterns capture.
-            index = piece.index if isinstance(piece, Slice) else None
+            index = piece.at if isinstance(piece, Slice) else None
             single = len(rule.parts) == 1
             key: tuple[Rule, object] = (rule, piece if single else (match.groups(), index))
             group = groups.setdefault(key, {})

@@ -10,7 +10,7 @@ from math import prod
 from typing import NamedTuple
 
 from ..families import roles as words
-from .layers import Found, Layer, Rule, Shape, Slice, kind_of, layer_name, natural, whole
+from .layers import Found, Layer, Rule, Shape, Slice, kind_of, layer_name, natural, slices, whole
 
 TRANSFORMER = "transformer"
 LEAST = 0.9  # of the weights of the blocks' matrices
@@ -186,8 +186,8 @@ def by_roles(
         counted = [int(p) for p in ahead if p.isdecimal()]
         tower = ".".join("*" if p.isdecimal() else p for p in ahead) + "."
         parent = ".".join([*parts[: role.parent], role.joint, role.other])
-        for piece in [Slice(name, i) for i in range(shape[0])] if len(shape) == 3 else [name]:
-            key = (role.module, parent, piece.index if isinstance(piece, Slice) else None)
+        for piece in slices(name, shape) if len(shape) == 3 else [name]:
+            key = (role.module, parent, piece.at if isinstance(piece, Slice) else None)
             groups.setdefault(key, []).append((role.part, natural(short), piece))
             places[key] = tower, counted, role.joint
     mixed = {_words(places[key][0]) for key in groups if key[0] == "qkv"}

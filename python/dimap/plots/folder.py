@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .._files import replacing
-from ..groups import Layer
+from ..groups import Layer, part_of
 from ..report import Pruned, Report
 from . import style
 from .histograms import block_of, choose_blocks, weight_histograms
@@ -84,7 +84,8 @@ class ReportOutput:
             blocks = choose_blocks(self._layers)
             drawn = [layer for layer in self._layers if block_of(layer) in blocks]
             names = {p for layer in [*drawn, *_masked(self._layers)] for p in layer.parameters}
-            self._dense.weight = {n: checkpoint.get(n).clone() for n in names}.__getitem__
+            weight = self._dense.weight
+            self._dense.weight = {n: weight(n).clone() for n in names}.__getitem__
 
     def write(self, report: Report, pruning: Pruned) -> None:
         """Write all files."""
@@ -95,8 +96,10 @@ class ReportOutput:
         weight = self._dense.weight
 
         def mask(name: str) -> Tensor:
-            found: Tensor = masks[name] if masks else kept_mask(weight(name), pruning.kept[name])
-            return found
+            if masks:
+                found: Tensor = part_of(masks, name)
+                return found
+            return kept_mask(weight(name), pruning.kept[name])
 
         _fill(self._path_of, report, Source(self._layers, weight, mask, self._dense.family))
 

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..groups import Layer, Patterns, position
+from ..groups import Choice, Layer, Patterns, position
 from . import style
 from .source import Source, kinds, place_name, source_of
 
@@ -27,7 +27,7 @@ def weight_histograms(
     *,
     masks: Mapping[str, Tensor] | None = None,
     blocks: Sequence[int | tuple[int, int]] | None = None,
-    patterns: Patterns | None = None,
+    patterns: Patterns | Choice | None = None,
     title: str | None = None,
 ) -> Figure:
     """Draw histograms of the weights: one column for each type of layer, one row for each block.

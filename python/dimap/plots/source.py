@@ -7,7 +7,19 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from ..groups import AUX, Layer, Patterns, family_of, group_names, position, shapes_of
+from ..groups import (
+    AUX,
+    Choice,
+    Layer,
+    Patterns,
+    Slice,
+    choose,
+    family_of,
+    group_names,
+    position,
+    shapes_of,
+    whole,
+)
 from ..report import LayerReport, Pruned, Report
 from ..report.text import leaves
 
@@ -30,7 +42,7 @@ class Source:
 
 
 def source_of(
-    model: Any, masks: Mapping[str, Tensor] | None = None, patterns: Patterns | None = None
+    model: Any, masks: Mapping[str, Tensor] | None = None, patterns: Patterns | Choice | None = None
 ) -> Source:
     """Make a Source of a Pruning, a checkpoint that is open, a model or a state dict.
 
@@ -49,18 +61,24 @@ def source_of(
         masks = getattr(model, "masks", None)
     layers = prunable(modules)
     if masks is not None:
-        known = {parameter for layer in layers for parameter in layer.parameters}
+        known = {whole(parameter) for layer in layers for parameter in layer.parameters}
         if odd := [name for name in masks if name not in known]:
             more = f" and {len(odd) - 1} more" if len(odd) > 1 else ""
             raise ValueError(
                 f"masks must be of this model's prunable weights, got one of {odd[0]}{more}"
             )
 
+    def weight(name: str) -> Tensor:
+        found = get(whole(name))
+        return found[name.at] if isinstance(name, Slice) else found
+
     def mask(name: str) -> Tensor:
+        if isinstance(name, Slice) and masks is not None and name.parameter in masks:
+            return mask(name.parameter)[name.at]
         if masks is None:
-            return get(name) != 0
+            return weight(name) != 0
         if name not in masks:  # of a pruning that left this layer out
-            return torch.ones(shapes[name], dtype=torch.bool)
+            return torch.ones(weight(name).shape, dtype=torch.bool)
         found, shape = masks[name], tuple(shapes[name])
         if tuple(found.shape) != shape:
             raise ValueError(
@@ -68,12 +86,13 @@ def source_of(
             )
         return found
 
-    family = None if patterns is not None else family_of(shapes)
-    return Source(layers, get, mask, family.name if family else None)
+    own = choose(patterns) or getattr(model, "choice", None)
+    family = None if own else family_of(shapes)
+    return Source(layers, weight, mask, family.name if family else None)
 
 
 def _read(
-    model: Any, patterns: Patterns | None
+    model: Any, patterns: Patterns | Choice | None
 ) -> tuple[Mapping[str, Sequence[Layer]], Mapping[str, tuple[int, ...]], Callable[[str], Tensor]]:
     """Modules, shapes of the parameters, and what gives a weight."""
     if isinstance(model, Pruned):
@@ -88,7 +107,8 @@ def _read(
         return group_names(shapes, patterns), shapes, lambda name: tensors[name].detach()
     if hasattr(model, "tensors") and hasattr(model, "get"):  # an open checkpoint
         shapes = model.shapes() if hasattr(model, "shapes") else shapes_of(model.tensors)
-        return group_names(shapes, patterns), shapes, model.get
+        chosen = choose(patterns) or getattr(model, "choice", None)
+        return group_names(shapes, chosen), shapes, model.get
     raise TypeError(
         "model must be a Pruning, an open checkpoint, an nn.Module or a state dict, "
         f"got {type(model).__name__}"
@@ -96,7 +116,7 @@ def _read(
 
 
 def counts_of(
-    model: Any, masks: Mapping[str, Tensor] | None = None, patterns: Patterns | None = None
+    model: Any, masks: Mapping[str, Tensor] | None = None, patterns: Patterns | Choice | None = None
 ) -> list[LayerReport]:
     """Count what each layer keeps, block after block: from a Report, or as `source_of`."""
     if isinstance(model, Pruned) and masks is None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
-from ..groups import AUX
+from ..groups import AUX, part_shape, whole, wholes
 from ..groups.identity import addresses
 from ..groups.plan import scope_names
 from .report import LayerReport, ModuleReport, Report
@@ -33,12 +34,14 @@ class Pruned:
             "stage 0 block 1", "stage 0"; NaN where nothing is kept.
         scope, normalize: what the ranking used, given or the method's.
         sparsity: module name -> the ratio asked for.
+        grouping_notes: what the user should know of the grouping, one sentence each.
         saliency: what was ranked: "magnitude", "given", or the method's name ("taylor", "snip").
 
     A subclass has, as attributes or properties, by parameter name:
         shapes: of every parameter, "aux" included.
         kept: how many weights the masks keep, of every pruned parameter.
         nonzero: how many weights are not zero after pruning, of every parameter, "aux" included.
+            Of a parameter that stacks layers, all of these of its slices, too: "down_proj[3]".
         smallest: the smallest kept magnitude of the parameter or of its layer; none where nothing
             is kept.
     """
@@ -49,6 +52,7 @@ class Pruned:
     normalize: Normalize
     sparsity: dict[str, float]
     saliency: str = "magnitude"
+    grouping_notes: tuple[str, ...] = ()
 
     if TYPE_CHECKING:  # a dataclass would take a property of its base for a field's default
 
@@ -67,11 +71,10 @@ class Pruned:
         if self.saliency != "magnitude":
             found["saliency"] = self.saliency
         found |= {f"sparsity.{name}": repr(s) for name, s in self.sparsity.items()}
-        places = {
-            name: list(address)
-            for address, layer in addresses(self.modules).items()
-            for name in layer.parameters
-        }
+        places: dict[str, list[Any]] = {}
+        for address, layer in addresses(self.modules).items():
+            for name in layer.parameters:  # of slices, the first one's: the others follow
+                places.setdefault(whole(name), list(address))
         return found | {"addresses": json.dumps(places)}
 
     def report(
@@ -124,7 +127,7 @@ def build_report(
         model=None if model is None or isinstance(model, Mapping) else type(model).__name__,
         input_size=flops.input_size if flops else None,
         flops_other=flops.other if flops else None,
-        notes=tuple(notes),
+        notes=(*notes, *pruning.grouping_notes),
         **counter.sums(modules, flops.other if flops else 0),
     )
 
@@ -135,6 +138,8 @@ class _Counter:
     def __init__(self, pruning: Pruned, flops: Mapping[str, int] | None) -> None:
         self.pruning = pruning
         self.flops = flops  # parameter name -> multiply-adds; None: not counted
+        names = (p for layers in pruning.modules.values() for x in layers for p in x.parameters)
+        self.pieces = Counter(map(whole, names))  # slices of each parameter; 1 where it is whole
         # Of a pruning in memory each of these is counted when it is asked for: once.
         self.nonzero, self.smallest = pruning.nonzero, pruning.smallest
         self.weights = {name: math.prod(shape) for name, shape in pruning.shapes.items()}
@@ -165,7 +170,7 @@ class _Counter:
         if self.flops is not None:
             dense = pruned = 0
             for p in names:
-                count = self.flops.get(p, 0)
+                count = self.flops.get(whole(p), 0) // self.pieces[whole(p)]
                 dense += count
                 # Every weight of a matrix or a kernel meets equally many tokens: count / weights.
                 if count and layer.module != AUX:
@@ -178,7 +183,7 @@ class _Counter:
             module=layer.module,
             stage=layer.stage,
             block=layer.block,
-            parameters=tuple(names),
+            parameters=tuple(map(str, names)),
             weights=sum(self.weights[p] for p in names),
             kept=sum(self.kept[p] for p in names),
             nonzero=sum(self.nonzero[p] for p in names),
@@ -211,7 +216,8 @@ def _check_same(pruning: Pruned, model: nn.Module | Mapping[str, Tensor] | None)
     shapes = pruning.shapes
     for name in (p for layers in pruning.modules.values() for x in layers for p in x.parameters):
         shape = tuple(shapes[name])
-        got = tuple(tensors[name].shape) if name in tensors else "no such parameter"
+        there = {p: tuple(tensors[p].shape) for p in wholes([name]) if p in tensors}
+        got = part_shape(there, name) if there else "no such parameter"
         if got != shape:
             raise ValueError(
                 f"model must be the one that was pruned: {name} must have shape {shape}, got {got}"
