@@ -24,7 +24,7 @@ def create(name: str, *, pretrained: bool) -> nn.Module:
     timm = _import()
     _check_known(timm, name)
     if not pretrained:
-        return _seeded(0, lambda: timm.create_model(name))
+        return seeded(0, lambda: timm.create_model(name))
     try:
         return cast("nn.Module", timm.create_model(name, pretrained=True))
     except Exception as error:  # the hub's client has its own kinds; timm raises RuntimeError
@@ -69,7 +69,7 @@ def with_all_weights(
     Raises as `with_weights`, and ValueError where `state` lacks a tensor of the model.
     """
     config = _with_classes(architecture, config, state)
-    model = _seeded(seed, lambda: _build(architecture, config)).float()
+    model = seeded(seed, lambda: _build(architecture, config)).float()
     wanted = model.state_dict()
     claim = f"{name} must hold the weights of timm's {architecture}"
     _check_fit(claim, wanted, state, [*wanted, *state])
@@ -88,7 +88,7 @@ def _check_fit(
             raise ValueError(f"{claim}, which has {want} for {name}, got {have}")
 
 
-def _seeded(seed: int, build: Any) -> nn.Module:
+def seeded(seed: int, build: Any) -> nn.Module:
     """What `build` gives with this seed; the seed of the program stays as it is."""
     import torch
 
@@ -181,9 +181,14 @@ def _import() -> Any:
 def _check_known(timm: Any, name: str) -> None:
     if timm.is_model(name.split(".")[0]):
         return
-    near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=3, cutoff=0.5)
-    hint = f"; near it are {', '.join(near)}" if near else ""
+    hint = near(name.split(".")[0], timm.list_models())
     raise ValueError(f"timm must know the model, got {name!r}{hint}")
+
+
+def near(name: str, known: Iterable[str]) -> str:
+    """What an error of an unknown name ends with: the known ones that look like it, if there are."""
+    found = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
+    return f"; near it are {', '.join(found)}" if found else ""
 
 
 def _object(text: str) -> dict[str, Any]:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+import random
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from itertools import islice
 from typing import Any, cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from .._timm import near
 from ..distributed.ranks import Ranks
 from ..holding import hold_masks
 from .data import own_images
@@ -45,8 +48,10 @@ class Trainer:
         from timm.scheduler import create_scheduler_v2
         from timm.utils import ModelEmaV3
 
-        if settings.opt not in list_optimizers():
-            raise ValueError(f"opt must be an optimizer of timm, got {settings.opt!r}")
+        if settings.opt not in (known := cast(list[str], list_optimizers())):
+            raise ValueError(
+                f"opt must be an optimizer of timm, got {settings.opt!r}{near(settings.opt, known)}"
+            )
         self.model, self.teacher = model.to(device), teacher
         self.classes, self.ranks, self.device = classes, ranks, device
         self.settings = settings
@@ -116,23 +121,30 @@ class Trainer:
 
         Raises FloatingPointError where the loss is not finite.
         """
+        from timm.utils import distribute_bn
+
+        for each in (loader.dataset, getattr(loader, "sampler", None)):
+            if set_epoch := getattr(each, "set_epoch", None):
+                set_epoch(epoch)
         self.forward.train()
         mixup = make_mixup(self.settings, self.classes, epoch)
         loss_of = make_loss(self.settings, soft=mixup is not None)
         total = torch.zeros((), device=self.device)
         count, seen, lr = 0, 0.0, 0.0
         self.optimizer.zero_grad()
-        for number, batches in enumerate(grouped(loader, self.settings.accumulate), 1):
+        batches = iter(loader)
+        steps = iter(lambda: list(islice(batches, self.settings.accumulate)), [])
+        for number, step in enumerate(steps, 1):
             lr = max(group["lr"] for group in self.optimizer.param_groups)
-            for i, (images, labels) in enumerate(batches):
+            for i, (images, labels) in enumerate(step):
                 if mixup is not None:
                     images, labels = mixup(images, labels)
                 # Gradients are averaged over processes once a step.
-                last = i + 1 == len(batches)
+                last = i + 1 == len(step)
                 no_sync = None if last else getattr(self.forward, "no_sync", None)
                 with no_sync() if no_sync else nullcontext():
                     loss = self._loss(images, labels, loss_of)
-                    self.scaler.scale(loss / len(batches)).backward()
+                    self.scaler.scale(loss / len(step)).backward()
                 total += loss.detach() * len(images)
                 count += len(images)
             self._step()
@@ -140,6 +152,8 @@ class Trainer:
                 seen = _finite_mean(total, count, epoch)
             tell(seen)
         _finite_mean(total, count, epoch)
+        if self.ranks.size > 1:
+            distribute_bn(self.evaluated, self.ranks.size, reduce=True)
         summed, images_seen = self._sum([float(total), count])
         return {"train_loss": summed / max(1.0, images_seen), "lr": lr}
 
@@ -201,15 +215,21 @@ class Trainer:
         loss, top1, topk = (total / max(1.0, count) for total in totals)
         return {"loss": loss, "top1": top1, "topk": topk, "k": k}
 
-    def average_buffers(self) -> None:
-        """Average the running statistics (of batch norms) of what is evaluated over all processes."""
-        for buffer in self.evaluated.buffers():
-            if self.ranks.size > 1 and buffer.is_floating_point():
-                buffer.copy_(self.ranks.sum(buffer) / self.ranks.size)
-
     def _sum(self, numbers: list[float]) -> list[float]:
         """Each number summed over all processes."""
         return list(self.ranks.sum(torch.tensor(numbers, dtype=torch.float64)).tolist())
+
+
+def seed_epoch(seed: int, epoch: int, rank: int) -> None:
+    """Seed all that is random for one epoch.
+
+    Every epoch begins from its own number alone, so that a resumed run draws what one that was
+    never interrupted does; and each process draws its own.
+    """
+    words = np.random.SeedSequence([seed, epoch, rank]).generate_state(3)
+    random.seed(int(words[0]))
+    np.random.seed(int(words[1]))
+    torch.manual_seed(int(words[2]))
 
 
 def _finite_mean(total: Tensor, count: int, epoch: int) -> float:
@@ -219,13 +239,6 @@ def _finite_mean(total: Tensor, count: int, epoch: int) -> float:
             f"the loss must be finite, got {loss} in epoch {epoch}: a lower lr may help"
         )
     return loss
-
-
-def grouped(loader: Any, size: int) -> Iterator[list[Any]]:
-    """Batches in lists of `size`; the last list may be shorter."""
-    batches = iter(loader)
-    while group := list(islice(batches, size)):
-        yield group
 
 
 def make_mixup(settings: Settings, classes: int, epoch: int) -> Any:
