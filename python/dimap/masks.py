@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from . import _C
 from ._files import open_safetensors, replacing, save_safetensors
-from .distributed._sharded import check_whole
+from .distributed import check_whole
 
 VERSION = "1"
 _VERSION_KEY, _SHAPES_KEY = "dimap_masks", "shapes"
