@@ -6,6 +6,7 @@ import difflib
 import importlib
 import json
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -107,13 +108,12 @@ def _skeleton(architecture: str, config: Mapping[str, Any]) -> nn.Module:
 
 def _build(architecture: str, config: Mapping[str, Any]) -> nn.Module:
     timm = _import()
-    build = _class(architecture)
+    build: Any = _class(architecture)
     if build is None:
         _check_known(timm, architecture)
+        build = partial(timm.create_model, architecture)
     try:
-        if build is None:
-            return cast("nn.Module", timm.create_model(architecture, **config))
-        return build(**config)
+        return cast("nn.Module", build(**config))
     except Exception as error:
         raise ValueError(
             f"timm must be able to build {architecture} with {dict(config)}, got: {error}"

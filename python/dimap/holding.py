@@ -12,24 +12,24 @@ the dense model's names, and copies, exports, compiled and distributed models ar
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from types import MappingProxyType, TracebackType
-from typing import Any
+from contextlib import AbstractContextManager
+from types import MappingProxyType
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from . import ops
+from .groups.known import bare
 
-# What wrappers put into the names of the parameters they wrap.
-WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
 # What the operators take; other types go through PyTorch.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Where optimizers that wrap another one keep it: timm's Lookahead, accelerate, ZeroRedundancy.
 WRAPPED = ("_base_optimizer", "optimizer", "optim")
 
 
-class Holding:
+class Holding(AbstractContextManager["Holding"]):
     """What `hold_masks` returns; a context manager that lets go of the masks at its end."""
 
     def __init__(
@@ -90,15 +90,7 @@ class Holding:
             handle.remove()
         self._handles.clear()
 
-    def __enter__(self) -> Holding:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.remove()
 
     def _pairs(self, parameters: Iterable[nn.Parameter]) -> list[tuple[nn.Parameter, Tensor]]:
@@ -170,20 +162,11 @@ def hold_masks(
 
 def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters under the names that the plain model gives them."""
-    data_parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-    while True:
-        if isinstance(model, data_parallel):
-            model = model.module
-        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
-            model = inner
-        else:
-            break
-    parameters = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        for wrapper in WRAPPERS:
-            name = name.replace(wrapper, "")
-        parameters[name] = parameter
-    return parameters
+    parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    while isinstance(model, parallel) or isinstance(getattr(model, "_orig_mod", None), nn.Module):
+        model = model.module if isinstance(model, parallel) else cast(nn.Module, model._orig_mod)
+    named = model.named_parameters(remove_duplicate=False)
+    return {bare(name): parameter for name, parameter in named}
 
 
 def _chain(optimizer: Optimizer) -> list[Optimizer]:

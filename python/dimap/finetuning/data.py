@@ -20,6 +20,7 @@ from .settings import Settings
 NAMED = re.compile(
     r"(?P<name>(?:torch|hfds|hfids|tfds|wds)/[^:]+)(?::(?P<root>.*))?", re.IGNORECASE
 )
+LOADER = ("batch_size", "hflip", "vflip", "auto_augment")  # settings that have timm's own names
 # Folders that timm takes for a split, in its order.
 FOLDERS = {
     "train": ("train", "training"),
@@ -177,15 +178,11 @@ def make_loader(
     try:
         made = create_loader(
             dataset,
-            **{**given, **randomly},
-            batch_size=settings.batch_size,
+            **{**given, **randomly, **settings.named(*LOADER)},
             is_training=training,
             no_aug=not settings.augment,
             scale=(settings.scale_min, 1.0),
-            hflip=settings.hflip,
-            vflip=settings.vflip,
             color_jitter=cast(Any, settings.color_jitter or None),
-            auto_augment=settings.auto_augment,
             re_prob=settings.reprob if training else 0.0,
             re_mode=settings.remode,
             re_count=settings.recount,
@@ -208,10 +205,3 @@ def make_loader(
     last = [methodcaller("convert", "L")] if given["input_size"][0] == 1 else []
     dataset.transform = Compose([*first, *steps, *last, to_array])
     return made
-
-
-def own_images(loader: Any, ranks: Ranks) -> int | None:
-    """Validation images of this process without those that fill up the last; None for a stream."""
-    if isinstance(loader.dataset, IterableDataset):
-        return None
-    return (len(loader.dataset) - ranks.rank + ranks.size - 1) // ranks.size

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from functools import partial
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -23,6 +23,9 @@ POLICIES = (
     "v0r",
     "3a",
 )  # timm's, by how they begin
+
+Pixels = Annotated[tuple[float, ...], Field(strict=False, min_length=1)] | None  # a channel each
+Resize = Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"]
 
 
 def _option(panel: str, default: Any, description: str, **limits: Any) -> Any:
@@ -49,7 +52,7 @@ class Settings(BaseModel):
     lr: float = _schedule(2e-5, "Highest learning rate.", gt=0)
     min_lr: float = _schedule(2e-7, "Learning rate at the end.", ge=0)
     warmup_epochs: int | None = _schedule(
-        None, "Epochs in which the rate rises; half of all if not given.", ge=0
+        None, "Epochs of rising rate; half of all if not given.", ge=0
     )
     warmup_lr: float = _schedule(2e-8, "Learning rate at the start.", ge=0)
     # timm's schedules that are a function of the number of steps alone, so that runs can resume.
@@ -61,26 +64,20 @@ class Settings(BaseModel):
     weight_decay: float = _optimizer(1e-8, "Weight decay.", ge=0)
     momentum: float = _optimizer(0.9, "Momentum, where the optimizer has it.", ge=0, le=1)
     layer_decay: float | None = _optimizer(
-        None, "Factor of the learning rate from layer to layer.", gt=0, le=1
+        None, "Factor of the rate from layer to layer.", gt=0, le=1
     )
     clip_grad: float | None = _optimizer(5.0, "Limit for gradients; 0 for none.", ge=0)
     clip_mode: Literal["norm", "value", "agc"] = _optimizer("norm", "What is limited.")
     amp: Literal["bfloat16", "float16", "none"] = _optimizer("bfloat16", "Type of autocast.")
     ema: float | None = _optimizer(
-        None, "Decay of an average of the weights, which is then kept.", gt=0, le=1
+        None, "Decay of an average of weights, which is kept.", gt=0, le=1
     )
 
-    input_size: int | None = _images(
-        None, "Side of the images; the model's own (224 in the paper) if not given.", ge=1
-    )
-    mean: tuple[float, ...] | None = _images(
-        None, "Mean of the pixels; the model's if not given.", strict=False, min_length=1
-    )
-    std: tuple[float, ...] | None = _images(
-        None, "Their deviation; the model's if not given.", strict=False, min_length=1
-    )
+    input_size: int | None = _images(None, "Side of the images; the model's if not given.", ge=1)
+    mean: Pixels = _images(None, "Mean of the pixels; the model's if not given.")
+    std: Pixels = _images(None, "Their deviation; the model's if not given.")
     crop_pct: float | None = _images(
-        None, "Seen share of a validation image; the model's if not given.", gt=0, le=1
+        None, "Seen share of an image; the model's if not given.", gt=0, le=1
     )
     interpolation: Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"] | None = (
         _images(None, "Of resizing; the model's if not given.")
@@ -109,9 +106,7 @@ class Settings(BaseModel):
     distill_alpha: float = _loss(0.5, "Share of the teacher in the loss.", ge=0, le=1)
     distill_temperature: float = _loss(1.0, "Temperature of both outputs.", gt=0)
 
-    drop_path: float | None = _run(
-        None, "Stochastic depth; the model's own if not given.", ge=0, le=1
-    )
+    drop_path: float | None = _run(None, "Stochastic depth; the model's if not given.", ge=0, le=1)
     seed: int = _run(42, "Of all that is random.", ge=0)
     workers: int = _run(4, "Processes that load images; 0 for none.", ge=0)
     compile: bool = _run(False, "Train through torch.compile.")
@@ -163,6 +158,10 @@ class Settings(BaseModel):
     def warmup(self) -> int:
         """Epochs of warm-up: in the paper 15 of 30."""
         return self.epochs // 2 if self.warmup_epochs is None else self.warmup_epochs
+
+    def named(self, *names: str) -> dict[str, Any]:
+        """Some of them by name: arguments of timm, which gave these their names."""
+        return {name: getattr(self, name) for name in names}
 
     @property
     def mixes(self) -> bool:

@@ -14,12 +14,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import IterableDataset
 
 from .._timm import near
 from ..distributed.ranks import Ranks
 from ..holding import hold_masks
-from .data import own_images
 from .settings import Settings
+
+# Settings that have timm's own names.
+OPTIMIZER = ("opt", "lr", "weight_decay", "momentum", "layer_decay")
+SCHEDULE = ("sched", "warmup_lr", "min_lr")
 
 LOOK = 20  # steps from one look at the loss to the next: a look waits for the device
 
@@ -58,26 +62,17 @@ class Trainer:
         self.updates = 0  # steps of the optimizer so far
         if teacher is not None:
             teacher.to(device).eval().requires_grad_(False)
-        self.optimizer = create_optimizer_v2(
-            model,
-            opt=settings.opt,
-            lr=settings.lr,
-            weight_decay=settings.weight_decay,
-            momentum=settings.momentum,
-            layer_decay=settings.layer_decay,
-        )
+        self.optimizer = create_optimizer_v2(model, **settings.named(*OPTIMIZER))
         self.holding = hold_masks(model, masks, self.optimizer)
         self.scheduler: Any = None
         if settings.epochs:
             self.scheduler, _ = create_scheduler_v2(
                 self.optimizer,
-                sched=settings.sched,
+                **settings.named(*SCHEDULE),
                 # Rising first, then the whole of the schedule: the rate does not jump between them.
                 num_epochs=settings.epochs - settings.warmup,
                 warmup_prefix=True,
                 warmup_epochs=settings.warmup,
-                warmup_lr=settings.warmup_lr,
-                min_lr=settings.min_lr,
                 step_on_epochs=False,
                 updates_per_epoch=-(-batches // settings.accumulate),
             )
@@ -154,8 +149,7 @@ class Trainer:
         _finite_mean(total, count, epoch)
         if self.ranks.size > 1:
             distribute_bn(self.evaluated, self.ranks.size, reduce=True)
-        summed, images_seen = self._sum([float(total), count])
-        return {"train_loss": summed / max(1.0, images_seen), "lr": lr}
+        return {"train_loss": self._means([float(total)], count)[0], "lr": lr}
 
     def _autocast(self) -> Any:
         if self.settings.amp == "none":
@@ -200,24 +194,27 @@ class Trainer:
         model = self.evaluated.eval()
         k = min(5, self.classes)
         sums = torch.zeros(4, dtype=torch.float64)  # of loss, top-1, top-k, and the images
-        left = own_images(loader, self.ranks)
+        left: float = math.inf  # images of this process, without those that fill up the last batch
+        if not isinstance(loader.dataset, IterableDataset):
+            left = (len(loader.dataset) - self.ranks.rank + self.ranks.size - 1) // self.ranks.size
         for images, labels in loader:
-            if left is not None:
-                images, labels = images[:left], labels[:left]
-                left -= len(images)
-            if not len(images):
+            count = min(len(images), left)
+            images, labels = images[: int(count)], labels[: int(count)]
+            left -= count
+            if not count:
                 break
             with self._autocast():
                 output = model(images).float()
             means = F.cross_entropy(output, labels), *accuracy(output, labels, topk=(1, k))
             sums += len(images) * torch.tensor([*map(float, means), 1.0], dtype=torch.float64)
-        *totals, count = self._sum(sums.tolist())
-        loss, top1, topk = (total / max(1.0, count) for total in totals)
+        *totals, count = sums.tolist()
+        loss, top1, topk = self._means(totals, count)
         return {"loss": loss, "top1": top1, "topk": topk, "k": k}
 
-    def _sum(self, numbers: list[float]) -> list[float]:
-        """Each number summed over all processes."""
-        return list(self.ranks.sum(torch.tensor(numbers, dtype=torch.float64)).tolist())
+    def _means(self, totals: list[float], count: float) -> list[float]:
+        """Totals of this many images, as means over the images of all processes."""
+        sums = self.ranks.sum(torch.tensor([*totals, count], dtype=torch.float64))
+        return list((sums[:-1] / sums[-1].clamp_min(1)).tolist())
 
 
 def seed_epoch(seed: int, epoch: int, rank: int) -> None:
@@ -249,8 +246,8 @@ def make_mixup(settings: Settings, classes: int, epoch: int) -> Any:
     if not settings.mixes or off:
         return None
     return Mixup(
-        mixup_alpha=settings.mixup,
-        cutmix_alpha=settings.cutmix,
+        settings.mixup,
+        settings.cutmix,
         prob=settings.mixup_prob,
         switch_prob=settings.mixup_switch_prob,
         mode=settings.mixup_mode,
