@@ -105,40 +105,34 @@ def finetune(
             f"got {classes} (--reset-head makes a new classifier)"
         )
     held = masks_of(source, masks, settings)
-    teaching = None if teacher is None else open_model(teacher, settings)
-    if teaching and (theirs := outputs_of(teaching, given["input_size"])) != classes:
-        raise ValueError(f"teacher must have {classes} outputs as the model has, got {theirs}")
+    taught = None
+    if teacher is not None:
+        teaching = open_model(teacher, settings)
+        if (theirs := outputs_of(teaching, given["input_size"])) != classes:
+            raise ValueError(f"teacher must have {classes} outputs as the model has, got {theirs}")
+        taught = teaching.model
     with _joined(device) as (ranks, place):
         identity = {
             **settings.model_dump(mode="json"),
             "processes": ranks.size,
             "data": str(data) if not isinstance(data, tuple) else "data sets",
             "masks": fingerprint(held),
-            "teacher": fingerprint(teaching.model.state_dict()) if teaching else None,
+            "teacher": None if taught is None else fingerprint(taught.state_dict()),
             "weights": fingerprint(source.model.state_dict()),
         }
         if folder.state and isinstance(model, nn.Module):  # it was trained in place, maybe
             identity["weights"] = folder.state["identity"]["weights"]
         folder.check_same(identity)
         train, validation = (
-            make_loader(images, given, settings, ranks, place, training=images is train_images)
-            for images in (train_images, validation_images)
+            make_loader(images, given, settings, ranks, place, training=training)
+            for images, training in ((train_images, True), (validation_images, False))
         )
         if settings.epochs and not len(train):
             raise ValueError(
                 f"batch_size must be at most the training images of a process, got "
                 f"{settings.batch_size} for {len(train_images)} images and {ranks.size} processes"
             )
-        trainer = Trainer(
-            source.model,
-            teaching.model if teaching else None,
-            held,
-            classes,
-            len(train),
-            ranks,
-            place,
-            settings,
-        )
+        trainer = Trainer(source.model, taught, held, classes, len(train), ranks, place, settings)
         shown, board = (wanted and ranks.rank == 0 for wanted in (progress, tensorboard))
         history = _run(
             trainer, train, validation, source.metadata, identity, folder, shown=shown, board=board
