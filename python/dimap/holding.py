@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from types import MappingProxyType
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -115,7 +115,8 @@ def hold_masks(
     """Keep the weights that `masks` drop at exactly +0 after every step of `optimizer`.
 
     model: the model that is trained, plain, compiled or in DistributedDataParallel.
-    masks: parameter name (of the plain model) -> bool tensor of its shape, True = kept.
+    masks: parameter name -> bool tensor of its shape, True = kept; the name may be of another
+        spelling of the model, as in `dimap.apply_masks`.
     optimizer: one, or several that share the model. Any whose steps run hooks, as all of
         torch.optim and timm.optim do; fused, foreach, within GradScaler.
     gradients: also zero the gradients of pruned weights before each step, so that the optimizer's
@@ -132,7 +133,7 @@ def hold_masks(
     different masks, and where no optimizer has a masked parameter that is trained. All is checked
     before anything is changed.
     """
-    from .masks import check_masks
+    from .masks import fit_masks
 
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
@@ -143,8 +144,9 @@ def hold_masks(
         raise TypeError(f"optimizer must be a torch Optimizer, got {type(optimizer).__name__}")
     for each in optimizers:
         _chain(each)
-    parameters = _parameters(model)
-    check_masks(masks, parameters)
+    named = unwrap(model).named_parameters(remove_duplicate=False)
+    parameters = {bare(name): parameter for name, parameter in named}
+    masks = fit_masks(masks, parameters)
     seen: dict[nn.Parameter, str] = {}
     for name, mask in masks.items():
         first = seen.setdefault(parameters[name], name)
@@ -160,13 +162,15 @@ def hold_masks(
     return Holding(parameters, masks, optimizers, gradients=gradients)
 
 
-def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters under the names that the plain model gives them."""
-    parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-    while isinstance(model, parallel) or isinstance(getattr(model, "_orig_mod", None), nn.Module):
-        model = model.module if isinstance(model, parallel) else cast(nn.Module, model._orig_mod)
-    named = model.named_parameters(remove_duplicate=False)
-    return {bare(name): parameter for name, parameter in named}
+def unwrap(model: nn.Module) -> nn.Module:
+    """The plain model in one that is compiled or data-parallel."""
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
+        else:
+            return model
 
 
 def _chain(optimizer: Optimizer) -> list[Optimizer]:

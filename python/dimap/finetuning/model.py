@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .. import _timm
 from ..checkpoint import open_checkpoint
 from ..groups import AUX, find_modules
-from ..masks import check_masks, load_masks
+from ..masks import fit_masks, load_masks
 from .settings import Settings
 
 # What a checkpoint says of its model and that stays true. All else is of its weights, or of the run
@@ -168,14 +168,13 @@ def masks_of(
         return {}
     weights = dict(source.model.named_parameters(remove_duplicate=False))
     if isinstance(masks, (str, os.PathLike)):
-        found = load_masks(masks)
+        given = load_masks(masks)
         try:
-            check_masks(found, weights)
+            found = fit_masks(given, weights)
         except ValueError as error:
             raise ValueError(f"{Path(masks)} must hold masks of {source.name}: {error}") from error
     elif masks is not None:
-        check_masks(masks, weights)
-        found = dict(masks)
+        found = fit_masks(masks, weights)
     else:
         found = dict.fromkeys(_prunable(source.model), torch.empty(0))
     if masks is None or settings.masks_from_zeros:
