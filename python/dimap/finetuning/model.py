@@ -181,8 +181,8 @@ def masks_of(
         found = {name: weights[name].detach() != 0 for name in found}
         if found and all(bool(mask.all()) for mask in found.values()):
             raise ValueError(
-                f"masks must be given, or {source.name} must be pruned, got no masks and weights "
-                "without zeros (--dense holds none)"
+                f"masks must be given, or {source.name} must be pruned, got weights without zeros "
+                "(--dense holds none)"
             )
     elif found and not settings.allow_mask_change:
         _check_agreement(source, found, weights)
