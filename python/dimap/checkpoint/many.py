@@ -12,13 +12,14 @@ import time
 import traceback
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from .. import __version__
 from .._errors import sentence
 from .._files import remove
+from ..groups import choose
 from ..groups.plan import Normalize, Scope
 from . import open_checkpoint
 from ._prune_file import prune_file
@@ -39,6 +40,7 @@ class Settings:
     normalize: Normalize
     random_init: bool = False
     bitmask: bool = False
+    grouping: Mapping[str, Any] = field(default_factory=dict)  # patterns, family, ignore
 
 
 @dataclass(frozen=True)
@@ -176,6 +178,7 @@ def _prune(job: Job, item: Item, record: Record | None) -> Record:
     try:
         before = _inputs(item)
         with open_checkpoint(item.source, random_init=job.settings.random_init) as checkpoint:
+            checkpoint.choice = choose(**job.settings.grouping)
             report = prune_file(
                 checkpoint,
                 places["out"],

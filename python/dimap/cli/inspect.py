@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from .common import Debug, Json, Layers, RandomInit, Source, print_json, report_errors
+from .grouping import Grouping, grouped
 from .progress import Bar
 
 if TYPE_CHECKING:
@@ -15,26 +16,34 @@ if TYPE_CHECKING:
 COLUMNS = ("weights", "nonzero", "sparsity", "dtype")
 
 
+@grouped
 def inspect(
     source: Source,
     random_init: RandomInit = False,
     layers: Layers = False,
     as_json: Json = False,
     debug: Debug = False,
+    *,
+    grouping: Grouping,
 ) -> None:
-    """Show the modules of a checkpoint, their layers and weights, and how sparse they are."""
+    """Show the modules of a checkpoint, their layers and weights, and how sparse they are.
+
+    Of an unknown model it shows the matrices and the grouping that their names suggest.
+    """
     with report_errors(debug), Bar("opening") as bar:
         from ..checkpoint import _inspect, open_checkpoint
+        from ..groups import choose
 
         with open_checkpoint(source, random_init=random_init) as checkpoint:
+            checkpoint.choice = choose(**grouping)
             found = _inspect.inspect(checkpoint, bar)
     if as_json:
         print_json(found.to_dict())
     else:
-        _print(found, layers=layers)
+        print_inspection(found, layers=layers)
 
 
-def _print(found: Inspection, *, layers: bool) -> None:
+def print_inspection(found: Inspection, *, layers: bool) -> None:
     """What it is, and one line for each module; with `layers`, one for each that can be pruned."""
     from rich.console import Console
     from rich.table import Table

@@ -21,6 +21,7 @@ from .common import (
     print_wrote,
     report_errors,
 )
+from .grouping import Grouping, grouped
 from .progress import Bar
 
 PATHS_HELP = f"""{IN_HELP} OUT is a file where IN is a file, a folder where it is a folder.
@@ -31,6 +32,7 @@ checkpoint; any other folder stands for the checkpoints directly in it; a quoted
 folders that its wildcards matched, too."""
 
 
+@grouped
 def prune(
     paths: Annotated[
         list[str],
@@ -117,6 +119,8 @@ def prune(
     layers: Layers = False,
     as_json: Json = False,
     debug: Debug = False,
+    *,
+    grouping: Grouping,
 ) -> None:
     """Set the least important weights of a checkpoint to zero and write the result to OUT.
 
@@ -148,6 +152,7 @@ def prune(
             normalize or METHODS[method].normalize,
             random_init,
             bitmask=form == "bitmask",
+            grouping=grouping,
         )
         if out_dir is not None:
             from .prune_many import prune_many
@@ -158,6 +163,7 @@ def prune(
         from ..checkpoint import open_checkpoint
         from ..checkpoint._prune_file import prune_file
         from ..distributed.launch import launched
+        from ..groups import choose
 
         source, out, start = paths[0], Path(paths[1]), time.monotonic()
         with (
@@ -165,6 +171,7 @@ def prune(
             Bar("opening", wanted=ranks.rank == 0) as bar,
             open_checkpoint(source, random_init=random_init) as checkpoint,
         ):
+            checkpoint.choice = choose(**grouping)
             built = prune_file(
                 checkpoint,
                 out,

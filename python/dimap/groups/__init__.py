@@ -105,8 +105,8 @@ def find_modules(
         out: those of `families.BUFFERS`, and what is neither floating point nor called `weight`.
     patterns: instead of the known families, the caller's own: module name -> regex, or a list of
         them, each matched against whole parameter names (`re.fullmatch`); the first that matches
-        wins. A tuple inside a list is one layer made of several tensors, in that order, joined by
-        what its regexes capture. Named groups `stage` and `block` give those numbers; a group
+        wins. A tuple (or list) in the list is one layer made of several tensors, in that order,
+        joined by what its regexes capture. Named groups `stage` and `block` give those numbers; a group
         `part` of alternatives, as in (?P<part>q|k|v), stands for such a tuple:
 
             {"qkv": [tuple(rf"blocks\\.(?P<block>\\d+)\\.attn\\.{x}\\.weight" for x in "qkv")],

@@ -12,7 +12,7 @@ from ..families import FAMILIES
 from .layers import AUX, Layer, Modules, Shape, Slice, kinds, whole
 from .roles import TRANSFORMER
 
-Patterns: TypeAlias = "Mapping[str, str | Sequence[str | tuple[str, ...]]]"
+Patterns: TypeAlias = "Mapping[str, str | Sequence[str | Sequence[str]]]"
 
 
 @dataclass(frozen=True)

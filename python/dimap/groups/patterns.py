@@ -44,7 +44,7 @@ def _rules(patterns: object) -> list[Rule]:
         if not rows:
             raise ValueError(f"patterns[{module!r}] must hold at least one regex, got {value!r}")
         for row in rows:
-            parts = row if isinstance(row, tuple) else (row,)
+            parts = tuple(row) if isinstance(row, (tuple, list)) else (row,)
             if not parts or not all(isinstance(part, str) for part in parts):
                 raise TypeError(f"patterns[{module!r}] must hold regexes as strings, got {row!r}")
             if len(parts) == 1:
