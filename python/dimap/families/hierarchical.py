@@ -370,6 +370,37 @@ FAMILIES = (
         per_block=(_WHOLE, _MLP),
     ),
     Family(
+        name="nextvit",
+        models="timm Next-ViT",
+        block=_BLOCK,
+        stage=_STAGE,
+        rows=(
+            named("qkv", "e_mhsa.q", "e_mhsa.k", "e_mhsa.v"),
+            named("proj", "e_mhsa.proj"),
+            *_ANY[2:],
+        ),
+        block_aux=(
+            r"mhca\.(?:group_conv3x3|projection)\.weight",
+            r"(?:patch_embed|projection)\.conv\.weight",
+        ),
+        aux=_AUX,
+        per_block=(_WHOLE, _MLP),
+    ),
+    Family(
+        name="crossvit",
+        models="timm CrossViT",
+        # a stage has two branches of blocks, and what mixes them
+        block=r"blocks\.(?P<stage>\d+)\.(?:blocks|fusion)\.(?P<block>\d+)\.(?:\d+\.)?",
+        rows=(FUSED[0], named("qkv", "attn.wq", "attn.wk", "attn.wv"), *FUSED[1:]),
+        aux=(
+            r"(?:pos_embed|cls_token)_[01]",
+            r"patch_embed\..+",
+            r"blocks\.\d+\.(?:projs|revert_projs)\..+",
+            r"head\.[01]\.weight",
+        ),
+        per_block=({"qkv": None, "proj": None, "mlp": None},),
+    ),
+    Family(
         name="segformer",
         models="Hugging Face SegFormer in memory",
         network="segformer",

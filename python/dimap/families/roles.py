@@ -87,6 +87,13 @@ MLP_ALONE = (
     "linear_2", "fc_1", "fc_2", "linear_in", "linear_out", "ff", "expand", "pw1", "pw2", "key", "value",
     "conv1", "conv2", "dense_in", "dense_out", "ffw_layer_1", "ffw_layer_2", "*",
 )  # fmt: skip
+# Of these, the ones on the way out: they come last in their block.
+MLP_OUT = (
+    "fc2", "w2", "w_2", "linear2", "lin2", "dense2", "dense_2", "down", "wo", "4h_to_h", "dense_4h_to_h",
+    "output", "output_dense", "linear_fc2", "ffn_output", "out", "fc_out", "weights_out", "output_linear",
+    "layer2", "layer_2", "linear_2", "fc_2", "linear_out", "pw2", "value", "conv2", "dense_out", "proj",
+    "ffw_layer_2",
+)  # fmt: skip
 # Parameters that are no `.weight`.
 RAW = (
     r"in_proj_weight|[qkv]_proj_weight|(?:gate_up|up_gate|down|up|gate)_proj|w[123v]1?"

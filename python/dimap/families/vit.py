@@ -65,6 +65,35 @@ FAMILIES = (
         aux=VIT_AUX,
     ),
     Family(
+        name="vit_parallel",
+        models="timm ViT with parallel blocks (18x2)",
+        block=r"blocks\.(?P<block>\d+)\.",
+        rows=(
+            Row("qkv", (r"attns\.\d+\.attn\.qkv\.weight",)),
+            Row("proj", (r"attns\.\d+\.attn\.proj\.weight",)),
+            Row("mlp", (r"ffns\.\d+\.mlp\.fc1\.weight",)),
+            Row("mlp", (r"ffns\.\d+\.mlp\.fc2\.weight",)),
+        ),
+        aux=VIT_AUX,
+        per_block=({"qkv": 2, "proj": 2, "mlp": 4},),
+    ),
+    Family(
+        name="gemma_vit",
+        models="the vision tower of Gemma 4, in timm and Hugging Face",
+        block=r"(?:blocks|layers)\.(?P<block>\d+)\.",
+        rows=(
+            Row("qkv", tuple(rf"(?:self_)?attn\.{x}_proj\.linear\.weight" for x in "qkv")),
+            Row("proj", (r"(?:self_)?attn\.o_proj\.linear\.weight",)),
+            Row(
+                "mlp",
+                tuple(rf"mlp\.{x}_proj\.linear\.weight" for x in ("gate", "up")),
+                name="gate_up_proj",
+            ),
+            Row("mlp", (r"mlp\.down_proj\.linear\.weight",)),
+        ),
+        aux=(r"patch_embed\..+", r"patch_embedder\..+"),
+    ),
+    Family(
         name="hf_sam",
         models="Hugging Face SAM, SAM-HQ, ViTDet",
         network="vit",

@@ -258,7 +258,7 @@ def _by_roles(
             + (f"; it found\n{describe(modules)}" if guess.found else "")
             + ("\nIt does not know\n" + kinds(guess.missed) if guess.missed else "")
             + "\n"
-            + _ways_out(shapes, kind=next(iter(guess.missed), ""))
+            + _ways_out(shapes, kind=kind_of(next(iter(guess.missed), "")))
         )
     notes.append("grouped by the words of the names (family transformer):\n" + describe(modules))
     if guess.missed:

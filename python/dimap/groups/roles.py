@@ -39,6 +39,7 @@ class Role(NamedTuple):
     parent: how many lead to what the tensors of a layer share; all: a layer of its own.
     joint: what a layer of several tensors is called. part: the place among them.
     other: what is said beside the role, as in `query_global`: the same for all of a layer.
+    last: whether it is behind the others of its module in the block: the MLP's way out.
     """
 
     module: str
@@ -47,6 +48,7 @@ class Role(NamedTuple):
     joint: str = ""
     part: int = 0
     other: str = ""
+    last: bool = False
 
 
 @lru_cache(maxsize=4096)
@@ -132,7 +134,8 @@ def _named(word: str, attention: bool, block: int, leaf: int, size: int) -> Role
     names = _bare(word)
 
     def alone(module: str, known: Iterable[str]) -> Role | None:
-        return Role(module, block, size) if names & set(known) else None
+        last = module == "mlp" and bool(names & set(words.MLP_OUT))
+        return Role(module, block, size, last=last) if names & set(known) else None
 
     def split(module: str, joint: str, known: Sequence[Iterable[str]]) -> Role | None:
         for part, spellings in enumerate(known):
@@ -156,7 +159,7 @@ class Guess:
 
     found: the layers; their tower is the beginning of their names, with * for numbers.
     covered: the share of the weights of the blocks' matrices that they are, in [0, 1].
-    missed: kinds of the blocks' matrices that have no role, with their shapes.
+    missed: the blocks' matrices that have no role, with their shapes.
     """
 
     found: list[Found] = field(default_factory=list)
@@ -175,7 +178,7 @@ def by_roles(
     """
     recurrent = _state_space(short for short, _ in names)
     groups: dict[_Key, list[tuple[int, list[int | str], str]]] = {}
-    places: dict[_Key, tuple[str, list[int], str]] = {}
+    places: dict[_Key, tuple[str, list[int], str, bool]] = {}
     for short, name in names:
         shape = shapes[name]
         role = role_of(kind_of(short), len(shape)) if len(shape) > 1 else None
@@ -189,21 +192,21 @@ def by_roles(
         for piece in slices(name, shape) if len(shape) == 3 else [name]:
             key = (role.module, parent, piece.at if isinstance(piece, Slice) else None)
             groups.setdefault(key, []).append((role.part, natural(short), piece))
-            places[key] = tower, counted, role.joint
+            places[key] = tower, counted, role.joint, role.last
     mixed = {_words(places[key][0]) for key in groups if key[0] == "qkv"}
     mixed |= {
         _words(".".join("*" if p.isdecimal() else p for p in r.split("."))) for r in recurrent
     }
     guess = Guess()
     for key, group in groups.items():
-        tower, counted, joint = places[key]
+        tower, counted, joint, last = places[key]
         if not any(_near(_words(tower), other) for other in mixed):
             continue
         parameters = tuple(piece for *_, piece in sorted(group))
         stage = counted[-2] if len(counted) > 1 else None
         layer = Layer(layer_name(parameters, joint), key[0], parameters, stage, counted[-1], tower)
-        guess.found.append(Found(layer, Rule(key[0], (), place=_ORDER[key[0]])))
-    guess.found.sort(key=lambda f: _sort(f.layer))
+        guess.found.append(Found(layer, Rule(key[0], (), place=_ORDER[key[0]] + last)))
+    guess.found.sort(key=_sort)
     _cover(guess, names, shapes, {*ignored, *(n for s, n in names if _inside(s, recurrent))})
     return guess
 
@@ -233,9 +236,10 @@ def _near(tower: str, other: str) -> bool:
     return f"{tower}.".startswith(f"{other}.") or f"{other}.".startswith(f"{tower}.")
 
 
-def _sort(layer: Layer) -> tuple[object, ...]:
+def _sort(found: Found) -> tuple[object, ...]:
+    layer = found.layer
     stage = -1 if layer.stage is None else layer.stage
-    return _words(layer.tower), stage, layer.block, _ORDER[layer.module], natural(layer.name)
+    return _words(layer.tower), stage, layer.block, found.rule.place, natural(layer.name)
 
 
 def _cover(
@@ -255,5 +259,5 @@ def _cover(
             inside += size
         elif name not in ignored and kind.startswith(heads) and is_matrix(kind, len(shapes[name])):
             inside += size
-            guess.missed.setdefault(kind, shapes[name])
+            guess.missed[name] = shapes[name]
     guess.covered = covered / inside if inside else 0.0
