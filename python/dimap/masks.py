@@ -47,7 +47,7 @@ def save_masks(
     strings or that use this format's own keys; OSError where the file cannot be written. The file
     appears complete or not at all.
     """
-    _check_masks(masks)
+    check_masks(masks)
     check_whole(masks.values(), "a file of masks")
     extra = dict(metadata or {})
     for key, value in extra.items():
@@ -117,26 +117,39 @@ def apply_masks(model: nn.Module | Mapping[str, Tensor], masks: Mapping[str, Ten
     Raises TypeError for wrong types; ValueError where a mask names no parameter of the model or has
     another shape. All of them are checked before anything is changed.
     """
-    if isinstance(model, nn.Module):
-        weights: Mapping[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
-    elif isinstance(model, Mapping):
-        weights = model
-    else:
+    if not isinstance(model, (nn.Module, Mapping)):
         raise TypeError(
-            f"model must be an nn.Module or a mapping of names to tensors, got {_kind(model)}"
+            f"model must be an nn.Module or a mapping of names to tensors, got {type(model).__name__}"
         )
+    weights: Mapping[str, Tensor] = (
+        model
+        if isinstance(model, Mapping)
+        else dict(model.named_parameters(remove_duplicate=False))
+    )
     check_masks(masks, weights)
     with torch.no_grad():
         for name, mask in masks.items():
             weights[name].masked_fill_(~mask.to(weights[name].device), 0)
 
 
-def check_masks(masks: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
-    """Check that masks fit the weights: names, types and shapes; nothing is changed.
+def check_masks(masks: Mapping[str, Tensor], weights: Mapping[str, Tensor] | None = None) -> None:
+    """Check that masks are such, and fit the weights: names, types, shapes; nothing is changed.
 
     Raises as `apply_masks`.
     """
-    _check_masks(masks)
+    if not isinstance(masks, Mapping):
+        raise TypeError(
+            f"masks must be a mapping of names to bool tensors, got {type(masks).__name__}"
+        )
+    for name, mask in masks.items():
+        if not isinstance(name, str):
+            raise TypeError(f"masks must be under parameter names, got {name!r}")
+        if not isinstance(mask, Tensor):
+            raise TypeError(f"the mask of {name} must be a tensor, got {type(mask).__name__}")
+        if mask.dtype != torch.bool:
+            raise TypeError(f"the mask of {name} must be bool, got {mask.dtype}")
+    if weights is None:
+        return
     if missing := [name for name in masks if name not in weights]:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise ValueError(
@@ -145,28 +158,12 @@ def check_masks(masks: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> N
     for name, mask in masks.items():
         weight = weights[name]
         if not isinstance(weight, Tensor):
-            raise TypeError(f"{name} of the model must be a tensor, got {_kind(weight)}")
+            raise TypeError(f"{name} of the model must be a tensor, got {type(weight).__name__}")
         if weight.shape != mask.shape:
             want, got = tuple(weight.shape), tuple(mask.shape)
             raise ValueError(f"the mask of {name} must have the weight's shape {want}, got {got}")
         if weight.is_meta:
             raise ValueError(f"{name} must hold weights to prune, got a tensor on the meta device")
-
-
-def _check_masks(masks: Mapping[str, Tensor]) -> None:
-    if not isinstance(masks, Mapping):
-        raise TypeError(f"masks must be a mapping of names to bool tensors, got {_kind(masks)}")
-    for name, mask in masks.items():
-        if not isinstance(name, str):
-            raise TypeError(f"masks must be under parameter names, got {name!r}")
-        if not isinstance(mask, Tensor):
-            raise TypeError(f"the mask of {name} must be a tensor, got {_kind(mask)}")
-        if mask.dtype != torch.bool:
-            raise TypeError(f"the mask of {name} must be bool, got {mask.dtype}")
-
-
-def _kind(value: object) -> str:
-    return type(value).__name__
 
 
 def _pack(mask: Tensor) -> Tensor:
@@ -189,13 +186,10 @@ def _unpack(path: Path, name: str, packed: Tensor, shape: list[int]) -> Tensor:
 
 
 def _shapes(path: Path, text: str) -> dict[str, list[int]]:
+    from pydantic import NonNegativeInt, TypeAdapter
+
     try:
-        shapes = json.loads(text)
+        return TypeAdapter(dict[str, list[NonNegativeInt]]).validate_json(text, strict=True)
     except ValueError:
-        shapes = None
-    if not isinstance(shapes, dict) or not all(
-        isinstance(shape, list) and all(type(n) is int and n >= 0 for n in shape)
-        for shape in shapes.values()
-    ):
-        raise ValueError(f"{path} must hold the shapes of its masks as JSON, got {text[:80]!r}")
-    return shapes
+        got = repr(text[:80])
+        raise ValueError(f"{path} must hold the shapes of its masks as JSON, got {got}") from None
