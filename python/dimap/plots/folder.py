@@ -6,6 +6,7 @@ import io
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from html import escape
 from itertools import groupby, islice
 from pathlib import Path
@@ -15,19 +16,13 @@ from typing import TYPE_CHECKING, Any
 from .._files import replacing
 from ..groups import Layer, position
 from ..report import LayerReport, ModuleReport, Pruned, Report
-from ..report.report import (
-    count_columns,
-    density_columns,
-    module_columns,
-    note_lines,
-    summary_lines,
-)
-from ..report.text import Column, filled, short
+from ..report.report import LAYERS, MODULES, columns, note_lines, summary_lines
+from ..report.text import Column, filled
 from . import style
 from .histograms import block_of, choose_blocks, weight_histograms
 from .kept import kept_ratios
 from .mask import mask_picture
-from .source import Source, place_name, prunable, source_of, spread
+from .source import place_name, prunable, source_of, spread
 
 if TYPE_CHECKING:
     import os
@@ -35,10 +30,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch import Tensor
 
-    from ..checkpoint import Checkpoint
-
 MASKS = 3  # how many layers' masks are drawn
-PathOf = Callable[[str], Path]  # from a file's name to where it is to be written
 # What the page has in its reader's light or dark colours.
 THEME = {
     style.INK: "currentColor", style.PAPER: "var(--back)", style.FAINT: "var(--faint)",
@@ -51,16 +43,18 @@ def write_report(
 ) -> Report:
     """Write report.json, index.html and pictures of a `dimap.Pruning` into the folder `path`.
 
-    path: created if need be; a folder that is there keeps its other files.
+    path: created if need be; a folder that is there keeps its other files. Where it ends in .json or
+        is a file already, it gets the JSON alone.
     model: the nn.Module, to count its FLOPs.
     force: replace files of these names; else they are a FileExistsError.
 
     The page needs no other file and loads nothing. Files appear complete or not at all. Raises
     ModuleNotFoundError without matplotlib, OSError where the folder cannot be written.
     """
-    with _report_folder(Path(path), prunable(pruning.modules), force=force) as path_of:
+    with report_output(Path(path), pruning.modules, force=force) as output:
         report: Report = pruning.report(model)
-        _fill(path_of, report, source_of(pruning))
+        output.before(pruning)
+        output.write(report, pruning)
     return report
 
 
@@ -70,57 +64,63 @@ def report_output(
 ) -> Iterator[ReportOutput]:
     """Where the report of a checkpoint's pruning goes: complete when the block ends, or not there.
 
-    path: a JSON file where it ends in .json or is a file already, else a folder as of `write_report`.
-    modules: the layers that will be pruned. Raises as `write_report`; for a JSON file there need not
-    be matplotlib.
+    path, force: as in `write_report`, which says what is raised; for JSON there need not be matplotlib.
+    modules: the layers that will be pruned.
     """
-    if (path.suffix == ".json" or path.is_file()) and not path.is_dir():
-        with replacing(path, force=force) as temporary:
-            yield ReportOutput(lambda _: temporary, None)
-    else:
+    with ExitStack() as outputs:
         layers = prunable(modules)
-        with _report_folder(path, layers, force=force) as path_of:
-            yield ReportOutput(path_of, layers)
+        if (path.suffix == ".json" or path.is_file()) and not path.is_dir():
+            temporary = outputs.enter_context(replacing(path, force=force))
+            yield ReportOutput([], lambda _: temporary)
+            return
+        style.check_path(None)
+        if path.is_dir():
+            pictures = ["kept", "weights", *_masked(layers)]
+            names = ["report.json", "index.html", *(f"{name}.png" for name in pictures)]
+            files = {n: outputs.enter_context(replacing(path / n, force=force)) for n in names}
+            yield ReportOutput(layers, files.__getitem__)
+        else:
+            yield ReportOutput(layers, outputs.enter_context(replacing(path, folder=True)).joinpath)
 
 
+@dataclass
 class ReportOutput:
     """Takes what a report needs of a pruning in memory, or from file to file.
 
+    layers: those to draw, block after block; of none, there are no pictures.
     path_of: from a file's name to where it is to be written.
-    layers: those to draw, block after block; None draws nothing.
     """
 
-    def __init__(self, path_of: PathOf, layers: list[Layer] | None) -> None:
-        self._path_of, self._layers = path_of, layers
+    layers: list[Layer]
+    path_of: Callable[[str], Path]
 
-    def before(self, checkpoint: Checkpoint) -> None:
-        """Look at the dense weights before they are pruned."""
-        if self._layers is None:
+    def before(self, model: Any) -> None:
+        """Look at the weights of an open checkpoint before they are pruned, or at a Pruning."""
+        if not self.layers:
             return
-        self._dense = source_of(checkpoint)
-        if checkpoint.form not in ("safetensors", "folder"):  # pruned in place: keep what is drawn
-            blocks = choose_blocks(self._layers)
-            drawn = [layer for layer in self._layers if block_of(layer) in blocks]
-            names = {
-                p for layer in [*drawn, *_masked(self._layers).values()] for p in layer.parameters
-            }
-            self._dense.weight = {n: checkpoint.get(n).clone() for n in names}.__getitem__
+        self._source = source_of(model)
+        if getattr(model, "form", "") in ("pickled", "timm"):  # pruned in place: keep what is drawn
+            blocks = choose_blocks(self.layers)
+            drawn = [layer for layer in self.layers if block_of(layer) in blocks]
+            names = {p for x in [*drawn, *_masked(self.layers).values()] for p in x.parameters}
+            self._source.weight = {n: model.get(n).clone() for n in names}.__getitem__
 
     def write(self, report: Report, pruning: Pruned) -> None:
         """Write all files."""
-        if self._layers is None:
-            report.to_json(self._path_of("report.json"))
+        self.path_of("report.json").write_text(report.to_json(), encoding="utf-8")
+        if not self.layers:
             return
-        weight = self._dense.weight
-
-        def mask(name: str) -> Tensor:
-            return kept_mask(weight(name), pruning.kept[name])
-
+        weight = self._source.weight
         held = getattr(pruning, "masks", None)  # of what was pruned in memory
-        source = Source(
-            self._layers, weight, held.__getitem__ if held else mask, self._dense.family
+        self._source.mask = (
+            held.__getitem__ if held else lambda name: kept_mask(weight(name), pruning.kept[name])
         )
-        _fill(self._path_of, report, source)
+        figures = {"kept": kept_ratios(report), "weights": weight_histograms(self._source)}
+        for name, layer in _masked(self.layers).items():
+            figures[name] = mask_picture(self._source, layer.name)
+        for name, figure in figures.items():
+            style.write(figure, self.path_of(f"{name}.png"), ".png")
+        self.path_of("index.html").write_text(_page(report, figures), encoding="utf-8")
 
 
 def kept_mask(weight: Tensor, kept: int) -> Tensor:
@@ -131,32 +131,6 @@ def kept_mask(weight: Tensor, kept: int) -> Tensor:
     from ..ops import select
 
     return select([weight], [0], [0], [kept])[0]
-
-
-@contextmanager
-def _report_folder(path: Path, layers: Sequence[Layer], *, force: bool) -> Iterator[PathOf]:
-    """All files appear when the block ends: in a new folder, or in the one that is there."""
-    style.check_path(None)
-    with ExitStack() as outputs:
-        if not path.is_dir():
-            folder = outputs.enter_context(replacing(path, folder=True))
-            yield lambda name: folder / name
-        else:
-            pictures = ["kept", "weights", *_masked(layers)]
-            names = ["report.json", "index.html", *(f"{name}.png" for name in pictures)]
-            files = {n: outputs.enter_context(replacing(path / n, force=force)) for n in names}
-            yield files.__getitem__
-
-
-def _fill(path_of: PathOf, report: Report, source: Source) -> None:
-    """Draw the pictures and write all files."""
-    path_of("report.json").write_text(report.to_json(), encoding="utf-8")
-    figures = {"kept": kept_ratios(report), "weights": weight_histograms(source)}
-    for name, layer in _masked(source.layers).items():
-        figures[name] = mask_picture(source, layer.name)
-    for name, figure in figures.items():
-        style.write(figure, path_of(f"{name}.png"), ".png")
-    path_of("index.html").write_text(_page(report, figures), encoding="utf-8")
 
 
 def _masked(layers: Sequence[Layer]) -> dict[str, Layer]:
@@ -202,18 +176,15 @@ def _inline_svg(name: str, figure: Figure) -> str:
 
 def _tables(report: Report) -> dict[str, str]:
     """Of modules, and of layers block after block; both with what is in no module, and the sum."""
-    parts = report.parts()
-    modules = _table("modules", module_columns("{:,}".format, digits=2), [parts[:-1], parts[-1:]])
-    columns = [
-        Column("layer", lambda part: part.name),
-        Column("module", lambda part: getattr(part, "module", "")),
-        *count_columns("{:,}".format),
-        *density_columns(),
-        Column("FLOPs", lambda part: short(part.flops)),
-    ]
+    parts, names = report.parts(), Column("module", lambda part: part.name)
+    heads = columns(names, MODULES, "{:,}".format, digits=2)
+    modules = _table("modules", heads, [parts[:-1], parts[-1:]])
+    heads = columns(
+        Column("layer", names.say), ("module", "weights", "kept", *LAYERS[1:]), "{:,}".format
+    )
     blocks = groupby(sorted(report.layers, key=position), key=position)
     beside = parts[len(report.modules) - 1 :]  # from "aux" on
-    layers = _table("layers", columns, [*(list(block) for _, block in blocks), beside])
+    layers = _table("layers", heads, [*(list(block) for _, block in blocks), beside])
     return {"modules": modules, "layers": layers}
 
 

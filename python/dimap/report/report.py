@@ -9,6 +9,7 @@ A field may be added without a new version; none is renamed, removed or given an
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
@@ -229,7 +230,8 @@ class Report(_Counts):
         from rich.console import Group
         from rich.text import Text
 
-        modules = table(module_columns(), self.parts())
+        names = Column("module", lambda part: part.name, left=True)
+        modules = table(columns(names, MODULES), self.parts())
         modules.rows[-1].style = "bold"
         modules.rows[-2].end_section = True
         lines = [Text(line, no_wrap=True, overflow="ellipsis") for line in summary_lines(self)]
@@ -241,7 +243,14 @@ class Report(_Counts):
     def layer_table(self) -> Table:
         """For rich: one line for each prunable layer, block after block, with a bar of its density."""
         layers = sorted(self.layers, key=position)
-        made = table(_layer_columns(layers), layers)
+        names = names_in_blocks(layers)
+
+        def name(layer: LayerReport) -> str:
+            name = names[layer.name]
+            return name if len(name) <= NAME else ".." + name[2 - NAME :]
+
+        block = Column("block", lambda x: ".".join(str(n) for n in position(x) if n < math.inf))
+        made = table([block, *columns(Column("layer", name, left=True), LAYERS)], layers)
         for line, (layer, after) in zip(made.rows, pairwise(layers), strict=False):
             line.end_section = layer.stage != after.stage
         return made
@@ -305,48 +314,30 @@ def note_lines(report: Report) -> list[str]:
     ]
 
 
-def module_columns(count: Callable[[int], str] = short, digits: int = 1) -> list[Column]:
-    """What the table of `Report.parts` says. count: how numbers of weights are written."""
-    return [
-        Column("module", lambda m: m.name, left=True),
-        Column("layers", lambda m: m.layers and str(m.layers)),
-        *count_columns(count),
-        Column("removed", lambda m: m.weights and f"{m.removed_percent:.{digits}f} %"),
-        Column("threshold", lambda m: tiny(m.threshold)),
-        Column("dense", lambda m: short(m.flops_dense)),
-        Column("FLOPs", lambda m: short(m.flops)),
-        Column("nominal", lambda m: short(m.flops_nominal)),
-    ]
+MODULES = ("layers", "weights", "kept", "removed", "threshold", "dense", "FLOPs", "nominal")
+LAYERS = ("weights", "density", "", "min |w|", "FLOPs")
 
 
-def count_columns(count: Callable[[int], str]) -> list[Column]:
-    """Weights, of which there are none in "other", and how many of them are kept."""
-    return [
-        Column("weights", lambda part: part.weights and count(part.weights)),
-        Column("kept", lambda part: part.weights and count(part.kept)),
-    ]
+def columns(
+    names: Column, titles: Sequence[str], count: Callable[[int], str] = short, digits: int = 1
+) -> list[Column]:
+    """What a table says of layers or of `Report.parts`, of which "other" has no weights.
 
-
-def density_columns() -> list[Column]:
-    """The share that is kept, in numbers and as a bar, and the smallest weight of it."""
-    return [
-        Column("density", lambda part: part.weights and f"{100 * part.density:.1f} %"),
-        Column("", lambda part: part.weights and part.density, left=True),
-        Column("min |w|", lambda part: tiny(getattr(part, "smallest_kept", None))),
-    ]
-
-
-def _layer_columns(layers: Sequence[LayerReport]) -> list[Column]:
-    names = names_in_blocks(layers)
-
-    def name(layer: LayerReport) -> str:
-        name = names[layer.name]
-        return name if len(name) <= NAME else ".." + name[2 - NAME :]
-
-    return [
-        Column("block", lambda x: ".".join(str(n) for n in (x.stage, x.block) if n is not None)),
-        Column("layer", name, left=True),
-        Column("weights", lambda x: short(x.weights)),
-        *density_columns(),
-        Column("FLOPs", lambda x: short(x.flops)),
-    ]
+    names: the first column. titles: of the others. count: how numbers of weights are written.
+    digits: of how much is removed.
+    """
+    say: dict[str, Callable[[Any], str | float]] = {
+        "layers": lambda part: part.layers and str(part.layers),
+        "weights": lambda part: part.weights and count(part.weights),
+        "kept": lambda part: part.weights and count(part.kept),
+        "removed": lambda part: part.weights and f"{part.removed_percent:.{digits}f} %",
+        "density": lambda part: part.weights and f"{100 * part.density:.1f} %",
+        "": lambda part: part.weights and part.density,
+        "threshold": lambda part: tiny(part.threshold),
+        "min |w|": lambda part: tiny(getattr(part, "smallest_kept", None)),
+        "module": lambda part: getattr(part, "module", ""),
+        "dense": lambda part: short(part.flops_dense),
+        "FLOPs": lambda part: short(part.flops),
+        "nominal": lambda part: short(part.flops_nominal),
+    }
+    return [names, *(Column(title, say[title]) for title in titles)]
