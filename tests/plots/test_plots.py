@@ -88,7 +88,7 @@ def overlapping(figure):
             low, high = sorted(axis.get_view_interval())
             ticks = [tick for tick in axis.get_major_ticks() if low <= tick.get_loc() <= high]
             words += [axis.label, *(tick.label1 for tick in ticks)]
-        words += [axes.title, *axes.texts]
+        words += [axes.title, axes._left_title, *axes.texts]
     words += [*figure.texts, *(t for legend in figure.legends for t in legend.get_texts())]
     if figure._supxlabel is not None:
         words.append(figure._supxlabel)
@@ -167,6 +167,23 @@ def test_no_labels_overlap_in_kept_ratios(stages):
     ]  # fmt: skip
     report = Report("module", "layer", {}, 1, 1, 1, (), tuple(counts))
     assert overlapping(plots.kept_ratios(report, title="Kept")) == []
+
+
+def test_long_names_in_the_legend_stay_in_the_picture():
+    figure = plots.kept_ratios(dimap.prune(vit_split(), 0.5))
+    FigureCanvasAgg(figure).draw()
+    box = figure.legends[0].get_window_extent()
+    assert (box.x0 >= 0, box.x1 <= figure.bbox.x1) == (True, True)
+    assert overlapping(figure) == []
+
+
+def test_words_that_are_wider_than_a_small_mask_stay_in_the_picture():
+    figure = plots.mask_picture(
+        dimap.prune(vit_split(), 0.5), "encoder.layer.1.attention.attention.qkv"
+    )
+    FigureCanvasAgg(figure).draw()
+    assert all(text.get_window_extent().x1 <= figure.bbox.x1 for text in figure.texts)
+    assert overlapping(figure) == []
 
 
 # histograms
@@ -448,6 +465,10 @@ def test_plot_draws_the_same_from_a_file_its_masks_and_its_report(run, tmp_path)
     assert run("plot", "mask", "p.safetensors", "d.png", *layer)[0] == 0
     assert run("plot", "mask", "in.safetensors", "e.png", *layer, "--masks", "m")[0] == 0
     assert (tmp_path / "d.png").read_bytes() == (tmp_path / "e.png").read_bytes()
+
+
+def test_plot_help_names_the_extra(run):
+    assert "Needs matplotlib: dimap[plot]." in " ".join(run("plot", "--help")[1].split())
 
 
 def test_plot_accuracy_reads_both_forms_of_results(run, tmp_path):

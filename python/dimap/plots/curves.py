@@ -10,6 +10,7 @@ from itertools import cycle, groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
+from ..report.report import check_schema
 from . import style
 
 if TYPE_CHECKING:
@@ -82,9 +83,8 @@ def accuracy_curves(
         level = curves[DENSE][0].accuracy if dense is None and DENSE in curves else dense
         if level is not None:
             axes.axhline(level, color=style.GREY, linewidth=1, zorder=1, label=DENSE)
-        for name, look in looks.items():
-            if name in curves and name != DENSE:
-                _draw(axes, name, curves[name], look)
+        for name in (name for name in looks if name in curves):
+            _draw(axes, name, curves[name], looks[name])
         axes.set_xlabel("weights removed, %")
         axes.set_title(panel, loc="left")
         axes.grid(axis="y")
@@ -103,10 +103,9 @@ def _draw(axes: Axes, name: str, points: list[Point], look: Look) -> None:
     if any(point.spread for point in points):
         low, high = ([p.accuracy + sign * p.spread for p in points] for sign in (-1, 1))
         axes.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
-    first = name.lower() == "dimap"
+    width, above = (2.0, 4) if name.lower() == "dimap" else (1.4, 3)
     axes.plot(
-        x, y, color=color, marker=marker, linestyle=dashes, label=name,
-        linewidth=2.0 if first else 1.4, zorder=4 if first else 3,
+        x, y, color=color, marker=marker, linestyle=dashes, label=name, linewidth=width, zorder=above
     )  # fmt: skip
 
 
@@ -152,22 +151,16 @@ def _means(points: list[Point]) -> list[Point]:
     means = []
     for sparsity, group in groupby(sorted(points), lambda point: point.sparsity):
         seeds = list(group)
-        values = [point.accuracy for point in seeds]
-        one = len(seeds) == 1
-        means.append(
-            seeds[0] if one else Point(sparsity, statistics.fmean(values), statistics.stdev(values))
-        )
+        if len(seeds) > 1:
+            values = [point.accuracy for point in seeds]
+            seeds = [Point(sparsity, statistics.fmean(values), statistics.stdev(values))]
+        means += seeds
     return means
 
 
 def _list(rows: Any) -> Sequence[Any]:
     if isinstance(rows, Mapping):
-        got = (rows.get("schema"), rows.get("version"))
-        if got != (SCHEMA, VERSION):
-            raise ValueError(
-                f"results must have schema {SCHEMA!r} and version {VERSION}, "
-                f"got {got[0]!r} and {got[1]!r}"
-            )
+        check_schema("results", rows, SCHEMA, VERSION)
         rows = rows.get("rows")
     if not isinstance(rows, Sequence) or isinstance(rows, (str, bytes)):
         raise TypeError(f"rows must be a list of mappings, got {type(rows).__name__}")

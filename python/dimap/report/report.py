@@ -192,12 +192,7 @@ class Report(_Counts):
         Raises:
             ValueError: another schema or version, or a field is missing.
         """
-        found = (data.get("schema"), data.get("version"))
-        if found != (SCHEMA, VERSION):
-            raise ValueError(
-                f"report must have schema {SCHEMA!r} and version {VERSION}, "
-                f"got {found[0]!r} and {found[1]!r}"
-            )
+        check_schema("report", data, SCHEMA, VERSION)
         return _build(
             cls,
             data,
@@ -262,6 +257,16 @@ class Report(_Counts):
         rich.print(self)
         if layers:
             rich.print(self.layer_table())
+
+
+def check_schema(what: str, data: Mapping[str, Any], schema: str, version: int) -> None:
+    """Refuse JSON of another schema or version. what: it is, for the error."""
+    found = (data.get("schema"), data.get("version"))
+    if found != (schema, version):
+        raise ValueError(
+            f"{what} must have schema {schema!r} and version {version}, "
+            f"got {found[0]!r} and {found[1]!r}"
+        )
 
 
 def _build(kind: type[_Built], data: Mapping[str, Any], **ready: Any) -> _Built:
