@@ -655,6 +655,7 @@ def test_page_follows_the_readers_light_or_dark_colours(run, tmp_path):
     assert light.keys() == dark.keys()
     svgs = re.findall(r"<svg.*?</svg>", text, re.DOTALL)
     assert len(svgs) == 5
+    assert all(re.match('<svg role="img" aria-label="[^"]{9,}"', svg) for svg in svgs)
     for svg in svgs:  # words and pruned weights; markers that are not filled
         assert {"#262626", "#d9d9d9", "#ffffff"}.isdisjoint(re.findall("#[0-9a-f]{6}", svg))
         assert set(re.findall(r"var\(--(\w+)\)", svg)) <= dark.keys()

@@ -116,8 +116,11 @@ class ReportOutput:
             held.__getitem__ if held else lambda name: kept_mask(weight(name), pruning.kept[name])
         )
         figures = {"kept": kept_ratios(report), "weights": weight_histograms(self._source)}
+        figures["kept"].set_label("kept share of every layer")
+        figures["weights"].set_label("histograms of weights")
         for name, layer in _masked(self.layers).items():
             figures[name] = mask_picture(self._source, layer.name)
+            figures[name].set_label(f"mask of {layer.name}")
         for name, figure in figures.items():
             style.write(figure, self.path_of(f"{name}.png"), ".png")
         self.path_of("index.html").write_text(_page(report, figures), encoding="utf-8")
@@ -171,7 +174,8 @@ def _inline_svg(name: str, figure: Figure) -> str:
     for color, themed in THEME.items():
         text = text.replace(color.lower(), themed)
     wide = round(figure.get_figwidth() * style.DPI)
-    return text.replace("<svg ", f'<svg role="img" aria-label="{name}" style="width: {wide}px" ', 1)
+    alt = f'role="img" aria-label="{escape(figure.get_label())}"'
+    return text.replace("<svg ", f'<svg {alt} style="width: {wide}px" ', 1)
 
 
 def _tables(report: Report) -> dict[str, str]:
