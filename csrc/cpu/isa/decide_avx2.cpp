@@ -19,6 +19,15 @@ inline __m256i load_keys(const storage_t<kType>* p) {
   }
 }
 
+// Of one weight.
+template <DType kType>
+inline uint32_t key_in(storage_t<kType> w) {
+  if constexpr (kType == DType::kFloat16)
+    return static_cast<uint32_t>(_mm_cvtsi128_si32(_mm_castps_si128(_mm_cvtph_ps(_mm_cvtsi32_si128(w & 0x7FFF)))));
+  else
+    return key_of<kType>(w);
+}
+
 inline uint32_t bits_of(__m256i lanes) { return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(lanes))); }
 
 inline uint64_t sum_of(__m256i v) {
@@ -96,15 +105,8 @@ void decide(const storage_t<kType>* weights, int64_t n, const Bracket& bracket, 
       else
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(mask + i), bytes);
     }
-    if (between) {
-      alignas(32) uint32_t keys[32];
-      for (int j = 0; j < 4; ++j) _mm256_store_si256(reinterpret_cast<__m256i*>(keys) + j, key[j]);
-      for (uint32_t bits = between; bits; bits &= bits - 1) {
-        const int lane = __builtin_ctz(bits);
-        out.keys[aside] = keys[lane];
-        out.positions[aside++] = static_cast<uint16_t>(i + lane);
-      }
-    }
+    aside =
+        set_aside(between, i, [&](int64_t at) { return key_in<kType>(weights[at]); }, out.keys, out.positions, aside);
   }
   if (stream) _mm_sfence();
   alignas(32) uint32_t tops[8];

@@ -23,6 +23,15 @@ inline __m512i load_keys(const storage_t<kType>* p) {
   }
 }
 
+// Of one weight.
+template <DType kType>
+inline uint32_t key_in(storage_t<kType> w) {
+  if constexpr (kType == DType::kFloat16)
+    return static_cast<uint32_t>(_mm_cvtsi128_si32(_mm_castps_si128(_mm_cvtph_ps(_mm_cvtsi32_si128(w & 0x7FFF)))));
+  else
+    return key_of<kType>(w);
+}
+
 inline uint64_t line_of(const __mmask16 (&m)[4]) {
   return static_cast<uint64_t>(m[0]) | static_cast<uint64_t>(m[1]) << 16 | static_cast<uint64_t>(m[2]) << 32 |
          static_cast<uint64_t>(m[3]) << 48;
@@ -131,11 +140,8 @@ void decide(const storage_t<kType>* weights, int64_t n, const Bracket& bracket, 
         aside += __builtin_popcount(inside);
       }
     } else {
-      for (; between; between &= between - 1) {
-        const int64_t at = i + __builtin_ctzll(between);
-        out.keys[aside] = key_of<kType>(weights[at]);
-        out.positions[aside++] = static_cast<uint16_t>(at);
-      }
+      aside =
+          set_aside(between, i, [&](int64_t at) { return key_in<kType>(weights[at]); }, out.keys, out.positions, aside);
     }
   }
   if (stream) _mm_sfence();

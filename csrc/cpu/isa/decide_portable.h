@@ -50,6 +50,27 @@ inline void decide_range(const storage_t<kType>* weights, int64_t first, int64_t
   out.squares_high += squares_high;
 }
 
+// Sets aside the weights of a line, which begins at `first`, whose bits are set. Mostly they are few, and whether there
+// is one is not to be foretold: the first two are written without a branch, and what is not there is overwritten by the
+// next. Returns how many numbers are now set aside.
+template <typename Bits, typename KeyAt>
+DIMAP_HD int64_t set_aside(Bits bits, int64_t first, KeyAt&& key_at, uint32_t* keys, uint16_t* positions,
+                           int64_t aside) {
+  const int64_t end = aside + __builtin_popcountll(bits);
+  constexpr Bits kLast = Bits{1} << (8 * sizeof(Bits) - 1);  // so that there always is a first
+  const auto put = [&](int64_t to) {
+    const int64_t at = first + __builtin_ctzll(bits | kLast);
+    keys[to] = key_at(at);
+    positions[to] = static_cast<uint16_t>(at);
+    bits &= bits - 1;
+  };
+  put(aside);
+  put(aside + 1);
+  for (int64_t to = aside + 2; to < end; ++to) [[unlikely]]
+    put(to);
+  return end;
+}
+
 // The smallest bits (sign cleared) of the storage type whose key is at least `key`: keys rise with the bits.
 template <DType kType>
 inline uint32_t bits_from(uint32_t key) {
