@@ -37,6 +37,14 @@ inline uint64_t line_of(const __mmask16 (&m)[4]) {
          static_cast<uint64_t>(m[3]) << 48;
 }
 
+inline void store_line(uint8_t* mask, uint64_t marked, bool stream) {
+  const __m512i bytes = _mm512_maskz_set1_epi8(marked, 1);
+  if (stream)
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(mask), bytes);
+  else
+    _mm512_storeu_si512(mask, bytes);
+}
+
 struct Squares {
   __m512i sum = _mm512_setzero_si512(), high = _mm512_setzero_si512();
   void add(__m512i q) {
@@ -123,13 +131,7 @@ void decide(const storage_t<kType>* weights, int64_t n, const Bracket& bracket, 
         squares.add(_mm512_maskz_sllv_epi32(on_grid[j], m, shift));
       }
     }
-    if constexpr (kMask) {
-      const __m512i bytes = _mm512_maskz_set1_epi8(marked_line, 1);
-      if (stream)
-        _mm512_stream_si512(reinterpret_cast<__m512i*>(mask + i), bytes);
-      else
-        _mm512_storeu_si512(mask + i, bytes);
-    }
+    if constexpr (kMask) store_line(mask + i, marked_line, stream);
     if (__builtin_popcountll(between) > 8) [[unlikely]] {
       for (int j = 0; j < 4; ++j) {
         const auto inside = static_cast<__mmask16>(between >> (16 * j));
@@ -154,9 +156,92 @@ void decide(const storage_t<kType>* weights, int64_t n, const Bracket& bracket, 
   decide_range<kType>(weights, i, n, bracket, grid, mask, out);
 }
 
+// 16-bit types on lanes of 16 bits, 32 a vector.
+template <DType kType, bool kMask>
+void decide_half(const uint16_t* weights, int64_t n, const Bracket& bracket, uint8_t* mask, Decided& out) {
+  using Type = Half<kType>;
+  const Type half(bracket);
+  const Grid grid(bracket.high);
+  const auto all = [](uint32_t value) { return _mm512_set1_epi16(static_cast<int16_t>(value)); };
+  const __m512i magnitude = all(0x7FFF), low = all(half.low), width = all(half.high - half.low);
+  const __m512i high = all(half.high), mark = all(half.mark), limit = all(half.limit), atom = all(half.atom);
+  const __m512i exponent = all(half.exponent), implicit = all(1u << Type::kFraction),
+                fraction = all((1u << Type::kFraction) - 1);
+  const __m512i low_words = _mm512_set1_epi64(0xFFFFFFFF);
+  const bool stream = kMask && out.stream && reinterpret_cast<uintptr_t>(mask) % 64 == 0;
+  const bool has_atom = half.atom != Type::kNone;
+  const auto line = [](const __mmask32(&k)[2]) {
+    return static_cast<uint64_t>(k[0]) | static_cast<uint64_t>(k[1]) << 32;
+  };
+  __m512i largest = _mm512_setzero_si512(), sums = largest, sums_high = largest;
+  int64_t aside = out.aside, kept = 0, atoms = 0;
+  int64_t i = 0;
+  while (i + 64 <= n) {
+    __m512i pairs = _mm512_setzero_si512();  // sums of two squares, 32 bits each
+    const int64_t room = i + 32 * Type::kPairs, end = room <= n ? room : i + 64;
+    for (; i < end; i += 64) {
+      __m512i m[2];
+      __mmask32 above[2], inside[2], marked[2];
+      for (int j = 0; j < 2; ++j) {
+        m[j] = _mm512_and_si512(magnitude, _mm512_loadu_si512(weights + i + 32 * j));
+        above[j] = _mm512_cmpge_epu16_mask(m[j], high);
+        inside[j] = _mm512_cmplt_epu16_mask(_mm512_sub_epi16(m[j], low), width);
+        if constexpr (kMask) marked[j] = _mm512_cmpge_epu16_mask(m[j], mark);
+      }
+      uint64_t between = line(inside);
+      uint64_t marked_line = kMask ? line(marked) : 0;
+      kept += __builtin_popcountll(line(above));
+      if (has_atom) {
+        const __mmask32 equal[2] = {_mm512_cmpeq_epi16_mask(m[0], atom), _mm512_cmpeq_epi16_mask(m[1], atom)};
+        atoms += __builtin_popcountll(line(equal));
+        between &= ~line(equal);
+        marked_line &= ~line(equal);
+      }
+      const __m512i top = _mm512_max_epu16(m[0], m[1]);
+      largest = _mm512_max_epu16(largest, top);
+      if (_mm512_cmpge_epu16_mask(top, limit)) [[unlikely]] {
+        for (int j = 0; j < 2; ++j) {
+          const __mmask32 beyond = _mm512_cmpge_epu16_mask(m[j], limit);
+          above[j] &= ~beyond;
+          for (uint32_t bits = beyond; bits; bits &= bits - 1)
+            sum_up(key_in<kType>(weights[i + 32 * j + __builtin_ctz(bits)]), grid, out);
+        }
+      }
+      for (int j = 0; j < 2; ++j) {
+        const __m512i shift = _mm512_subs_epu16(_mm512_srli_epi16(m[j], Type::kFraction), exponent);
+        const __m512i significands = _mm512_ternarylogic_epi32(m[j], fraction, implicit, 0xEA);  // (a & b) | c
+        const __m512i q = _mm512_maskz_sllv_epi16(above[j], significands, shift);
+        pairs = _mm512_add_epi32(pairs, _mm512_madd_epi16(q, q));
+      }
+      if constexpr (kMask) store_line(mask + i, marked_line, stream);
+      aside =
+          set_aside(between, i, [&](int64_t at) { return key_in<kType>(weights[at]); }, out.keys, out.positions, aside);
+    }
+    sums = _mm512_add_epi64(sums, _mm512_and_si512(pairs, low_words));
+    sums_high = _mm512_add_epi64(sums_high, _mm512_srli_epi64(pairs, 32));
+  }
+  if (stream) _mm_sfence();
+  out.aside = aside;
+  out.kept += kept;
+  out.atoms += atoms;
+  alignas(64) uint16_t tops[32];
+  _mm512_store_si512(tops, largest);
+  for (const uint16_t top : tops) {
+    const uint32_t key = key_of<kType>(top);
+    out.largest = key > out.largest ? key : out.largest;
+  }
+  Type::add(static_cast<u128>(sum_of(sums)) + sum_of(sums_high), out);
+  decide_range<kType>(weights, i, n, bracket, grid, mask, out);
+}
+
 template <DType kType>
 void decide_any(const void* weights, int64_t n, const Bracket& bracket, uint8_t* mask, Decided& out) {
   const auto* typed = static_cast<const storage_t<kType>*>(weights);
+  if constexpr (kType != DType::kFloat32) {
+    if (Half<kType>::serves(bracket))
+      return mask ? decide_half<kType, true>(typed, n, bracket, mask, out)
+                  : decide_half<kType, false>(typed, n, bracket, mask, out);
+  }
   const bool scaled = bracket.high >> 23 >= 24 && bracket.high < kNonFinite;
   const auto run = mask ? (scaled ? decide<kType, true, true> : decide<kType, true, false>)
                         : (scaled ? decide<kType, false, true> : decide<kType, false, false>);

@@ -9,6 +9,19 @@
 namespace dimap::cpu {
 namespace {
 
+// Sums one weight that is kept.
+inline void sum_up(uint32_t key, const Grid& grid, Decided& out) {
+  if (key >= grid.limit) {
+    if (key < kNonFinite && out.outliers) out.outliers->add_key(key);
+    return;
+  }
+  const uint32_t exponent = key >> 23;
+  const uint64_t q = uint64_t{(key & 0x7FFFFFu) | grid.implicit}
+                     << (exponent > grid.exponent ? exponent - grid.exponent : 0);
+  out.squares += q * q;
+  out.squares_high += q * q >> 32;
+}
+
 // Decides weights [first, n). `position` of the weight i is i.
 template <DType kType>
 inline void decide_range(const storage_t<kType>* weights, int64_t first, int64_t n, const Bracket& bracket,
@@ -17,7 +30,6 @@ inline void decide_range(const storage_t<kType>* weights, int64_t first, int64_t
   const uint32_t marked = bracket.guess < high ? bracket.guess : high;
   int64_t aside = out.aside, kept = 0, atoms = 0;
   uint32_t largest = out.largest;
-  uint64_t squares = 0, squares_high = 0;
   for (int64_t i = first; i < n; ++i) {
     const uint32_t key = key_of<kType>(weights[i]);
     const bool is_atom = key == atom;
@@ -30,24 +42,12 @@ inline void decide_range(const storage_t<kType>* weights, int64_t first, int64_t
     out.keys[aside] = key;
     out.positions[aside] = static_cast<uint16_t>(i);
     aside += set_aside;
-    if (keep) {
-      if (key >= grid.limit) {
-        if (key < kNonFinite && out.outliers) out.outliers->add_key(key);
-      } else {
-        const uint32_t exponent = key >> 23;
-        const uint64_t q = uint64_t{(key & 0x7FFFFFu) | grid.implicit}
-                           << (exponent > grid.exponent ? exponent - grid.exponent : 0);
-        squares += q * q;
-        squares_high += q * q >> 32;
-      }
-    }
+    if (keep) sum_up(key, grid, out);
   }
   out.aside = aside;
   out.kept += kept;
   out.atoms += atoms;
   out.largest = largest;
-  out.squares += squares;
-  out.squares_high += squares_high;
 }
 
 // Sets aside the weights of a line, which begins at `first`, whose bits are set. Mostly they are few, and whether there
@@ -85,6 +85,47 @@ inline uint32_t bits_from(uint32_t key) {
   }
   return yes;
 }
+
+// A 16-bit type on lanes of 16 bits: magnitudes order as their bits do, and q = significand << shift has so few bits
+// that the squares of a pair of lanes are summed in 32.
+template <DType kType>
+struct Half {
+  static constexpr bool kBrain = kType == DType::kBFloat16;
+  static constexpr int kFraction = kBrain ? 7 : 10;
+  static constexpr uint32_t kInfinity = kBrain ? 0x7F80 : 0x7C00;
+  static constexpr uint32_t kNone = 0x8000;            // more than any magnitude
+  static constexpr uint32_t kBias = kBrain ? 0 : 112;  // between the exponents of a key and of the type
+  static constexpr int kShifts = kBrain ? 5 : 4;       // q has at most 13 or 15 bits,
+  static constexpr int kPairs = kBrain ? 8 : 2;        // so that so many sums of pairs fit an unsigned lane
+  static constexpr int kUnits = 2 * (23 - kFraction);  // log2 of the square of its unit over that of a float32's grid
+
+  // Brackets whose high end is a normal number of the type.
+  static bool serves(const Bracket& bracket) { return bracket.high >> 23 > kBias; }
+
+  explicit Half(const Bracket& bracket)
+      : low(bits_from<kType>(bracket.low)),
+        high(bits_from<kType>(bracket.high)),
+        mark(bits_from<kType>(bracket.guess < bracket.high ? bracket.guess : bracket.high)),
+        atom(kNone),
+        exponent(Grid(bracket.high).exponent - kBias),
+        limit((exponent + kShifts + 1) << kFraction) {
+    limit = limit < kInfinity ? limit : kInfinity;
+    // An atom may lie between two magnitudes of the type, since a mean was taken for it: then no weight is it.
+    if (bracket.atom >= kKeyEnd) return;
+    const uint32_t bits = bits_from<kType>(bracket.atom);
+    if (bits < kNone && key_of<kType>(static_cast<uint16_t>(bits)) == bracket.atom) atom = bits;
+  }
+
+  // Adds a sum of q² to those on a float32's grid.
+  static void add(u128 sum, Decided& out) {
+    out.squares += static_cast<uint64_t>(sum << kUnits);
+    out.squares_high += static_cast<uint64_t>(sum << kUnits >> 32);
+  }
+
+  uint32_t low, high, mark, atom;  // as the bracket's, in the type's bits
+  uint32_t exponent;               // of one unit, biased as the type's
+  uint32_t limit;                  // from here on q has too many bits: these are summed one by one
+};
 
 template <DType kType>
 inline void zero_range(storage_t<kType>* weights, int64_t n, uint32_t keep_from, uint32_t tie) {
