@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <new>
 
 #include "cpu/select/survey.h"
 
@@ -11,6 +10,9 @@ namespace {
 
 // Masks of this many weights and more do not stay in the caches: they are written past them.
 constexpr int64_t kStreamFrom = int64_t{1} << 23;
+
+// Room for so many numbers and more is on large pages: enough of it will be used.
+constexpr int64_t kLargeFrom = int64_t{1} << 21;
 
 // Of more magnitudes in a bracket than this the weights are not counted: most counts would be 0.
 constexpr int64_t kMagnitudesMost = 1024;
@@ -31,17 +33,10 @@ void climb(DecideFn decide, const void* weights, int64_t n, std::span<const uint
 
 void Aside::reserve(int64_t n, bool positions) {
   if (n <= capacity_) return;
-  const int64_t capacity = std::max(n, capacity_ * 3 / 2);
-  const auto grow = [&](auto& array) {
-    using T = std::remove_pointer_t<decltype(array.get())>;
-    auto* p = static_cast<T*>(std::realloc(array.get(), static_cast<size_t>(capacity) * sizeof(T)));
-    if (p == nullptr) throw std::bad_alloc();
-    array.release();
-    array.reset(p);
-  };
-  grow(keys_);
-  if (positions) grow(positions_);
-  capacity_ = capacity;
+  capacity_ = std::max(n, capacity_ * 3 / 2);
+  const bool large = capacity_ >= kLargeFrom;
+  keys_.room_for<uint32_t>(capacity_, used, large);
+  if (positions) positions_.room_for<uint16_t>(capacity_, used, large);
 }
 
 Reading::Reading(const Problem& problem, Loader& loader, const Pool& pool, Keeps keeps)
