@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <utility>
 
 #include "cpu/select/survey.h"
 
@@ -166,6 +167,8 @@ LayerTable Reading::table(int32_t layer, Window window, std::span<Bin> bins) con
   LayerSums sums;
   const Bracket inner{window.base, static_cast<uint32_t>(std::min<uint64_t>(end, kNonFinite)), Bracket::kNoAtom};
   const bool whole = inner.low <= bracket.low && inner.high >= bracket.high;
+  // Bins of one magnitude each need no sums of their own.
+  const bool counted_only = window.shift <= table.granularity;
   std::vector<uint32_t> inside;
   std::vector<uint16_t> positions;
   for (const int32_t c : chunks_of_layer_[layer]) {
@@ -177,7 +180,8 @@ LayerTable Reading::table(int32_t layer, Window window, std::span<Bin> bins) con
           table.above += weights;
           above.add(scale(magnitude), static_cast<u128>(square(magnitude)) * static_cast<u128>(weights));
         } else {
-          bins[(magnitude - window.base) >> window.shift].add(magnitude, weights);
+          Bin& bin = bins[(magnitude - window.base) >> window.shift];
+          counted_only ? void(bin.count += weights) : bin.add(magnitude, weights);
         }
       });
       continue;
@@ -194,8 +198,16 @@ LayerTable Reading::table(int32_t layer, Window window, std::span<Bin> bins) con
       key = inside.data();
       n = out.aside;
     }
-    for (int64_t i = 0; i < n; ++i) bins[(key[i] - window.base) >> window.shift].add(key[i]);
+    if (counted_only)
+      for (int64_t i = 0; i < n; ++i) ++bins[(key[i] - window.base) >> window.shift].count;
+    else
+      for (int64_t i = 0; i < n; ++i) bins[(key[i] - window.base) >> window.shift].add(key[i]);
   }
+  if (counted_only)
+    for (size_t b = 0; b < bins.size(); ++b) {
+      const int64_t n = std::exchange(bins[b].count, 0);
+      if (n) bins[b].add(window.base + (static_cast<uint32_t>(b) << window.shift), n);
+    }
   table.above += sums.kept;
   table.above_energy.add(sums.energy);
   if (bracket.atom != Bracket::kNoAtom && bracket.atom >= window.base && layers[layer].atoms) {
