@@ -22,7 +22,9 @@ constexpr struct {
   int64_t file_run = int64_t{1} << 16;  // bytes of a file read at a time,
   int64_t file_ratio = 96;              // one run in this many, where a layer then has neither fewer
   int64_t file_least = 12;              // nor
-  int64_t file_most = 32;               // more
+  int64_t file_most = 32;               // more;
+  int64_t file_keys = 4096;  // so many weights of each are looked at, since their neighbours tell little more,
+  int64_t file_line = 16;    // so many together
 } kTuning;
 
 uint64_t mix(uint64_t x) {  // the finaliser of splitmix64
@@ -141,13 +143,13 @@ void sample_memory(const Problem& problem, int32_t layer, bool alone, std::span<
   }
 }
 
-// ... and in files. Several ranks take the tensors in turns.
+// ... and in files. Several ranks take the tensors in turns. Returns how many weights of a run are looked at.
 int64_t sample_files(const Problem& problem, int32_t layer, std::span<const int32_t> tensors, Loader& loader,
                      int worker, Scratch& scratch, Histogram& histogram) {
-  int64_t run = 0;
+  const int64_t kept = kTuning.file_keys;
   for (const int32_t t : tensors) {
     const TensorView& tensor = problem.tensors[t];
-    run = kTuning.file_run / size_of(tensor.dtype);
+    const int64_t run = kTuning.file_run / size_of(tensor.dtype);
     if (t % problem.ranks != problem.rank) continue;
     const int64_t runs = (problem.layer_total[layer] + run - 1) / run;
     const int64_t wanted = std::clamp(runs / kTuning.file_ratio, kTuning.file_least, kTuning.file_most);
@@ -157,14 +159,20 @@ int64_t sample_files(const Problem& problem, int32_t layer, std::span<const int3
       if (begin >= tensor.numel) continue;
       const int64_t n = std::min(run, tensor.numel - begin);
       const void* weights = loader.load(t, begin, n, worker);
-      const size_t at = scratch.keys.size();
       for_type(tensor.dtype, [&]<DType kType>() {
-        scratch.keys.resize(at + static_cast<size_t>(n));
-        take_run<kType>(static_cast<const storage_t<kType>*>(weights), n, scratch.keys.data() + at, histogram);
+        using T = storage_t<kType>;
+        scratch.runs.resize(static_cast<size_t>(n) * sizeof(T));
+        T* looked_at = reinterpret_cast<T*>(scratch.runs.data());
+        T* end = looked_at;
+        for (int64_t line = 0; line < n; line += run / kept * kTuning.file_line)
+          end = std::copy_n(static_cast<const T*>(weights) + line, std::min(kTuning.file_line, n - line), end);
+        const size_t at = scratch.keys.size();
+        scratch.keys.resize(at + static_cast<size_t>(end - looked_at));
+        take_run<kType>(looked_at, end - looked_at, scratch.keys.data() + at, histogram);
       });
     }
   }
-  return run;
+  return kept;
 }
 
 }  // namespace
