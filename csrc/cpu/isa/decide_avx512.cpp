@@ -47,12 +47,14 @@ inline void store_line(uint8_t* mask, uint64_t marked, bool stream) {
 
 struct Squares {
   __m512i sum = _mm512_setzero_si512(), high = _mm512_setzero_si512();
-  void add(__m512i q) {
-    const __m512i even = _mm512_mul_epu32(q, q);
-    const __m512i shifted = _mm512_srli_epi64(q, 32);
-    const __m512i odd = _mm512_mul_epu32(shifted, shifted);
-    sum = _mm512_add_epi64(sum, _mm512_add_epi64(even, odd));
-    high = _mm512_add_epi64(high, _mm512_add_epi64(_mm512_srli_epi64(even, 32), _mm512_srli_epi64(odd, 32)));
+  void add(__m512i q, __m512i r) {
+    const __m512i four = _mm512_add_epi64(pairs(q), pairs(r));
+    sum = _mm512_add_epi64(sum, four);
+    high = _mm512_add_epi64(high, _mm512_srli_epi64(four, 32));
+  }
+  static __m512i pairs(__m512i q) {
+    const __m512i odd = _mm512_srli_epi64(q, 32);
+    return _mm512_add_epi64(_mm512_mul_epu32(q, q), _mm512_mul_epu32(odd, odd));
   }
 };
 
@@ -81,7 +83,6 @@ void decide(const storage_t<kType>* weights, int64_t n, const Bracket& bracket, 
   const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   const bool stream = kMask && out.stream && reinterpret_cast<uintptr_t>(mask) % 64 == 0;
   const bool has_atom = bracket.atom != Bracket::kNoAtom;
-  __m512i largest = _mm512_set1_epi32(static_cast<int>(out.largest));
   Squares squares;
   int64_t aside = out.aside, kept = 0, atoms = 0;
   int64_t i = 0;
@@ -107,30 +108,26 @@ void decide(const storage_t<kType>* weights, int64_t n, const Bracket& bracket, 
       marked_line &= ~line;
     }
     const __m512i top = _mm512_max_epu32(_mm512_max_epu32(key[0], key[1]), _mm512_max_epu32(key[2], key[3]));
-    largest = _mm512_max_epu32(largest, top);
     __mmask16 on_grid[4] = {above[0], above[1], above[2], above[3]};
     if (_mm512_cmpge_epu32_mask(top, limit)) [[unlikely]] {
       for (int j = 0; j < 4; ++j) {
         const __mmask16 beyond = _mm512_cmpge_epu32_mask(key[j], limit);
         on_grid[j] = static_cast<__mmask16>(on_grid[j] & ~beyond);
-        alignas(64) uint32_t keys[16];
-        _mm512_store_si512(keys, key[j]);
-        for (unsigned bits = out.outliers ? beyond : 0; bits; bits &= bits - 1) {
-          const uint32_t k = keys[__builtin_ctz(bits)];
-          if (k < kNonFinite) out.outliers->add_key(k);
-        }
+        for (unsigned bits = beyond; bits; bits &= bits - 1)
+          sum_up(key_in<kType>(weights[i + 16 * j + __builtin_ctz(bits)]), grid, out);
       }
     }
-    for (int j = 0; j < 4; ++j) {
+    const auto on_the_grid = [&](int j) {
       if constexpr (kScale) {
         const __m512 scaled = _mm512_mul_ps(_mm512_castsi512_ps(key[j]), factor);
-        squares.add(_mm512_maskz_cvttps_epu32(on_grid[j], scaled));
+        return _mm512_maskz_cvttps_epu32(on_grid[j], scaled);
       } else {
         const __m512i shift = _mm512_subs_epu16(_mm512_srli_epi32(key[j], 23), exponent);
         const __m512i m = _mm512_ternarylogic_epi32(key[j], fraction, implicit, 0xEA);  // (a & b) | c
-        squares.add(_mm512_maskz_sllv_epi32(on_grid[j], m, shift));
+        return _mm512_maskz_sllv_epi32(on_grid[j], m, shift);
       }
-    }
+    };
+    for (int j = 0; j < 4; j += 2) squares.add(on_the_grid(j), on_the_grid(j + 1));
     if constexpr (kMask) store_line(mask + i, marked_line, stream);
     if (__builtin_popcountll(between) > 8) [[unlikely]] {
       for (int j = 0; j < 4; ++j) {
@@ -150,7 +147,6 @@ void decide(const storage_t<kType>* weights, int64_t n, const Bracket& bracket, 
   out.aside = aside;
   out.kept += kept;
   out.atoms += atoms;
-  out.largest = _mm512_reduce_max_epu32(largest);
   out.squares += sum_of(squares.sum);
   out.squares_high += sum_of(squares.high);
   decide_range<kType>(weights, i, n, bracket, grid, mask, out);
@@ -173,7 +169,7 @@ void decide_half(const uint16_t* weights, int64_t n, const Bracket& bracket, uin
   const auto line = [](const __mmask32(&k)[2]) {
     return static_cast<uint64_t>(k[0]) | static_cast<uint64_t>(k[1]) << 32;
   };
-  __m512i largest = _mm512_setzero_si512(), sums = largest, sums_high = largest;
+  __m512i sums = _mm512_setzero_si512(), sums_high = sums;
   int64_t aside = out.aside, kept = 0, atoms = 0;
   int64_t i = 0;
   while (i + 64 <= n) {
@@ -198,7 +194,6 @@ void decide_half(const uint16_t* weights, int64_t n, const Bracket& bracket, uin
         marked_line &= ~line(equal);
       }
       const __m512i top = _mm512_max_epu16(m[0], m[1]);
-      largest = _mm512_max_epu16(largest, top);
       if (_mm512_cmpge_epu16_mask(top, limit)) [[unlikely]] {
         for (int j = 0; j < 2; ++j) {
           const __mmask32 beyond = _mm512_cmpge_epu16_mask(m[j], limit);
@@ -224,13 +219,7 @@ void decide_half(const uint16_t* weights, int64_t n, const Bracket& bracket, uin
   out.aside = aside;
   out.kept += kept;
   out.atoms += atoms;
-  alignas(64) uint16_t tops[32];
-  _mm512_store_si512(tops, largest);
-  for (const uint16_t top : tops) {
-    const uint32_t key = key_of<kType>(top);
-    out.largest = key > out.largest ? key : out.largest;
-  }
-  Type::add(static_cast<u128>(sum_of(sums)) + sum_of(sums_high), out);
+  half.add(static_cast<u128>(sum_of(sums)) + sum_of(sums_high), out);
   decide_range<kType>(weights, i, n, bracket, grid, mask, out);
 }
 
@@ -238,7 +227,7 @@ template <DType kType>
 void decide_any(const void* weights, int64_t n, const Bracket& bracket, uint8_t* mask, Decided& out) {
   const auto* typed = static_cast<const storage_t<kType>*>(weights);
   if constexpr (kType != DType::kFloat32) {
-    if (Half<kType>::serves(bracket))
+    if (bracket.high >> 23 > Half<kType>::kBias)  // a normal number of the type
       return mask ? decide_half<kType, true>(typed, n, bracket, mask, out)
                   : decide_half<kType, false>(typed, n, bracket, mask, out);
   }

@@ -9,17 +9,19 @@
 namespace dimap::cpu {
 namespace {
 
-// Sums one weight that is kept.
+// Sums one weight that is kept, and notes one that is not finite.
 inline void sum_up(uint32_t key, const Grid& grid, Decided& out) {
-  if (key >= grid.limit) {
-    if (key < kNonFinite && out.outliers) out.outliers->add_key(key);
-    return;
+  if (key >= kNonFinite) {
+    out.non_finite = true;
+  } else if (key >= grid.limit) {
+    if (out.outliers) out.outliers->add_key(key);
+  } else {
+    const uint32_t exponent = key >> 23;
+    const uint64_t q = uint64_t{(key & 0x7FFFFFu) | grid.implicit}
+                       << (exponent > grid.exponent ? exponent - grid.exponent : 0);
+    out.squares += q * q;
+    out.squares_high += q * q >> 32;
   }
-  const uint32_t exponent = key >> 23;
-  const uint64_t q = uint64_t{(key & 0x7FFFFFu) | grid.implicit}
-                     << (exponent > grid.exponent ? exponent - grid.exponent : 0);
-  out.squares += q * q;
-  out.squares_high += q * q >> 32;
 }
 
 // Decides weights [first, n). `position` of the weight i is i.
@@ -28,26 +30,22 @@ inline void decide_range(const storage_t<kType>* weights, int64_t first, int64_t
                          const Grid& grid, uint8_t* mask, Decided& out) {
   const uint32_t low = bracket.low, high = bracket.high, atom = bracket.atom;
   const uint32_t marked = bracket.guess < high ? bracket.guess : high;
+  const uint32_t summed = high < kNonFinite ? high : kNonFinite;
   int64_t aside = out.aside, kept = 0, atoms = 0;
-  uint32_t largest = out.largest;
   for (int64_t i = first; i < n; ++i) {
     const uint32_t key = key_of<kType>(weights[i]);
     const bool is_atom = key == atom;
-    const bool keep = key >= high;
-    const bool set_aside = key >= low && key < high && !is_atom;
-    largest = key > largest ? key : largest;
     atoms += is_atom;
-    kept += keep;
+    kept += key >= high;
     if (mask) mask[i] = key >= marked && !is_atom;
     out.keys[aside] = key;
     out.positions[aside] = static_cast<uint16_t>(i);
-    aside += set_aside;
-    if (keep) sum_up(key, grid, out);
+    aside += key >= low && key < high && !is_atom;
+    if (key >= summed) sum_up(key, grid, out);
   }
   out.aside = aside;
   out.kept += kept;
   out.atoms += atoms;
-  out.largest = largest;
 }
 
 // Sets aside the weights of a line, which begins at `first`, whose bits are set. Mostly they are few, and whether there
@@ -75,6 +73,9 @@ DIMAP_HD int64_t set_aside(Bits bits, int64_t first, KeyAt&& key_at, uint32_t* k
 template <DType kType>
 inline uint32_t bits_from(uint32_t key) {
   if constexpr (kType == DType::kFloat32) return key < kKeyEnd ? key : kKeyEnd;
+  if constexpr (kType == DType::kBFloat16) return key < kKeyEnd ? (key + 0xFFFFu) >> 16 : 0x8000;
+  constexpr uint32_t kNormal = 113u << 23, kMost = 142u << 23;  // the smallest; all up to here are in steps of 2^13
+  if (key >= kNormal && key <= kMost) return ((key - kNormal + 0x1FFFu) >> 13) + 0x400;
   uint32_t no = 0, yes = 0x8000;
   while (no < yes) {
     const uint32_t middle = (no + yes) / 2;
@@ -96,20 +97,19 @@ struct Half {
   static constexpr uint32_t kNone = 0x8000;            // more than any magnitude
   static constexpr uint32_t kBias = kBrain ? 0 : 112;  // between the exponents of a key and of the type
   static constexpr int kShifts = kBrain ? 5 : 4;       // q has at most 13 or 15 bits,
-  static constexpr int kPairs = kBrain ? 8 : 2;        // so that so many sums of pairs fit an unsigned lane
-  static constexpr int kUnits = 2 * (23 - kFraction);  // log2 of the square of its unit over that of a float32's grid
-
-  // Brackets whose high end is a normal number of the type.
-  static bool serves(const Bracket& bracket) { return bracket.high >> 23 > kBias; }
+  static constexpr int kPairs = kBrain ? 32 : 2;       // so that so many sums of pairs fit an unsigned lane
 
   explicit Half(const Bracket& bracket)
       : low(bits_from<kType>(bracket.low)),
         high(bits_from<kType>(bracket.high)),
         mark(bits_from<kType>(bracket.guess < bracket.high ? bracket.guess : bracket.high)),
-        atom(kNone),
-        exponent(Grid(bracket.high).exponent - kBias),
-        limit((exponent + kShifts + 1) << kFraction) {
-    limit = limit < kInfinity ? limit : kInfinity;
+        atom(kNone) {
+    const Grid grid(bracket.high);
+    exponent = grid.exponent > kBias ? grid.exponent - kBias : 1;
+    unit = 23 - kFraction + static_cast<int>(exponent + kBias - grid.exponent);
+    limit = (exponent + kShifts + 1) << kFraction;
+    const uint32_t beyond = bits_from<kType>(grid.limit);  // an infinity's at most
+    limit = limit < beyond ? limit : beyond;
     // An atom may lie between two magnitudes of the type, since a mean was taken for it: then no weight is it.
     if (bracket.atom >= kKeyEnd) return;
     const uint32_t bits = bits_from<kType>(bracket.atom);
@@ -117,14 +117,16 @@ struct Half {
   }
 
   // Adds a sum of q² to those on a float32's grid.
-  static void add(u128 sum, Decided& out) {
-    out.squares += static_cast<uint64_t>(sum << kUnits);
-    out.squares_high += static_cast<uint64_t>(sum << kUnits >> 32);
+  void add(u128 sum, Decided& out) const {
+    sum <<= 2 * unit;
+    out.squares += static_cast<uint64_t>(sum);
+    out.squares_high += static_cast<uint64_t>(sum >> 32);
   }
 
   uint32_t low, high, mark, atom;  // as the bracket's, in the type's bits
-  uint32_t exponent;               // of one unit, biased as the type's
+  uint32_t exponent;               // of one unit, biased as the type's; 1 where it is subnormal
   uint32_t limit;                  // from here on q has too many bits: these are summed one by one
+  int unit;                        // log2 of the unit over that of a float32's grid
 };
 
 template <DType kType>

@@ -129,7 +129,7 @@ bool Reading::read(std::span<const uint8_t> wanted, std::span<uint8_t* const> ma
     decide(weights, chunk.n, here, mask, out);
     climb(decide, weights, chunk.n, ladder, outliers[worker]);
     out.outliers = &outliers[worker];
-    if (out.largest >= kNonFinite) finite.store(false, std::memory_order_relaxed);
+    if (out.non_finite) finite.store(false, std::memory_order_relaxed);
     chunk.worker = worker;
     chunk.begin = buffer.used;
     chunk.aside = out.aside;
