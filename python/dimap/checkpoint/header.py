@@ -119,6 +119,14 @@ class Spec:
             return (*self.shape[:-1], self.shape[-1] // 2)
         return self.shape
 
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> Spec:
+        """That of a tensor in memory."""
+        dtype, shape = dtype_of(tensor.dtype), tuple(tensor.shape)
+        if dtype.code == "F4" and shape:
+            shape = (*shape[:-1], 2 * shape[-1])
+        return cls(dtype, shape)
+
     def meta(self) -> torch.Tensor:
         """A tensor on the meta device that stands for it. Imports torch."""
         import torch
@@ -160,13 +168,19 @@ def read_header(path: Path) -> Header:
         size = os.fstat(file.fileno()).st_size
         head = file.read(8)
         length = int.from_bytes(head, "little")
-        if len(head) < 8 or not 2 <= length <= min(MOST, size - 8):
-            raise ValueError(
-                f"{path} must be a safetensors file with a header of at most "
-                f"{max(0, min(MOST, size - 8))} bytes, got {length if len(head) == 8 else 'none'}"
-            )
-        raw = head + file.read(length)
-    return parse_header(raw, size, str(path))
+        whole = len(head) == 8 and 2 <= length <= min(MOST, size - 8)
+        raw = head + file.read(length if whole else 0)
+    try:
+        if not whole:
+            most, got = max(0, min(MOST, size - 8)), length if len(head) == 8 else "none"
+            raise ValueError(f"a header of at most {most} bytes, got {got}")
+        return parse_header(raw, size, str(path))
+    except ValueError as error:
+        reason = str(error).removeprefix(str(path)).lstrip(": ")
+        raise ValueError(
+            f"{path} must be a complete safetensors file, got one that is truncated, damaged or of "
+            f"another format ({reason})"
+        ) from error
 
 
 def parse_header(raw: bytes, size: int | None, where: str) -> Header:
