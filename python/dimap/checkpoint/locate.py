@@ -55,7 +55,7 @@ def form_of(path: Path) -> str:
         return SAFETENSORS
     if head[:4] == b"PK\x03\x04":
         return _form_of_zip(path)
-    if head[:1] == b"\x80" and head[1:2] in b"\x02\x03\x04\x05":
+    if head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
         return TORCH if _LEGACY in head[:40] else "a pickle that torch.save did not write"
     for at, magic, name in _MAGIC:
         if head[at : at + len(magic)] == magic:

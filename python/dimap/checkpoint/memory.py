@@ -37,6 +37,9 @@ HARMLESS = re.compile(
     r"|(pytorch_)?lightning\.\S+\.AttributeDict|(lightning\.)?fabric\.\S+\.AttributeDict"
 )
 
+# What torch says of a class that it does not know.
+_REFUSED = re.compile(r"nsupported (?:global: )?GLOBAL ([\w.]+)|but got <class '([\w.]+)'>")
+
 
 @dataclass
 class Nest:
@@ -229,13 +232,13 @@ def _load(path: Path) -> Any:
             with torch.serialization.safe_globals(allowed):
                 return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
         except Exception as error:
-            wanted = re.search(r"Unsupported global: GLOBAL (\S+)", str(error))
+            wanted = _REFUSED.search(str(error))
             if wanted is None:
                 raise ValueError(
                     f"{path} must be a complete file of torch.save, got one that is truncated, "
                     f"damaged or of another format ({type(error).__name__})"
                 ) from error
-            name = wanted[1]
+            name = wanted[1] or wanted[2]
             value = _harmless(name)
             if value is None or (value, name) in allowed:
                 raise ValueError(
