@@ -189,11 +189,7 @@ class Pruning(Pruned):
 
     def save_masks(self, path: str | os.PathLike[str]) -> None:
         """Write the masks to a safetensors file, one bit a weight (see `dimap.load_masks`)."""
-        settings: dict[str, str] = {"scope": self.scope, "normalize": self.normalize}
-        if self.saliency != "magnitude":
-            settings["saliency"] = self.saliency
-        settings |= {f"sparsity.{name}": repr(s) for name, s in self.sparsity.items()}
-        save_masks(path, self.masks, settings)
+        save_masks(path, self.masks, self.mask_metadata())
 
 
 def count_nonzero(tensor: Tensor) -> int:

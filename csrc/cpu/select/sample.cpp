@@ -21,7 +21,8 @@ constexpr struct {
   int64_t file_run = int64_t{1} << 16;  // bytes of a file read at a time,
   int64_t file_ratio = 96;              // one run in this many, where a layer then has neither fewer
   int64_t file_least = 12;              // nor
-  int64_t file_most = 32;               // more
+  int64_t file_most = 32;               // more;
+  int64_t file_keys = 4096;             // so many weights of each are looked at: their neighbours tell little more
 } kTuning;
 
 uint64_t mix(uint64_t x) {  // the finaliser of splitmix64
@@ -55,17 +56,23 @@ class Places {
   int64_t numel_, run_, ratio_;
 };
 
+// Looks at one line of `run` weights in every `step` of these n.
 template <DType kType>
-void take_run(const storage_t<kType>* weights, int64_t n, std::vector<uint32_t>& keys, Histogram& histogram) {
-  const size_t at = keys.size();
+void take_run(const storage_t<kType>* weights, int64_t n, int64_t step, std::vector<uint32_t>& keys,
+              Histogram& histogram) {
+  size_t at = keys.size();
   keys.resize(at + static_cast<size_t>(n));
   double energy = 0;
-  for (int64_t j = 0; j < n; ++j) {
-    const uint32_t key = key_of<kType>(weights[j]);
-    keys[at + static_cast<size_t>(j)] = key;
-    const double value = std::bit_cast<float>(key);
-    energy += value * value;
+  for (int64_t line = 0; line < n; line += step) {
+    const int64_t end = std::min(n, line + kTuning.run);
+    for (int64_t j = line; j < end; ++j) {
+      const uint32_t key = key_of<kType>(weights[j]);
+      keys[at++] = key;
+      const double value = std::bit_cast<float>(key);
+      energy += value * value;
+    }
   }
+  keys.resize(at);
   histogram.energy += energy;
   histogram.energy_squares += energy * energy;
   ++histogram.runs;
@@ -111,19 +118,20 @@ void sample_memory(const Problem& problem, int32_t layer, bool alone, std::span<
       for (int64_t i = 0; i < places.count(); ++i) {
         if (i + kTuning.ahead < places.count()) __builtin_prefetch(weights + places[i + kTuning.ahead]);
         if (const int64_t begin = places[i]; begin < tensor.numel)
-          take_run<kType>(weights + begin, std::min(kTuning.run, tensor.numel - begin), scratch.keys, histogram);
+          take_run<kType>(weights + begin, std::min(kTuning.run, tensor.numel - begin), kTuning.run, scratch.keys,
+                          histogram);
       }
     });
   }
 }
 
-// ... and in files. Several ranks take the tensors in turns.
+// ... and in files. Several ranks take the tensors in turns. Returns how many weights of a run are looked at.
 int64_t sample_files(const Problem& problem, int32_t layer, std::span<const int32_t> tensors, Loader& loader,
                      int worker, Scratch& scratch, Histogram& histogram) {
-  int64_t run = 0;
+  const int64_t kept = kTuning.file_keys;
   for (const int32_t t : tensors) {
     const TensorView& tensor = problem.tensors[t];
-    run = kTuning.file_run / size_of(tensor.dtype);
+    const int64_t run = kTuning.file_run / size_of(tensor.dtype);
     if (t % problem.ranks != problem.rank) continue;
     const int64_t runs = (problem.layer_total[layer] + run - 1) / run;
     const int64_t wanted = std::clamp(runs / kTuning.file_ratio, kTuning.file_least, kTuning.file_most);
@@ -134,11 +142,12 @@ int64_t sample_files(const Problem& problem, int32_t layer, std::span<const int3
       const int64_t n = std::min(run, tensor.numel - begin);
       const void* weights = loader.load(t, begin, n, worker);
       for_type(tensor.dtype, [&]<DType kType>() {
-        take_run<kType>(static_cast<const storage_t<kType>*>(weights), n, scratch.keys, histogram);
+        take_run<kType>(static_cast<const storage_t<kType>*>(weights), n, run / kept * kTuning.run, scratch.keys,
+                        histogram);
       });
     }
   }
-  return run;
+  return kept;
 }
 
 }  // namespace

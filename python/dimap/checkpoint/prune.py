@@ -396,9 +396,7 @@ def place_of(layout: Layout, entry: Entry) -> tuple[int, int]:
 def _masks_header(plan: Plan, result: StreamPruning) -> Header:
     """The header of the file that `dimap.save_masks` would write."""
     shapes = {name: list(result.shapes[name]) for name in plan.names}
-    settings: dict[str, str] = {"scope": result.scope, "normalize": result.normalize}
-    settings |= {f"sparsity.{name}": repr(s) for name, s in result.sparsity.items()}
-    settings |= {"dimap_masks": "1", "shapes": json.dumps(shapes)}
+    settings = result.mask_metadata() | {"dimap_masks": "1", "shapes": json.dumps(shapes)}
     sizes = zip(plan.names, plan.sizes, strict=True)
     described = [(name, DTYPES["U8"], [(size + 7) // 8]) for name, size in sizes]
     return make_header(described, settings, "the file of masks")

@@ -16,6 +16,7 @@ COMMANDS = {  # what `dimap --help` says of them
     "inspect": "Show the modules of a checkpoint, their layers and weights, and how sparse they are.",
     "expand": "Write the dense checkpoint that a bitmask one stands for.",
     "plot": "Draw a picture of a pruned checkpoint or of results.",
+    "bench": "Time the operators on this machine, beside a copy and plain PyTorch.",
     "finetune": "Train a pruned checkpoint; its pruned weights stay exactly zero.",
 }
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .. import _timm
 from ..checkpoint import open_checkpoint
 from ..groups import AUX, find_modules
-from ..masks import check_masks, load_masks
+from ..masks import fit_masks, load_masks
 from .data import Input
 from .settings import Settings
 
@@ -176,13 +176,11 @@ def masks_of(
     if isinstance(masks, (str, os.PathLike)):
         found = load_masks(masks)
         try:
-            check_masks(found, weights)
+            return fit_masks(found, weights)
         except ValueError as error:
             raise ValueError(f"{Path(masks)} must hold masks of {source.name}: {error}") from error
-        return found
     if masks is not None:
-        check_masks(masks, weights)
-        return dict(masks)
+        return fit_masks(masks, weights)
     modules = {n: layers for n, layers in find_modules(source.model).items() if n != AUX}
     names = [p for layers in modules.values() for layer in layers for p in layer.parameters]
     found = {name: weights[name].detach() != 0 for name in names}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 from ..groups import AUX
+from ..groups.identity import addresses
 from ..groups.plan import scope_names
 from .report import LayerReport, ModuleReport, Report
 
@@ -58,6 +60,19 @@ class Pruned:
         def nonzero(self) -> Mapping[str, int]: ...
         @property
         def smallest(self) -> Mapping[str, float]: ...
+
+    def mask_metadata(self) -> dict[str, str]:
+        """What a file of its masks says beside them: the settings, and where each layer stands."""
+        found: dict[str, str] = {"scope": self.scope, "normalize": self.normalize}
+        if self.saliency != "magnitude":
+            found["saliency"] = self.saliency
+        found |= {f"sparsity.{name}": repr(s) for name, s in self.sparsity.items()}
+        places = {
+            name: list(address)
+            for address, layer in addresses(self.modules).items()
+            for name in layer.parameters
+        }
+        return found | {"addresses": json.dumps(places)}
 
     def report(
         self,
