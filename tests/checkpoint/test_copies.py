@@ -32,7 +32,12 @@ def prune(tmp_path, root, **options):
 
 @pytest.mark.parametrize(
     ("first", "average"),
-    [("state_dict", "state_dict_ema"), ("model", "model_ema"), ("model", "ema"), ("params", "params_ema")],
+    [
+        ("state_dict", "state_dict_ema"),
+        ("model", "model_ema"),
+        ("model", "ema"),
+        ("params", "params_ema"),
+    ],
 )
 @pytest.mark.parametrize("wrapped", ["", "module."])
 def test_averages_have_the_same_masks(tmp_path, first, average, wrapped):
@@ -42,7 +47,9 @@ def test_averages_have_the_same_masks(tmp_path, first, average, wrapped):
     assert_same(got[first], masked(0, masks))
     assert_same({n.removeprefix(wrapped): t for n, t in got[average].items()}, masked(1, masks))
     with open_checkpoint(tmp_path / "in.pth") as checkpoint:
-        assert checkpoint.notes == [f"{average!r}, a copy of these weights, is given the same masks"]
+        assert checkpoint.notes == [
+            f"{average!r}, a copy of these weights, is given the same masks"
+        ]
 
 
 def test_a_nested_average(tmp_path):
@@ -52,8 +59,14 @@ def test_a_nested_average(tmp_path):
 
 
 def test_two_candidates_are_listed_and_one_is_chosen(tmp_path):
-    root = {"teacher": vit(seed=1), "student": {f"module.{n}": t for n, t in vit().items()}, "epoch": 1}
-    with pytest.raises(ValueError, match="one set of weights, got 'teacher', 'student': --key NAME"):
+    root = {
+        "teacher": vit(seed=1),
+        "student": {f"module.{n}": t for n, t in vit().items()},
+        "epoch": 1,
+    }
+    with pytest.raises(
+        ValueError, match="one set of weights, got 'teacher', 'student': --key NAME"
+    ):
         prune(tmp_path, root)
     got, masks = prune(tmp_path, root, key="teacher")
     assert got.keys() == {"teacher", "epoch"}  # the dense student is left out
@@ -76,7 +89,11 @@ def test_a_copy_with_another_prefix_and_another_head(tmp_path):
 
 
 def test_other_weights_are_kept_with_a_note(tmp_path):
-    root = {"model": vit(), "discriminator": {"conv.weight": torch.ones(4, 4)}, "ema": [torch.ones(5, 5)]}
+    root = {
+        "model": vit(),
+        "discriminator": {"conv.weight": torch.ones(4, 4)},
+        "ema": [torch.ones(5, 5)],
+    }
     got, _ = prune(tmp_path, root)
     assert got["discriminator"]["conv.weight"].all()
     with open_checkpoint(tmp_path / "in.pth") as checkpoint:

@@ -68,7 +68,9 @@ OTHERS = {
     "a Git LFS pointer": pointer,
     "a TorchScript archive": traced,
     "a GGUF file": lambda path: path.write_bytes(b"GGUF\3\0\0\0" + bytes(64)),
-    "an ONNX file": lambda path: path.write_bytes(b"\x08\x08\x12\x07pytorch\x1a\x052.1.0" + bytes(9)),
+    "an ONNX file": lambda path: path.write_bytes(
+        b"\x08\x08\x12\x07pytorch\x1a\x052.1.0" + bytes(9)
+    ),
     "an HDF5 file": lambda path: path.write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(64)),
     "a NumPy array": lambda path: np.save(path.open("wb"), np.ones(3)),
     "a NumPy archive": lambda path: np.savez(path.open("wb"), a=np.ones(3)),
@@ -251,7 +253,9 @@ def test_a_folder_that_leads_back_to_itself_is_refused(tmp_path):
 def test_a_repository_of_the_hub_comes_from_its_cache(tmp_path, monkeypatch):
     hub = pytest.importorskip("huggingface_hub")
     folder = shards(tmp_path / "cached", vit())
-    monkeypatch.setattr(hub, "snapshot_download", lambda name, revision: str(folder / name / revision / "../.."))
+    monkeypatch.setattr(
+        hub, "snapshot_download", lambda name, revision: str(folder / name / revision / "../..")
+    )
     (folder / "org" / "name" / "main").mkdir(parents=True)
     monkeypatch.setattr(hub, "snapshot_download", lambda name, revision: str(folder))
     prune_checkpoint("hf:org/name", tmp_path / "out", 0.5)
@@ -273,12 +277,21 @@ def test_files_of_torch_save_with_patterns_masks_and_report(tmp_path):
     patterns = {"qkv": r"blocks\.\d+\.attn\.qkv\.weight"}
     outputs = {"masks": tmp_path / "masks", "report": tmp_path / "report.json"}
     got = prune_checkpoint(
-        tmp_path / "in.pth", tmp_path / "out.safetensors", 0.5, patterns=patterns, bitmask=True, **outputs
+        tmp_path / "in.pth",
+        tmp_path / "out.safetensors",
+        0.5,
+        patterns=patterns,
+        bitmask=True,
+        **outputs,
     )
     want = vit()
     pruning = dimap.prune(want, 0.5, patterns=patterns)
     assert_same(load_file(tmp_path / "out.safetensors"), want)
-    assert (got.kept, got.nonzero, got.smallest) == (pruning.kept, pruning.nonzero, pruning.smallest)
+    assert (got.kept, got.nonzero, got.smallest) == (
+        pruning.kept,
+        pruning.nonzero,
+        pruning.smallest,
+    )
     masks = dimap.load_masks(tmp_path / "masks")
     assert all(torch.equal(masks[name], mask) for name, mask in pruning.masks.items())
     assert json.loads((tmp_path / "report.json").read_text())["kept"] == pruning.report().kept

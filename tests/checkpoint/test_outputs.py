@@ -68,7 +68,10 @@ def test_names_as_long_as_they_may_be(source, length, folder):
     Path(f"{'m' * length}").unlink()
     left = [p for p in os.listdir() if p.endswith("dimap-tmp")]
     assert (os.path.exists(name), left) == (True, [])
-    with pytest.raises(ZeroDivisionError), replacing(Path(name), folder=folder, force=True) as inner:
+    with (
+        pytest.raises(ZeroDivisionError),
+        replacing(Path(name), folder=folder, force=True) as inner,
+    ):
         assert len(inner.name) <= 255
         1 / 0  # noqa: B018
     assert os.path.exists(name)
@@ -154,12 +157,19 @@ def test_an_error_of_a_full_disk_names_the_output_that_was_asked_for(tmp_path, m
     else:
         save_file({"head.weight": state["head.weight"], **state}, names)
     size = {"out": 10_000, "side": 200_000, "masks": 2000, "report": 2000}[full]
-    wanted = {"out": "out/model-0000", "side": "out/sub/vocab.txt", "masks": "m.st", "report": "r.json"}
+    wanted = {
+        "out": "out/model-0000",
+        "side": "out/sub/vocab.txt",
+        "masks": "m.st",
+        "report": "r.json",
+    }
     if full in ("masks", "report"):
         # OUT is written by C++, the small files by Python: they fail alone under a limit that
         # begins when they are written.
         monkeypatch.setattr(
-            {"masks": "dimap.checkpoint.prune.begin", "report": "dimap.report.Report.to_json"}[full],
+            {"masks": "dimap.checkpoint.prune.begin", "report": "dimap.report.Report.to_json"}[
+                full
+            ],
             fail_for(full),
         )
         with pytest.raises(OSError, match="No space left") as error:

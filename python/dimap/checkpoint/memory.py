@@ -16,9 +16,10 @@ from torch import Tensor
 
 from .. import _timm
 from .._files import save_safetensors
+from ..masks import apply_masks
 from .base import Checkpoint
 from .bitmask import write_packed
-from .copies import alike, mask_state, matrices
+from .copies import alike, matrices, tensors_of
 from .header import DTYPES, Spec, dtype_of
 from .locate import PICKLED, Weights, check_index, shorten
 
@@ -98,8 +99,8 @@ class StateDict(Checkpoint):
         """Set to zero in the other copies what the masks drop in the weights."""
         for nest in self.nests.values():
             own = {name: mask for name, mask in masks.items() if name in nest.state}
-            for name, copy in nest.copies.items():
-                mask_state(copy, own, f"{self.path}: {name!r}")
+            for copy in nest.copies.values():
+                apply_masks(tensors_of(copy), own)
 
     def save(
         self, targets: Sequence[Path], *, safetensors: bool = False, pack: Collection[str] = ()
