@@ -117,7 +117,7 @@ def test_a_key_finds_its_place(tmp_path, key, place):
         inner[part] = inner = {}
     inner[place.rpartition(".")[2]] = vit()
     root["elsewhere"] = {"x": torch.ones(2, 2)}
-    with pytest.raises(ValueError, match="got 'net|got 'a|got 'elsewhere|must hold one set"):
+    with pytest.raises(ValueError, match=r"got 'net|got 'a|got 'elsewhere|must hold one set"):
         prune(tmp_path, {"p": vit(), "q": vit(), **root})
     got, masks = prune(tmp_path, root, key=key)
     for part in place.split("."):

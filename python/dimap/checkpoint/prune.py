@@ -16,11 +16,10 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache, wraps
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 from .. import _C, _timm
-from .._files import naming, replacing
+from .._files import SUFFIX, naming, replacing
 from ..distributed.launch import group_of
 from ..distributed.ranks import Ranks
 from ..groups import AUX, Patterns
@@ -147,9 +146,11 @@ def pruning_checkpoint(
         given = _join(sparsity, shares or {}, [name for name in plan.modules if name != AUX])
         keep, ratios = plan.keep(given), plan.ratios(given)
         _check(checkpoint, plan, out, bitmask, ranks)
+        stream = None
         if isinstance(checkpoint, Shards):
-            settings = (scope, normalize, ratios, masks is None, bitmask)
-            check_agreement(checkpoint, plan, keep, settings, ranks)
+            stream = _Stream(checkpoint, plan, keep, bitmask, ranks)
+            settings = (keep, ratios, scope, normalize, masks is None, bitmask)
+            check_agreement(checkpoint, plan, settings, ranks)
         names = [p for layers in plan.modules.values() for x in layers for p in x.parameters]
         result = StreamPruning(
             modules=plan.modules,
@@ -179,10 +180,10 @@ def pruning_checkpoint(
             packed = None
             if masks is not None:
                 packed = stack.enter_context(replacing(Path(masks), force=force)).absolute()
-            elif all_copies and checkpoint.others:
-                packed = Path(stack.enter_context(TemporaryDirectory()), "masks")
-                packed.touch()
             created = stack.enter_context(checkpoint.creating(out, force=force))
+            if packed is None and all_copies and checkpoint.others:
+                packed = created[0].with_name(f".masks{SUFFIX}").absolute()
+                packed.touch()
             made = [file.absolute() for file in created], packed
         stack.enter_context(ranks.stopping_together())  # inside of what removes the outputs
         made = ranks.gather(made)[0]
@@ -195,8 +196,8 @@ def pruning_checkpoint(
 
         # The work. All ranks fill the files.
         progress = progress if progress is not None and first else Silent()
-        if isinstance(checkpoint, Shards):
-            _fill(checkpoint, plan, keep, files, packed, bitmask, result, Told(progress), ranks)
+        if stream is not None:
+            stream.fill(files, packed, result, Told(progress))
         else:
             held: StateDict = checkpoint  # type: ignore[assignment]  # the only other kind
             _prune_state(
@@ -207,14 +208,14 @@ def pruning_checkpoint(
             from .copies import mask_others
 
             notes += mask_others(checkpoint, home, packed)
+            if masks is None:
+                packed.unlink()
 
         # What was done.
         def summarize() -> Report:
-            model, why = (
-                _model(checkpoint, names, timm_model)
-                if first
-                else (None, "the first rank counts them")
-            )
+            model, why = None, "the first rank counts them"
+            if first:
+                model, why = _model(checkpoint, names, timm_model)
             built = build_report(result, model, input_size)
             lacking = built.notes if model else (f"no FLOPs: {why}",)
             return replace(built, notes=(*lacking, *notes))
@@ -283,13 +284,10 @@ def _check(checkpoint: Checkpoint, plan: Plan, out: Path, bitmask: bool, ranks: 
             raise ValueError(f"{name} must be float32, bfloat16 or float16, got {dtype.name}")
 
 
-def check_agreement(
-    checkpoint: Shards, plan: Plan, keep: Sequence[int], settings: object, ranks: Ranks
-) -> None:
+def check_agreement(shards: Shards, plan: Plan, settings: object, ranks: Ranks) -> None:
     """All ranks do the same job, or none does."""
-    words = (plan.names, plan.layers, plan.scopes, keep, settings)
-    digest = hashlib.sha256(repr(words).encode())
-    for shard in checkpoint.shards:
+    digest = hashlib.sha256(repr((plan.names, plan.layers, plan.scopes, settings)).encode())
+    for shard in shards.shards:
         digest.update(shard.path.name.encode() + b"\0" + shard.header.raw)
     found = ranks.gather(digest.hexdigest())
     for rank, other in enumerate(found):
@@ -300,97 +298,134 @@ def check_agreement(
             )
 
 
-def _fill(
-    checkpoint: Shards,
-    plan: Plan,
-    keep: Sequence[int],
-    targets: list[Path],
-    masks: Path | None,
-    bitmask: bool,
-    result: StreamPruning,
-    told: Told,
-    ranks: Ranks,
-) -> None:
-    """Decide and write this rank's part, and complete the result with the counts of all ranks."""
-    shards = checkpoint.shards
-    located = {e.name: (file, e) for file, shard in enumerate(shards) for e in shard.header.entries}
-    tensors = [located[name] for name in plan.names]
-    pruned = set(plan.names)
-    others = [where for name, where in located.items() if name not in pruned]  # alike on all ranks
-    module_of = dict(zip(plan.layers, plan.scopes, strict=True))
-    with ExitStack() as files:
-        sources = files.enter_context(opened([shard.path for shard in shards], READ))
-        engine = _C.Pruning(
-            sources,
-            [
-                (file, e.begin, e.numel(), ENGINE_DTYPES[e.dtype.code], layer)
-                for (file, e), layer in zip(tensors, plan.layers, strict=True)
-            ],
-            [module_of[layer] for layer in range(len(module_of))],
-            keep,
-            rank=ranks.rank,
-            size=ranks.size,
-            exchange=ranks.exchange if ranks.size > 1 else None,
-            progress=told,
-            aside=ASIDE,
-        )
-        try:
-            engine.decide()
-            packed = dict(zip(plan.names, engine.count_packed(), strict=True)) if bitmask else {}
-            layouts = [
-                _layout(s.header, packed, str(s.path)) if bitmask else s.layout for s in shards
-            ]
-            outputs = files.enter_context(opened(targets, FILL))
-            for output, layout in zip(outputs, layouts, strict=True):
-                begin(output, layout.header, first=ranks.rank == 0)
-            masks_at = None
-            if masks is not None:
-                (output,) = files.enter_context(opened([masks], FILL))
-                header = _masks_header(plan, result)
-                begin(output, header, first=ranks.rank == 0)
-                begins = {entry.name: entry.begin for entry in header.entries}
-                masks_at = (*output, [begins[name] for name in plan.names])
-                outputs = [*outputs, output]
-            nonzero_others = engine.write(
-                outputs[: len(targets)],
-                [place_of(layouts[file], entry) for file, entry in tensors],
-                [
-                    (file, *elements(e), layouts[file].places[e.name].values.begin)
-                    for file, e in others
-                ],
-                masks=masks_at,
-            )
-        except _C.NonFiniteError as error:
-            number, index, kind = error.args
-            raise ValueError(
-                f"{plan.names[number]} must be finite, got {kind} at flat index {index}"
-            ) from error
-        except _C.ChangedError as error:
-            file, entry = tensors[error.args[0]]
-            raise ValueError(
-                f"{shards[file].path}: {entry.name} must not change while it is read"
-            ) from error
-        told.finish()
-        if ranks.rank > 0:  # what rank 0 brings to the disk need not be what others wrote
-            for descriptor, path in outputs:
-                with naming(Path(path)):
-                    os.fsync(descriptor)
-    _add_up(engine, plan, keep, others, nonzero_others, result, ranks)
-    if bitmask and checkpoint.index is not None and ranks.rank == 0:
-        headers = {s.path.name: x.header for s, x in zip(shards, layouts, strict=True)}
-        checkpoint.write_index(targets, packed_index(checkpoint.index, headers))
-
-
-def _layout(dense: Header, packed: Mapping[str, int], where: str) -> Layout:
-    return lay_out(
-        dense, {e.name: packed[e.name] for e in dense.entries if e.name in packed}, where
-    )
-
-
 def place_of(layout: Layout, entry: Entry) -> tuple[int, int]:
     """Where the weights, or the values and the bits, of a tensor go in its output."""
     place = layout.places[entry.name]
     return place.values.begin, -1 if place.bits is None else place.bits.begin
+
+
+class _Stream:
+    """One pruning from files to files, by one rank or by several."""
+
+    def __init__(
+        self, checkpoint: Shards, plan: Plan, keep: list[int], bitmask: bool, ranks: Ranks
+    ) -> None:
+        self.checkpoint, self.plan, self.keep = checkpoint, plan, keep
+        self.bitmask, self.ranks = bitmask, ranks
+        self.shards = checkpoint.shards
+        located = {
+            e.name: (file, e) for file, s in enumerate(self.shards) for e in s.header.entries
+        }
+        self.tensors = [located.pop(name) for name in plan.names]
+        self.others = list(located.values())  # alike on all ranks
+
+    def fill(
+        self, targets: list[Path], masks: Path | None, result: StreamPruning, told: Told
+    ) -> None:
+        """Decide and write this rank's part, and complete the result with the counts of all ranks."""
+        plan, ranks = self.plan, self.ranks
+        module_of = dict(zip(plan.layers, plan.scopes, strict=True))
+        with ExitStack() as files:
+            engine = _C.Pruning(
+                files.enter_context(opened(self.checkpoint.files, READ)),
+                [
+                    (file, e.begin, e.numel(), ENGINE_DTYPES[e.dtype.code], layer)
+                    for (file, e), layer in zip(self.tensors, plan.layers, strict=True)
+                ],
+                [module_of[layer] for layer in range(len(module_of))],
+                self.keep,
+                rank=ranks.rank,
+                size=ranks.size,
+                exchange=ranks.exchange if ranks.size > 1 else None,
+                progress=told,
+                aside=ASIDE,
+            )
+            try:
+                engine.decide()
+                layouts = self._lay_out(engine)
+                outputs = files.enter_context(opened(targets, FILL))
+                for output, layout in zip(outputs, layouts, strict=True):
+                    begin(output, layout.header, first=ranks.rank == 0)
+                masks_at = None
+                if masks is not None:
+                    (output,) = files.enter_context(opened([masks], FILL))
+                    header = _masks_header(plan, result)
+                    begin(output, header, first=ranks.rank == 0)
+                    begins = {entry.name: entry.begin for entry in header.entries}
+                    masks_at = (*output, [begins[name] for name in plan.names])
+                    outputs = [*outputs, output]
+                nonzero_others = engine.write(
+                    outputs[: len(targets)],
+                    [place_of(layouts[file], entry) for file, entry in self.tensors],
+                    [
+                        (file, *elements(e), layouts[file].places[e.name].values.begin)
+                        for file, e in self.others
+                    ],
+                    masks=masks_at,
+                )
+            except _C.NonFiniteError as error:
+                number, index, kind = error.args
+                raise ValueError(
+                    f"{plan.names[number]} must be finite, got {kind} at flat index {index}"
+                ) from error
+            except _C.ChangedError as error:
+                file, entry = self.tensors[error.args[0]]
+                raise ValueError(
+                    f"{self.shards[file].path}: {entry.name} must not change while it is read"
+                ) from error
+            told.finish()
+            if ranks.rank > 0:  # what rank 0 brings to the disk need not be what others wrote
+                for descriptor, path in outputs:
+                    with naming(Path(path)):
+                        os.fsync(descriptor)
+        self._add_up(engine, nonzero_others, result)
+        if self.bitmask and self.checkpoint.index is not None and ranks.rank == 0:
+            headers = {s.path.name: x.header for s, x in zip(self.shards, layouts, strict=True)}
+            self.checkpoint.write_index(targets, packed_index(self.checkpoint.index, headers))
+
+    def _lay_out(self, engine: _C.Pruning) -> list[Layout]:
+        """What goes where in the outputs."""
+        if not self.bitmask:
+            return [shard.layout for shard in self.shards]
+        packed = dict(zip(self.plan.names, engine.count_packed(), strict=True))
+        return [
+            lay_out(s.header, {n: packed[n] for n in s.entries if n in packed}, str(s.path))
+            for s in self.shards
+        ]
+
+    def _add_up(self, engine: _C.Pruning, nonzero_others: list[int], result: StreamPruning) -> None:
+        """Complete the result, once it is sure that exactly what was asked for is kept."""
+        plan = self.plan
+        result.readings = engine.readings
+        result.thresholds = dict(zip(plan.scope_names, engine.thresholds, strict=True))
+        result.kept = dict(zip(plan.names, engine.kept, strict=True))
+        kept = [0] * len(self.keep)
+        for scope, count in zip(plan.scopes, engine.kept, strict=True):
+            kept[scope] += count
+        for name, want, got in zip(plan.scope_names, self.keep, kept, strict=True):
+            if want != got:
+                raise ValueError(f"{name} must keep {want} weights, got {got}")
+        parts = self.ranks.gather((engine.nonzero, nonzero_others, engine.smallest))
+        nonzero = dict(
+            zip(plan.names, map(sum, zip(*(p[0] for p in parts), strict=True)), strict=True)
+        )
+        for (_, entry), counts in zip(
+            self.others, zip(*(p[1] for p in parts), strict=True), strict=True
+        ):
+            nonzero[entry.name] = sum(counts) if entry.dtype.size else entry.numel()
+        result.nonzero = {name: nonzero[name] for name in result.shapes}
+        least = {
+            name: min((v for v in values if not math.isnan(v)), default=math.nan)
+            for name, values in zip(
+                plan.names, zip(*(p[2] for p in parts), strict=True), strict=True
+            )
+        }
+        for layer in (
+            x for module, layers in plan.modules.items() if module != AUX for x in layers
+        ):
+            found = [least[p] for p in layer.parameters if not math.isnan(least[p])]
+            if found:
+                result.smallest.update(dict.fromkeys(layer.parameters, min(found)))
 
 
 def _masks_header(plan: Plan, result: StreamPruning) -> Header:
@@ -400,40 +435,6 @@ def _masks_header(plan: Plan, result: StreamPruning) -> Header:
     sizes = zip(plan.names, plan.sizes, strict=True)
     described = [(name, DTYPES["U8"], [(size + 7) // 8]) for name, size in sizes]
     return make_header(described, settings, "the file of masks")
-
-
-def _add_up(
-    engine: _C.Pruning,
-    plan: Plan,
-    keep: Sequence[int],
-    others: Sequence[tuple[int, Entry]],
-    nonzero_others: Sequence[int],
-    result: StreamPruning,
-    ranks: Ranks,
-) -> None:
-    """Complete the result, once it is sure that exactly what was asked for is kept."""
-    result.readings = engine.readings
-    result.thresholds = dict(zip(plan.scope_names, engine.thresholds, strict=True))
-    result.kept = dict(zip(plan.names, engine.kept, strict=True))
-    kept = [0] * len(keep)
-    for scope, count in zip(plan.scopes, engine.kept, strict=True):
-        kept[scope] += count
-    for name, want, got in zip(plan.scope_names, keep, kept, strict=True):
-        if want != got:
-            raise ValueError(f"{name} must keep {want} weights, got {got}")
-    parts = ranks.gather((engine.nonzero, list(nonzero_others), engine.smallest))
-    nonzero = dict(zip(plan.names, map(sum, zip(*(p[0] for p in parts), strict=True)), strict=True))
-    for (_, entry), counts in zip(others, zip(*(p[1] for p in parts), strict=True), strict=True):
-        nonzero[entry.name] = sum(counts) if entry.dtype.size else entry.numel()
-    result.nonzero = {name: nonzero[name] for name in result.shapes}
-    least = {
-        name: min((v for v in values if not math.isnan(v)), default=math.nan)
-        for name, values in zip(plan.names, zip(*(p[2] for p in parts), strict=True), strict=True)
-    }
-    for layer in (x for module, layers in plan.modules.items() if module != AUX for x in layers):
-        found = [least[p] for p in layer.parameters if not math.isnan(least[p])]
-        if found:
-            result.smallest.update(dict.fromkeys(layer.parameters, min(found)))
 
 
 def _prune_state(
