@@ -18,9 +18,9 @@ from .. import _timm
 from .._files import save_safetensors
 from ..masks import apply_masks
 from .base import Checkpoint
-from .bitmask import write_packed
+from .bitmask import check_storable, write_packed
 from .copies import alike, matrices, tensors_of
-from .header import DTYPES, Spec, dtype_of
+from .header import Spec
 from .locate import PICKLED, Weights, check_index, shorten
 
 # Keys under which training scripts put the weights, and those of their averages.
@@ -114,19 +114,11 @@ class StateDict(Checkpoint):
                 _save(nest.root, target)
             return
         state = {name: self.get(name) for name in self.tensors}
-        for name, tensor in state.items():
-            if tensor.is_quantized or tensor.layout != torch.strided or tensor.is_meta:
-                kind = "quantized" if tensor.is_quantized else str(tensor.layout).partition(".")[2]
-                got = "a tensor without weights" if tensor.is_meta else f"a {kind} one"
-                raise ValueError(
-                    f"{name} must be a dense tensor to be stored in safetensors, got {got}: an output "
-                    "that ends in .pth keeps it as it is"
-                )
-            if dtype_of(tensor.dtype).code not in DTYPES:
-                raise ValueError(
-                    f"{name} must have a dtype of safetensors, got {tensor.dtype}: an output that "
-                    "ends in .pth keeps it as it is"
-                )
+        try:
+            for name, tensor in state.items():
+                check_storable(name, tensor)
+        except ValueError as error:
+            raise ValueError(f"{error}: an output that ends in .pth keeps it as it is") from error
         if pack:
             write_packed(targets[0], state, self.metadata, pack, self.path)
         else:

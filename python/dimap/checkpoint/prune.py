@@ -16,7 +16,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache, wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from .. import _C, _timm
 from .._files import SUFFIX, naming, replacing
@@ -73,6 +73,9 @@ class StreamPruning(Pruned):
     def summary(self) -> Report:
         """The report with the checkpoint's notes, and FLOPs where it says which timm model it is."""
         return self.summarize() if self.summarize else self.report()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"summarize": None}  # which holds the checkpoint
 
 
 @contextmanager
