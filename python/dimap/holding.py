@@ -12,7 +12,8 @@ the dense model's names, and copies, exports, compiled and distributed models ar
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from types import MappingProxyType, TracebackType
+from contextlib import AbstractContextManager
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WRAPPED = ("_base_optimizer", "optimizer", "optim")
 
 
-class Holding:
+class Holding(AbstractContextManager["Holding"]):
     """What `hold_masks` returns; a context manager that lets go of the masks at its end."""
 
     def __init__(
@@ -89,15 +90,7 @@ class Holding:
             handle.remove()
         self._handles.clear()
 
-    def __enter__(self) -> Holding:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.remove()
 
     def _pairs(self, parameters: Iterable[nn.Parameter]) -> list[tuple[nn.Parameter, Tensor]]:

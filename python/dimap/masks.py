@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from . import _C
 from ._files import open_safetensors, replacing, save_safetensors
-from .distributed._sharded import check_whole
+from .distributed import check_whole
 from .groups.identity import Address, same_weights
 
 VERSION = "1"

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .distributed._sharded import check_whole
+from .distributed import check_whole
 from .groups import Model, Patterns
 from .groups.plan import Normalize, Plan, Scope, check_choice, parameters_of
 

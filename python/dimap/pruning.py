@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .distributed._sharded import check_whole, is_sharded
+from .distributed import check_whole, is_sharded
 from .groups import Model, Patterns
 from .groups.plan import Normalize, Plan, Scope, check_choice, parameters_of, renamed
 from .masks import save_masks

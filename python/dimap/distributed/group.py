@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import _get_default_store
 
+from .._errors import sentence
 from .._files import remove_leftovers
 from .ranks import Ranks, T
 
@@ -161,9 +162,7 @@ class Group(Ranks):
         if self._over:
             return
         self._over = True
-        named = isinstance(error, OSError) and error.filename is not None
-        text = f"{error.filename}: {error.strerror}" if named else str(error)  # type: ignore[attr-defined]
-        text = text or type(error).__name__
+        text = sentence(error)
         try:
             self._any_stopped(True)
             self._gather(text)
