@@ -36,6 +36,7 @@ def score(
     """
     check_choice("normalize", normalize, ("layer", "block", "stage", "module"))
     plan = Plan.of(model, "module", normalize, patterns)
+    _check_dense(plan)
     check_whole(plan.tensors, "score")
     with renamed(plan.names):
         scores = ops.score(plan.tensors, plan.layers)
@@ -142,6 +143,7 @@ def _decide(
     # A saliency of the caller's own is an order already: it is normalised only on request.
     normalize = normalize or ("scope" if saliency is not None else chosen.normalize)
     plan = Plan.of(model, scope, normalize, patterns)
+    _check_dense(plan)
     parameters = parameters_of(model)
     if saliency is not None or data is not None:  # only magnitudes are ranked on several processes
         check_whole(parameters.values(), "data" if saliency is None else "saliency")
@@ -220,7 +222,30 @@ class Pruning(Pruned):
 
 
 def count_nonzero(tensor: Tensor) -> int:
-    """How many values of a tensor of any dtype are not zero."""
-    if tensor.is_floating_point() and tensor.itemsize == 1:  # torch cannot count float8
+    """How many values of a tensor of any dtype and layout are not zero.
+
+    Where two share a byte (float4) all of them count.
+    """
+    if tensor.dtype is torch.float4_e2m1fn_x2:
+        return 2 * tensor.numel()
+    if tensor.is_quantized:
+        tensor = tensor.dequantize()
+    elif tensor.layout is torch.sparse_coo:
+        tensor = tensor.coalesce().values()
+    elif tensor.layout is not torch.strided:
+        tensor = tensor.values()
+    # What torch cannot count.
+    if tensor.is_floating_point() and tensor.itemsize == 1:
         tensor = tensor.float()
+    elif tensor.dtype in (torch.uint16, torch.uint32, torch.uint64):
+        tensor = tensor.view(getattr(torch, f"int{8 * tensor.itemsize}"))
     return int(tensor.count_nonzero())
+
+
+def _check_dense(plan: Plan) -> None:
+    for name, tensor in zip(plan.names, plan.tensors, strict=True):
+        kind = "quantized" if tensor.is_quantized else str(tensor.layout).removeprefix("torch.")
+        if tensor.device.type not in ("cpu", "cuda"):
+            kind = f"one on {tensor.device.type}"
+        if kind != "strided":
+            raise ValueError(f"{name} must be a dense tensor on the CPU or CUDA, got {kind}")

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .common import Debug, Json, Layers, RandomInit, Source, print_json, report_errors
+from .common import Debug, Json, Key, Layers, RandomInit, Source, print_json, report_errors
 from .progress import Bar
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from ..checkpoint._inspect import Count, Inspection
+    from ..checkpoint.inspect import Count, Inspection
 
 COLUMNS = ("weights", "nonzero", "sparsity", "dtype")
 
 
 def inspect(
     source: Source,
+    key: Key = None,
     random_init: RandomInit = False,
     layers: Layers = False,
     as_json: Json = False,
@@ -24,10 +25,11 @@ def inspect(
 ) -> None:
     """Show the modules of a checkpoint, their layers and weights, and how sparse they are."""
     with report_errors(debug), Bar("opening") as bar:
-        from ..checkpoint import _inspect, open_checkpoint
+        from ..checkpoint import inspect as work
+        from ..checkpoint import open_checkpoint
 
-        with open_checkpoint(source, random_init=random_init) as checkpoint:
-            found = _inspect.inspect(checkpoint, bar)
+        with open_checkpoint(source, key=key, random_init=random_init) as checkpoint:
+            found = work.inspect(checkpoint, bar)
     if as_json:
         print_json(found.to_dict())
     else:

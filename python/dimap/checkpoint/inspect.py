@@ -38,9 +38,8 @@ class Count:
         self.dtypes += [dtype for dtype in dtypes if dtype not in self.dtypes]
 
     def to_dict(self) -> dict[str, Any]:
-        plain = asdict(self)
         layers = [layer.to_dict() for layer in self.layers]
-        return plain | {"sparsity": self.sparsity, "layers": layers}
+        return asdict(self) | {"sparsity": self.sparsity, "layers": layers}
 
 
 @dataclass
@@ -56,17 +55,14 @@ class Inspection:
     total: Count
 
     def to_dict(self) -> dict[str, Any]:
-        family = self.family
+        family, total = self.family, self.total.to_dict()
         return {
             "path": self.path,
             "form": self.form,
             "family": family and {"name": family.name, "models": family.models},
             "metadata": self.metadata,
             "notes": self.notes,
-            "weights": self.total.weights,
-            "nonzero": self.total.nonzero,
-            "sparsity": self.total.sparsity,
-            "dtypes": self.total.dtypes,
+            **{key: total[key] for key in ("weights", "nonzero", "sparsity", "dtypes")},
             "modules": [module.to_dict() for module in self.modules],
         }
 
@@ -94,15 +90,9 @@ def inspect(checkpoint: Checkpoint, progress: Progress) -> Inspection:
                     counted.add(spec.numel(), nonzero[parameter], [spec.dtype.name])
             module.layers.append(one)
         counts.append(module)
-    return Inspection(
-        checkpoint.path,
-        checkpoint.form,
-        family_of({name: checkpoint.tensors[name].shape for name in names}),
-        checkpoint.metadata,
-        checkpoint.notes,
-        counts,
-        total,
-    )
+    family = family_of({name: checkpoint.tensors[name].shape for name in names})
+    told = (checkpoint.path, checkpoint.form, family, checkpoint.metadata, checkpoint.notes)
+    return Inspection(*told, counts, total)
 
 
 def _count_in_files(checkpoint: Shards, names: list[str], progress: Progress) -> dict[str, int]:
@@ -111,7 +101,7 @@ def _count_in_files(checkpoint: Shards, names: list[str], progress: Progress) ->
     homes = [checkpoint.home[name] for name in names]
     stored = [home.layout.places[name].values for name, home in zip(names, homes, strict=True)]
     told = Told(progress)
-    with opened([shard.path for shard in checkpoint.shards], READ) as files:
+    with opened(checkpoint.files, READ) as files:
         tensors = [(number[h.path], *elements(e)) for h, e in zip(homes, stored, strict=True)]
         counts = _C.count_nonzero(files, tensors, progress=told)
     told.finish()
