@@ -9,8 +9,8 @@ import dimap
 import pytest
 import torch
 from dimap.checkpoint import open_checkpoint
-from dimap.checkpoint._inspect import inspect
 from dimap.checkpoint.base import Silent
+from dimap.checkpoint.inspect import inspect
 from dimap.checkpoint.prune import prune_checkpoint
 from dimap.groups import Slice, part_of, whole
 from dimap.groups.identity import same_weights

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .. import _C
-from .base import Progress
+from .base import Progress, Silent
 from .engine import FILL, READ, Told, begin, opened
-from .folder import Folder, Shards, open_file
+from .folder import Shards
+from .locate import SAFETENSORS, find_weights
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -60,7 +61,7 @@ def expand(
             numbers = (values.begin, values.numel(), bits.begin, entry.numel(), entry.dtype.size)
             packed.append((file, *numbers, entry.begin))
             names.append(f"{shard.path}: {entry.name}")
-    told = Told(progress)
+    told = Told(progress or Silent())
     with (
         checkpoint.creating(target, force=force) as targets,
         opened([shard.path for shard in shards], READ) as sources,
@@ -83,4 +84,7 @@ def expand(
 
 
 def _open(path: str | os.PathLike[str]) -> Shards:
-    return Folder(Path(path)) if os.path.isdir(path) else open_file(Path(path))
+    found = find_weights(Path(path), alone=True)
+    if found.form != SAFETENSORS:
+        raise ValueError(f"{os.fspath(path)} must hold safetensors, got files of {found.form}")
+    return Shards(os.fspath(path), "folder" if os.path.isdir(path) else SAFETENSORS, found)

@@ -45,12 +45,13 @@ def expand(
 
         found = None
         if grouping:
-            from ..checkpoint import _inspect, open_checkpoint
+            from ..checkpoint import inspect as work
+            from ..checkpoint import open_checkpoint
             from ..groups import choose
 
             with open_checkpoint(source) as checkpoint:
                 checkpoint.choice = choose(**grouping)
-                found = _inspect.inspect(checkpoint, bar)
+                found = work.inspect(checkpoint, bar)
         bitmask.expand(source, out, force=force, progress=bar)
         before, after = _bytes(source), _bytes(out)
     seconds = time.monotonic() - start

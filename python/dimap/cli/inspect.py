@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .common import Debug, Json, Layers, RandomInit, Source, print_json, report_errors
+from .common import Debug, Json, Key, Layers, RandomInit, Source, print_json, report_errors
 from .grouping import Grouping, grouped
 from .progress import Bar
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from ..checkpoint._inspect import Count, Inspection
+    from ..checkpoint.inspect import Count, Inspection
 
 COLUMNS = ("weights", "nonzero", "sparsity", "dtype")
 
@@ -19,6 +19,7 @@ COLUMNS = ("weights", "nonzero", "sparsity", "dtype")
 @grouped
 def inspect(
     source: Source,
+    key: Key = None,
     random_init: RandomInit = False,
     layers: Layers = False,
     as_json: Json = False,
@@ -31,12 +32,13 @@ def inspect(
     Of an unknown model it shows the matrices and the grouping that their names suggest.
     """
     with report_errors(debug), Bar("opening") as bar:
-        from ..checkpoint import _inspect, open_checkpoint
+        from ..checkpoint import inspect as work
+        from ..checkpoint import open_checkpoint
         from ..groups import choose
 
-        with open_checkpoint(source, random_init=random_init) as checkpoint:
+        with open_checkpoint(source, key=key, random_init=random_init) as checkpoint:
             checkpoint.choice = choose(**grouping)
-            found = _inspect.inspect(checkpoint, bar)
+            found = work.inspect(checkpoint, bar)
     if as_json:
         print_json(found.to_dict())
     else:

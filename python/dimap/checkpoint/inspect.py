@@ -41,9 +41,8 @@ class Count:
         self.dtypes += [dtype for dtype in dtypes if dtype not in self.dtypes]
 
     def to_dict(self) -> dict[str, Any]:
-        plain = asdict(self)
         layers = [layer.to_dict() for layer in self.layers]
-        return plain | {"sparsity": self.sparsity, "layers": layers}
+        return asdict(self) | {"sparsity": self.sparsity, "layers": layers}
 
 
 @dataclass
@@ -52,7 +51,7 @@ class Inspection:
 
     families: of its towers, by their names; "" where there is one; none where the caller's patterns
         or the words of the names tell the modules.
-    proposed: why it cannot be pruned as it is; the modules are then what its names suggest.
+    proposed: whether the modules are only what the names suggest: it is of no known family.
     """
 
     path: str
@@ -62,22 +61,20 @@ class Inspection:
     notes: list[str]
     modules: list[Count]
     total: Count
-    proposed: str | None = None
+    proposed: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         told = {t: {"name": f.name, "models": f.models} for t, f in self.families.items()}
+        total = self.total.to_dict()
         return {
             "path": self.path,
             "form": self.form,
             "family": told.get(""),
             "towers": told,
-            "proposed": self.proposed is not None,
+            "proposed": self.proposed,
             "metadata": self.metadata,
             "notes": self.notes,
-            "weights": self.total.weights,
-            "nonzero": self.total.nonzero,
-            "sparsity": self.total.sparsity,
-            "dtypes": self.total.dtypes,
+            **{key: total[key] for key in ("weights", "nonzero", "sparsity", "dtypes")},
             "modules": [module.to_dict() for module in self.modules],
         }
 
@@ -88,20 +85,7 @@ def inspect(checkpoint: Checkpoint, progress: Progress) -> Inspection:
     Of names of no known family the modules are those that their words suggest. Raises ValueError
     where the checkpoint's `choice` does not fit it.
     """
-    proposed = None
-    try:
-        grouping = checkpoint.group()
-    except ValueError as error:
-        shapes = checkpoint.shapes()
-        if checkpoint.choice or not shapes:
-            raise
-        guess, modules = propose(shapes)
-        proposed = str(error)
-        told = (
-            f"of no known family: the modules are what the names suggest, {100 * guess.covered:.1f} % "
-            f"of the weights in the blocks\n{describe(modules)}\n{error}"
-        )
-        grouping = Grouping(modules, {}, (told,))
+    grouping, proposed = _grouping(checkpoint)
     modules = grouping.modules
     names = [p for layers in modules.values() for layer in layers for p in layer.parameters]
     if isinstance(checkpoint, Shards):
@@ -120,16 +104,24 @@ def inspect(checkpoint: Checkpoint, progress: Progress) -> Inspection:
                     counted.add(spec.numel(), nonzero[parameter], [spec.dtype.name])
             module.layers.append(one)
         counts.append(module)
-    return Inspection(
-        checkpoint.path,
-        checkpoint.form,
-        grouping.families,
-        checkpoint.metadata,
-        [*checkpoint.notes, *grouping.notes],
-        counts,
-        total,
-        proposed,
-    )
+    notes = [*checkpoint.notes, *grouping.notes]
+    told = (checkpoint.path, checkpoint.form, grouping.families, checkpoint.metadata, notes)
+    return Inspection(*told, counts, total, proposed)
+
+
+def _grouping(checkpoint: Checkpoint) -> tuple[Grouping, bool]:
+    """How the checkpoint is grouped, and whether that is only a proposal."""
+    try:
+        return checkpoint.group(), False
+    except ValueError as error:
+        if checkpoint.choice or not checkpoint.shapes():
+            raise
+        guess, modules = propose(checkpoint.shapes())
+        told = (
+            f"of no known family: the modules are what the names suggest, {100 * guess.covered:.1f} % "
+            f"of the weights in the blocks\n{describe(modules)}\n{error}"
+        )
+        return Grouping(modules, {}, (told,)), True
 
 
 def _count_in_files(checkpoint: Shards, names: list[str], progress: Progress) -> dict[str, int]:
@@ -145,7 +137,7 @@ def _count_in_files(checkpoint: Shards, names: list[str], progress: Progress) ->
         else:
             stored[name] = number[home.path], place.values.part(name)
     told = Told(progress)
-    with opened([shard.path for shard in checkpoint.shards], READ) as files:
+    with opened(checkpoint.files, READ) as files:
         tensors = [(file, *elements(entry)) for file, entry in stored.values()]
         counts = _C.count_nonzero(files, tensors, progress=told)
     told.finish()
@@ -172,8 +164,7 @@ def _count_in_memory(
     progress.step("reading", sum(checkpoint.tensors[name].nbytes for name in wholes(names)))
     counts = {}
     for name in names:
-        tensor = checkpoint.get(whole(name))
-        part = tensor[name.at] if isinstance(name, Slice) else tensor
-        counts[name] = count_nonzero(part)
-        progress.advance(part.nbytes)
+        tensor, spec = checkpoint.get(whole(name)), checkpoint.tensors[whole(name)]
+        counts[name] = count_nonzero(tensor[name.at] if isinstance(name, Slice) else tensor)
+        progress.advance(spec.part_spec(name).nbytes)
     return counts
