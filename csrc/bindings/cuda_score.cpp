@@ -10,8 +10,8 @@
 namespace dimap::cuda {
 namespace {
 
-constexpr int64_t kTableLayers = 128;  // at a time: 256 KiB of workspace each
-constexpr size_t kBucketLayers = 256;  // at a time: 100 KB each, and
+constexpr int64_t kTableLayers = 128;                 // at a time: 256 KiB of workspace each
+constexpr size_t kBucketLayers = 256;                 // at a time: 100 KB each, and
 constexpr int64_t kBucketWeights = int64_t{1} << 25;  // 8 bytes each
 
 // The layers of `members` only, numbered anew: each a module, its tensors side by side.
@@ -124,10 +124,11 @@ std::vector<Tensor> score_op(std::vector<Tensor> weights, Ints layers) {
   for (size_t l = 0; l < types.size(); ++l) {
     STD_TORCH_CHECK(places[l] <= kMostPlaces, "a layer scored on CUDA must have at most 2^33 weights, got ",
                     problem.layer_total[l]);
-    const bool half = types[l] == static_cast<int32_t>(DType::kBFloat16) || types[l] == static_cast<int32_t>(DType::kFloat16);
+    const bool half =
+        types[l] == static_cast<int32_t>(DType::kBFloat16) || types[l] == static_cast<int32_t>(DType::kFloat16);
     (problem.layer_total[l] <= kBucketSize ? small
-     : half ? tables[types[l] == static_cast<int32_t>(DType::kFloat16)]
-            : large)
+     : half                                ? tables[types[l] == static_cast<int32_t>(DType::kFloat16)]
+                                           : large)
         .push_back(static_cast<int32_t>(l));
   }
   std::vector<void*> some;

@@ -2,8 +2,8 @@
 // a block for a bucket, which sorts its magnitudes, sums their squares from the largest down and writes the scores.
 //
 // What lies above a bucket comes from the histogram's integers, and a block sums sorted magnitudes in a fixed order, so
-// scores are the same in every run, however the partition has shuffled a bucket. A bucket that a block cannot hold (more
-// weights than the histogram could tell apart) is read again and again, a range of magnitudes at a time.
+// scores are the same in every run, however the partition has shuffled a bucket. A bucket that a block cannot hold
+// (more weights than the histogram could tell apart) is read again and again, a range of magnitudes at a time.
 #include "cuda/block.cuh"
 #include "cuda/kernels.h"
 #include "cuda/launch.h"
@@ -38,9 +38,8 @@ __global__ void __launch_bounds__(kThreads) center_kernel(const __grid_constant_
       const int64_t n = tensor.numel - offset < kChunk ? tensor.numel - offset : kChunk;
       const int64_t at = offset + mix(number) % static_cast<uint32_t>(n);
       uint32_t key = 0;
-      for_type(tensor.dtype, [&]<DType kType>() {
-        key = key_of<kType>(static_cast<const storage_t<kType>*>(tensor.data)[at]);
-      });
+      for_type(tensor.dtype,
+               [&]<DType kType>() { key = key_of<kType>(static_cast<const storage_t<kType>*>(tensor.data)[at]); });
       if (key != 0 && key < kNonFinite) atomicAdd(&count[key >> 23], 1u);
     }
     __syncthreads();
@@ -297,8 +296,7 @@ __device__ inline void sort_keys(SortShared& s, int rows, int bits) {
       const uint32_t alike = __match_any_sync(0xFFFFFFFFu, digit), before = counters[digit];
       ranks[j / 2] |= (before + static_cast<uint32_t>(__popc(alike & ((1u << lane) - 1)))) << (j % 2 * 16);
       __syncwarp();
-      if (__ffs(static_cast<int>(alike)) - 1 == lane)
-        counters[digit] = before + static_cast<uint32_t>(__popc(alike));
+      if (__ffs(static_cast<int>(alike)) - 1 == lane) counters[digit] = before + static_cast<uint32_t>(__popc(alike));
       __syncwarp();
     }
     __syncthreads();
@@ -316,7 +314,8 @@ __device__ inline void sort_keys(SortShared& s, int rows, int bits) {
     __syncthreads();
 #pragma unroll
     for (int j = 0; j < kRows; ++j)
-      if (j < rows) s.keys[counters[keys[j] >> shift & (kDigits - 1)] + (ranks[j / 2] >> (j % 2 * 16) & 0xFFFFu)] = keys[j];
+      if (j < rows)
+        s.keys[counters[keys[j] >> shift & (kDigits - 1)] + (ranks[j / 2] >> (j % 2 * 16) & 0xFFFFu)] = keys[j];
     __syncthreads();
   }
 }
@@ -396,8 +395,7 @@ __device__ void score_in_ranges(const Weights& weights, const Scores& scores, ui
       const int64_t lowest = int64_t{top} - (int64_t{end == b ? b + 1 : end} << shift) + 1;
       const uint32_t bottom = lowest > int64_t{low} ? static_cast<uint32_t>(lowest) : low;
       if (end > b) {
-        if (taken)
-          above += score_range(weights, scores, bottom, high, static_cast<int>(taken), above, false, s);
+        if (taken) above += score_range(weights, scores, bottom, high, static_cast<int>(taken), above, false, s);
         b = end;
       } else if (shift == 0) {  // many that are equal
         above += static_cast<double>(here) * squared_value(high);
@@ -469,8 +467,8 @@ __global__ void __launch_bounds__(kThreads) spoil_kernel(const __grid_constant__
 
 template <typename Kernel, typename... Arguments>
 cudaError_t launch_sorters(Kernel kernel, int64_t work, cudaStream_t stream, const Arguments&... arguments) {
-  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                           static_cast<int>(sizeof(SortShared)));
+  cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(sizeof(SortShared)));
   int64_t most = 1;
   if (error == cudaSuccess) error = resident(kernel, &most, kSorters, sizeof(SortShared));
   if (error != cudaSuccess) return error;

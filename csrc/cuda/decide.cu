@@ -188,8 +188,8 @@ cudaError_t launch_resident(Kernel kernel, const DecideArgs& args, cudaStream_t 
   if (const cudaError_t error = resident(kernel, &most); error != cudaSuccess) return error;
   const Plan& plan = args.solve.plan;
   const int64_t wanted = plan.chunks > plan.layer_count ? plan.chunks : plan.layer_count;
-  return launch_with({.cooperative = true}, kernel, blocks_for(wanted > plan.module_count ? wanted : plan.module_count, most), stream,
-                     args);
+  return launch_with({.cooperative = true}, kernel,
+                     blocks_for(wanted > plan.module_count ? wanted : plan.module_count, most), stream, args);
 }
 
 }  // namespace

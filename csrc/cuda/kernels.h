@@ -73,24 +73,24 @@ cudaError_t score_by_table(const TableArgs& args, cudaStream_t stream);
 
 // Some neighbouring magnitudes of a layer, and where its weights are in the buffer.
 struct Bucket {
-  Word begin, end;  // in `keys` and `places`; while it is filled, `end` is where the next weight goes
-  double above;     // energy of the weights above it
+  Word begin, end;       // in `keys` and `places`; while it is filled, `end` is where the next weight goes
+  double above;          // energy of the weights above it
   uint32_t first, last;  // keys
   int32_t layer, reserved;
 };
 
-// Scores of layers of any type and length by buckets (buckets.cu). In the plan each layer is a module of its own, and its
-// tensors stand together. Tensors' `out`: scores, float32.
+// Scores of layers of any type and length by buckets (buckets.cu). In the plan each layer is a module of its own, and
+// its tensors stand together. Tensors' `out`: scores, float32.
 struct BucketArgs {
   Plan plan;
-  LayerState* layers;     // [layers] room for windows
-  Word* table;            // [layers, kHead + 3 * kBucketBins] room
-  const int64_t* starts;  // [layers] weights of the layers before
-  uint16_t* bucket_of;    // [layers, kBucketBins + 2] room
-  Bucket* buckets;        // [layers, kMostBuckets] room
-  uint32_t* list;         // [1 + layers * kMostBuckets] room for those that there are
+  LayerState* layers;       // [layers] room for windows
+  Word* table;              // [layers, kHead + 3 * kBucketBins] room
+  const int64_t* starts;    // [layers] weights of the layers before
+  uint16_t* bucket_of;      // [layers, kBucketBins + 2] room
+  Bucket* buckets;          // [layers, kMostBuckets] room
+  uint32_t* list;           // [1 + layers * kMostBuckets] room for those that there are
   uint32_t *keys, *places;  // [weights] room
-  int32_t* bad;           // raised where a weight is not finite; must be 0 before
+  int32_t* bad;             // raised where a weight is not finite; must be 0 before
 };
 cudaError_t score_by_buckets(const BucketArgs& args, cudaStream_t stream);
 constexpr int64_t kMostPlaces = int64_t{1} << 33;  // chunks of a layer, times weights of a chunk

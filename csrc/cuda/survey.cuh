@@ -10,8 +10,8 @@ struct SurveyShared {
   static constexpr int bins = kBins;
   uint32_t count[kBins];
   uint32_t low[kBins], high[kBins];  // of the sum of squares, 64 bits
-  uint32_t inside;                                           // weights in the bins since they were last flushed
-  uint32_t aside[3];                                         // of a chunk: see read.cu
+  uint32_t inside;                   // weights in the bins since they were last flushed
+  uint32_t aside[3];                 // of a chunk: see read.cu
 };
 
 struct SurveyArgs {
@@ -90,8 +90,7 @@ __device__ __forceinline__ void see(uint32_t key, Above& t, Shared& s, Word* row
 
 template <typename Shared>
 __device__ inline void clear_bins(Shared& s) {
-  for (int b = static_cast<int>(threadIdx.x); b < Shared::bins; b += kThreads)
-    s.count[b] = s.low[b] = s.high[b] = 0;
+  for (int b = static_cast<int>(threadIdx.x); b < Shared::bins; b += kThreads) s.count[b] = s.low[b] = s.high[b] = 0;
   if (threadIdx.x == 0) s.inside = s.aside[0] = s.aside[1] = s.aside[2] = 0;
   __syncthreads();
 }
@@ -134,8 +133,8 @@ __device__ inline uint32_t mix(uint32_t x) {  // a finaliser of 32 bits: where i
 }
 
 template <DType kType, typename Shared>
-__device__ __forceinline__ void survey_chunk(const TensorEntry& tensor, int64_t offset, int n, Above& t,
-                                             Shared& s, Word* row) {
+__device__ __forceinline__ void survey_chunk(const TensorEntry& tensor, int64_t offset, int n, Above& t, Shared& s,
+                                             Word* row) {
   const void* data = static_cast<const storage_t<kType>*>(tensor.data) + offset;
   for_each_key<kType, kOccupancy.unroll>(data, n, [&](uint32_t key, int) { see(key, t, s, row); });
 }

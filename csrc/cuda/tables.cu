@@ -118,8 +118,8 @@ cudaError_t by_table(const TableArgs& a, cudaStream_t stream) {
     error = cudaFuncSetAttribute(magnitudes_kernel<kType, true>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                  kHistogramBytes);
     if (error == cudaSuccess)
-      error = launch_with({.shared = kHistogramBytes}, magnitudes_kernel<kType, true>, blocks_for(a.plan.chunks, processors),
-                          stream, a);
+      error = launch_with({.shared = kHistogramBytes}, magnitudes_kernel<kType, true>,
+                          blocks_for(a.plan.chunks, processors), stream, a);
   } else {
     error = launch(magnitudes_kernel<kType, false>, blocks_for(a.plan.chunks, 4 * processors), stream, a);
   }
