@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from .._files import kind_of, replacing
-from ..groups import Layer, group_names, is_parameter
+from ..groups import Choice, Grouping, Layer, group, is_parameter
 from .header import Spec
 from .locate import LEFT_OUT, SINGLE, choose_weights
 
@@ -48,6 +48,7 @@ class Checkpoint(ABC):
         metadata: strings stored beside the tensors of a safetensors file.
         others: what else in a folder holds weights, relative to it.
         notes: what the user should know about this checkpoint, one sentence each.
+        choice: how its tensors are grouped, where that is not left to the known families.
     """
 
     # File name endings that an output may have, beside that of the file; a folder may have any name.
@@ -65,6 +66,7 @@ class Checkpoint(ABC):
         self.files, self.tensors, self.metadata = list(files), dict(tensors), dict(metadata)
         self.others: list[str] = []
         self.notes: list[str] = []
+        self.choice = Choice()
         if not tensors:
             raise ValueError(f"{self.path} must hold at least one tensor, got none")
 
@@ -92,8 +94,12 @@ class Checkpoint(ABC):
         }
 
     def find_modules(self) -> dict[str, list[Layer]]:
-        """`dimap.find_modules` on the names and shapes."""
-        return group_names(self.shapes())
+        """`dimap.find_modules` on the names and shapes, by `choice`."""
+        return self.group().modules
+
+    def group(self) -> Grouping:
+        """Modules, families and notes, by `choice`."""
+        return group(self.shapes(), self.choice)
 
     @contextmanager
     def creating(self, out: str | os.PathLike[str], *, force: bool = False) -> Iterator[list[Path]]:
