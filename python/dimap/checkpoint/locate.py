@@ -6,7 +6,6 @@ import errno
 import json
 import os
 import re
-import zipfile
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -70,6 +69,8 @@ def form_of(path: Path) -> str:
 
 
 def _form_of_zip(path: Path) -> str:
+    import zipfile
+
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()

@@ -35,6 +35,7 @@ HARMLESS = re.compile(
     r"argparse\.Namespace|types\.SimpleNamespace|collections\.(defaultdict|deque|Counter)"
     r"|datetime\.(datetime|date|timedelta)|_codecs\.encode|numpy\.(ndarray|dtype|dtypes\.\w+DType)"
     r"|numpy\.(_core|core)\.multiarray\.(scalar|_reconstruct)|easydict\.EasyDict"
+    r"|omegaconf\.(base|dictconfig|listconfig|nodes)\.\w+|typing\.Any"
     r"|(pytorch_)?lightning\.\S+\.AttributeDict|(lightning\.)?fabric\.\S+\.AttributeDict"
 )
 

@@ -27,9 +27,10 @@ from ..groups.plan import Normalize, Plan, Scope, check_choice
 from ..methods import METHODS
 from ..plots import report_output
 from ..report import Pruned, Report, build_report
-from . import open_checkpoint
+from . import HUB, open_checkpoint
 from .base import Checkpoint, Progress, Silent, check_apart
 from .bitmask import Layout, lay_out
+from .card import add_card_section
 from .engine import FILL, READ, Told, begin, elements, opened
 from .folder import Shards, packed_index
 from .header import DTYPES, Entry, Header, make_header
@@ -228,6 +229,8 @@ def pruning_checkpoint(
             result.summary()  # an error in it leaves no outputs
         if reported:
             reported.write(result.summary(), result)
+        if first and checkpoint.path.startswith(HUB):
+            add_card_section(home, build_report(result), checkpoint.path)
         yield result
         ranks.gather(None)  # nothing is renamed before all ranks are here
 
