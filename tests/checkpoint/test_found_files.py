@@ -232,6 +232,16 @@ def test_the_only_shard_is_whole_and_an_index_is_no_checkpoint(tmp_path):
         open_checkpoint(index)
 
 
+def test_an_index_that_is_a_pointer_and_a_folder_of_folders(tmp_path):
+    folder = shards(tmp_path / "unet", vit())
+    shards(tmp_path / "vae", vit())
+    with pytest.raises(FileNotFoundError, match="give one of its folders: unet, vae"):
+        open_checkpoint(tmp_path)
+    pointer(folder / "model.safetensors.index.json")
+    with pytest.raises(ValueError, match="must be an index of weights, got a Git LFS pointer"):
+        open_checkpoint(folder)
+
+
 def test_caches_and_locks_are_left_out(tmp_path):
     folder = shards(tmp_path / "in", vit())
     for name in (".git/objects/ab", ".cache/blob", "sub/.git/x", "x.lock", "sub/y.txt"):

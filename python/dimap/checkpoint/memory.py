@@ -6,7 +6,7 @@ import errno
 import importlib
 import re
 import zipfile
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -183,7 +183,7 @@ def choose_nest(root: Any, where: str, key: str | None = None, all_copies: bool 
         elif all_copies or (key is None and _is_average(name)):
             nest.copies[name] = state
             nest.notes.append(f"{name!r}, a copy of these weights, is given the same masks")
-        elif key is not None:
+        elif key is not None and isinstance(holder, dict):
             del holder[next(k for k, value in holder.items() if value is state)]
         else:
             meant.append(name)
@@ -204,13 +204,17 @@ def _nests(value: Any, place: str = "", holder: Any = None) -> Iterator[tuple[st
 
     A list of tensors is one of numbers to tensors. What optimizers keep is left out.
     """
-    if isinstance(value, (list, tuple)) and any(isinstance(x, Tensor) for x in value):
-        yield place + LIST, holder, {str(number): x for number, x in enumerate(value)}
-    if not isinstance(value, Mapping):
+    if isinstance(value, (list, tuple)):
+        if any(isinstance(x, Tensor) for x in value):
+            yield place + LIST, holder, {str(number): x for number, x in enumerate(value)}
+        inside: Iterable[tuple[Any, Any]] = ((str(n), inner) for n, inner in enumerate(value))
+    elif isinstance(value, Mapping):
+        if any(isinstance(x, Tensor) for x in value.values()):
+            yield place, holder, value
+        inside = value.items()
+    else:
         return
-    if any(isinstance(x, Tensor) for x in value.values()):
-        yield place, holder, value
-    for name, inner in value.items():
+    for name, inner in inside:
         if isinstance(name, str) and not BESIDE.fullmatch(name):
             yield from _nests(inner, f"{place}.{name}" if place else name, value)
 

@@ -61,6 +61,7 @@ class StreamPruning(Pruned):
     smallest: the smallest kept magnitude of a layer, under each of its parameters; none where
         nothing is kept.
     readings: how often the weights were read to find the cuts.
+    notes: what the user should know of the checkpoint and of copies of its weights.
     """
 
     shapes: dict[str, tuple[int, ...]]
@@ -69,6 +70,7 @@ class StreamPruning(Pruned):
     nonzero: dict[str, int] = field(default_factory=dict)
     smallest: dict[str, float] = field(default_factory=dict)
     readings: int = 1
+    notes: list[str] = field(default_factory=list)
     summarize: Callable[[], Report] | None = field(default=None, repr=False, compare=False)
 
     def summary(self) -> Report:
@@ -205,13 +207,13 @@ def pruning_checkpoint(
         else:
             held: StateDict = checkpoint  # type: ignore[assignment]  # the only other kind
             _prune_state(
-                held, given, patterns, files, out.suffix, packed, bitmask, result, progress
+                held, given, patterns, files, out.suffix.lower(), packed, bitmask, result, progress
             )
-        notes = list(checkpoint.notes)
+        result.notes += checkpoint.notes
         if first and all_copies and checkpoint.others and packed is not None:
             from .copies import mask_others
 
-            notes += mask_others(checkpoint, home, packed)
+            result.notes += mask_others(checkpoint, home, packed)
             if masks is None:
                 packed.unlink()
 
@@ -222,7 +224,7 @@ def pruning_checkpoint(
                 model, why = _model(checkpoint, names, timm_model)
             built = build_report(result, model, input_size)
             lacking = built.notes if model else (f"no FLOPs: {why}",)
-            return replace(built, notes=(*lacking, *notes))
+            return replace(built, notes=(*lacking, *result.notes))
 
         result.summarize = cache(summarize)
         if timm_model or input_size:
@@ -282,7 +284,7 @@ def _check(checkpoint: Checkpoint, plan: Plan, out: Path, bitmask: bool, ranks: 
         raise ValueError(
             f"IN must be safetensors to be shared among {ranks.size} ranks, got {checkpoint.path}"
         )
-    elif bitmask and (checkpoint.is_folder or out.suffix != ".safetensors"):
+    elif bitmask and (checkpoint.is_folder or out.suffix.lower() != ".safetensors"):
         raise ValueError(f"the output must end in .safetensors with --format bitmask, got {out}")
     for name in plan.names:
         dtype = checkpoint.tensors[name].dtype
