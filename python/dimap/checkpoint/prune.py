@@ -104,7 +104,10 @@ def pruning_checkpoint(
     progress: Progress | None = None,
     group: ProcessGroup | Ranks | None = None,
 ) -> Iterator[StreamPruning]:
-    """Prune a checkpoint into another; `pruning_checkpoint` is a block, at whose end the outputs appear.
+    """Prune a checkpoint into another, exactly as `dimap.prune` does it with the loaded weights.
+
+    `prune_checkpoint` is a function, which returns when the outputs are there; `pruning_checkpoint` a
+    block, at whose end they appear, unless it fails.
 
     source: what `open_checkpoint` takes, with `key` and `random_init`, or what it gave. It is only
         read. Safetensors stream by; files of torch.save and timm models are pruned in memory.
@@ -126,6 +129,8 @@ def pruning_checkpoint(
     group: several processes do it together, each its part of the bytes: all of them call this with
         the same arguments and see the same files. The first one creates the outputs and returns
         when they are there, as do the others.
+
+    Returns what was done, in counts; the weights were not loaded, where they streamed by.
 
     Raises ValueError for a checkpoint that is damaged, of no known family, or holds weights that
     are not finite or not float32, bfloat16 or float16; OSError where files cannot be read or
@@ -170,7 +175,9 @@ def pruning_checkpoint(
 
         # The first rank creates the outputs, before the work, so that one that cannot be written is
         # told at once. What is begun last is completed first: OUT before the small files.
-        places = {"IN": Path(checkpoint.path), "OUT": out}
+        places = {"OUT": out}
+        if checkpoint.place is not None:
+            places = {"IN": checkpoint.place, "OUT": out}
         for kind, path in (("masks", masks), ("report", report)):
             if path is not None:
                 check_apart(kind, Path(path), places)
@@ -481,7 +488,9 @@ def _model(
 ) -> tuple[nn.Module | None, str]:
     """The model for counting FLOPs, pruned or only its shapes, or the reason why there is none."""
     described = (
-        (timm_model, {}) if timm_model else _timm.described(checkpoint.path, checkpoint.metadata)
+        (timm_model, {})
+        if timm_model
+        else _timm.described(str(checkpoint.place), checkpoint.metadata)
     )
     if described is None:
         return None, "IN does not say which timm model it is; --timm-model NAME says it"
