@@ -141,14 +141,15 @@ def apply_masks(model: nn.Module | Mapping[str, Tensor], masks: Mapping[str, Ten
     Raises TypeError for wrong types; ValueError where a mask names no parameter of the model or has
     another shape. All of them are checked before anything is changed.
     """
-    if isinstance(model, nn.Module):
-        weights: Mapping[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
-    elif isinstance(model, Mapping):
-        weights = model
-    else:
+    if not isinstance(model, (nn.Module, Mapping)):
         raise TypeError(
             f"model must be an nn.Module or a mapping of names to tensors, got {_kind(model)}"
         )
+    weights: Mapping[str, Tensor] = (
+        model
+        if isinstance(model, Mapping)
+        else dict(model.named_parameters(remove_duplicate=False))
+    )
     fitted = fit_masks(masks, weights)
     with torch.no_grad():
         for name, mask in fitted.items():
@@ -222,16 +223,13 @@ def _unpack(path: Path, name: str, packed: Tensor, shape: list[int]) -> Tensor:
 
 
 def _shapes(path: Path, text: str) -> dict[str, list[int]]:
+    from pydantic import NonNegativeInt, TypeAdapter
+
     try:
-        shapes = json.loads(text)
+        return TypeAdapter(dict[str, list[NonNegativeInt]]).validate_json(text, strict=True)
     except ValueError:
-        shapes = None
-    if not isinstance(shapes, dict) or not all(
-        isinstance(shape, list) and all(type(n) is int and n >= 0 for n in shape)
-        for shape in shapes.values()
-    ):
-        raise ValueError(f"{path} must hold the shapes of its masks as JSON, got {text[:80]!r}")
-    return shapes
+        got = repr(text[:80])
+        raise ValueError(f"{path} must hold the shapes of its masks as JSON, got {got}") from None
 
 
 def _addresses(path: Path, text: str) -> dict[str, Address]:

@@ -8,14 +8,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import ops
 from .distributed import check_whole, is_sharded
 from .groups import Model, Patterns
 from .groups.plan import Normalize, Plan, Scope, check_choice, parameters_of, renamed
 from .masks import save_masks
-from .methods import Ranking, rank
+from .methods import METHODS
 from .report import Pruned
 from .saliency import Batches, Loss
 
@@ -83,12 +83,8 @@ def select(
     exactly ``N - round(sparsity * N)`` are kept; ties go to the earlier parameter, then to the lower
     flat index. Parameters of "aux" are not in it.
     """
-    ranking = rank(
-        model, sparsity, method=method, scope=scope, normalize=normalize, saliency=saliency,
-        data=data, loss=loss, patterns=patterns,
-    )  # fmt: skip
-    masks, _ = _decide(ranking)
-    return dict(zip(ranking.plan.names, masks, strict=True))
+    pruning = _decide(model, sparsity, method, scope, normalize, saliency, data, loss, patterns)
+    return pruning.masks
 
 
 def prune(
@@ -107,42 +103,75 @@ def prune(
 
     Nothing is changed when an error is raised.
     """
-    ranking = rank(
-        model, sparsity, method=method, scope=scope, normalize=normalize, saliency=saliency,
-        data=data, loss=loss, patterns=patterns,
-    )  # fmt: skip
-    plan = ranking.plan
-    masks, thresholds = _decide(ranking)
-    if is_sharded(plan.tensors):
+    pruning = _decide(model, sparsity, method, scope, normalize, saliency, data, loss, patterns)
+    weights = [pruning.parameters[name].detach() for name in pruning.masks]
+    masks = list(pruning.masks.values())
+    if is_sharded(weights):
         from .distributed import _dtensor
 
-        _dtensor.apply_(plan.tensors, masks)
+        _dtensor.apply_(weights, masks)
     else:
-        with renamed(plan.names):
-            ops.apply_(plan.tensors, masks)
+        with renamed(list(pruning.masks)):
+            ops.apply_(weights, masks)
+    return pruning
+
+
+def _decide(
+    model: Model,
+    sparsity: float | Mapping[str, float],
+    method: str,
+    scope: Scope | None,
+    normalize: Normalize | None,
+    saliency: Mapping[str, Tensor] | None,
+    data: Batches | None,
+    loss: Loss | None,
+    patterns: Patterns | None,
+) -> Pruning:
+    """The masks and cuts of a pruning; the model is as it was, all checked before data are read."""
+    check_choice("method", method, tuple(METHODS))
+    chosen = METHODS[method]
+    if chosen.needs_data:
+        if saliency is not None:
+            raise ValueError(f"saliency must be left to method={method!r}, got both")
+        if data is None:
+            raise ValueError(f"method={method!r} needs data, batches (input, target), got none")
+        if not isinstance(model, nn.Module):
+            raise TypeError(
+                f"method={method!r} needs an nn.Module, to have gradients, got {type(model).__name__}"
+            )
+    scope = scope or chosen.scope
+    # A saliency of the caller's own is an order already: it is normalised only on request.
+    normalize = normalize or ("scope" if saliency is not None else chosen.normalize)
+    plan = Plan.of(model, scope, normalize, patterns)
+    _check_dense(plan)
+    parameters = parameters_of(model)
+    if saliency is not None or data is not None:  # only magnitudes are ranked on several processes
+        check_whole(parameters.values(), "data" if saliency is None else "saliency")
+    keep = plan.keep(sparsity)
+    source, tensors, labels = "magnitude", plan.tensors, plan.names
+    if chosen.saliency is not None:
+        source, saliency = method, chosen.saliency(model, data, loss, patterns=patterns)
+    elif saliency is not None:
+        source = "given"
+    if saliency is not None:
+        tensors, labels = plan.ranked(saliency), [f"saliency of {name}" for name in plan.names]
+    if is_sharded(tensors):
+        from .distributed import _dtensor
+
+        masks, cuts = _dtensor.select_cuts(plan.names, tensors, plan.layers, plan.scopes, keep)
+    else:
+        with renamed(labels):
+            masks, cuts = ops.select_cuts(tensors, plan.layers, plan.scopes, keep)
     return Pruning(
         modules=plan.modules,
-        thresholds=dict(zip(plan.scope_names, thresholds.tolist(), strict=True)),
-        scope=ranking.scope,
-        normalize=ranking.normalize,
+        thresholds=dict(zip(plan.scope_names, cuts.tolist(), strict=True)),
+        scope=scope,
+        normalize=normalize,
         sparsity=plan.ratios(sparsity),
-        saliency=ranking.saliency,
+        saliency=source,
         masks=dict(zip(plan.names, masks, strict=True)),
-        parameters=parameters_of(model),
+        parameters=parameters,
     )
-
-
-def _decide(ranking: Ranking) -> tuple[list[Tensor], Tensor]:
-    """Masks, and the thresholds of the scopes."""
-    plan = ranking.plan
-    _check_dense(plan)
-    numbers = (plan.layers, plan.scopes, ranking.keep)
-    if is_sharded(plan.tensors):
-        from .distributed import _dtensor
-
-        return _dtensor.select_cuts(plan.names, plan.tensors, *numbers)
-    with renamed(ranking.labels):
-        return ops.select_cuts(ranking.tensors, *numbers)
 
 
 @dataclass(kw_only=True)

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <bit>
 #include <cmath>
+#include <cstring>
 #include <utility>
 
 #include "cpu/select/chunks.h"
@@ -12,17 +13,18 @@ namespace {
 
 // Tuning, as data: measured with benchmarks/bench_select.py.
 constexpr struct {
-  int64_t run = 16;          // neighbouring weights read at a time: a cache line of float32
+  int64_t run = 128;  // bytes of neighbouring weights read at a time: the two cache lines that memory gives at once
   int64_t ratio_alone = 16;  // one run in this many, where a module has one layer: its cut is a quantile of that layer
-  int64_t ratio = 48;        // one run in this many elsewhere, where the layer is neither small
+  int64_t ratio = 56;        // one run in this many elsewhere, where the layer is neither small
   int64_t least = 8192;      // nor
   int64_t most = int64_t{1} << 18;      // large: weights in the sample of a layer
-  int64_t ahead = 12;                   // runs between asking memory for one and reading it
+  int64_t ahead = 24;                   // runs between asking memory for one and reading it
   int64_t file_run = int64_t{1} << 16;  // bytes of a file read at a time,
   int64_t file_ratio = 96;              // one run in this many, where a layer then has neither fewer
   int64_t file_least = 12;              // nor
   int64_t file_most = 32;               // more;
-  int64_t file_keys = 4096;             // so many weights of each are looked at: their neighbours tell little more
+  int64_t file_keys = 4096;  // so many weights of each are looked at, since their neighbours tell little more,
+  int64_t file_line = 16;    // so many together
 } kTuning;
 
 uint64_t mix(uint64_t x) {  // the finaliser of splitmix64
@@ -36,6 +38,7 @@ uint64_t mix(uint64_t x) {  // the finaliser of splitmix64
 struct Scratch {
   Cells cells;
   std::vector<uint32_t> keys;
+  std::vector<char> runs;
 };
 
 // Where the runs of a tensor begin: one in each stretch of `ratio` runs, at random.
@@ -47,8 +50,8 @@ class Places {
   // A stretch cut short by the tensor's end is taken with the probability that keeps the sample unbiased: its run may
   // begin beyond the end.
   int64_t operator[](int64_t i) const {
-    const uint64_t draw = ratio_ == 1 ? 0 : mix(seed_ ^ static_cast<uint64_t>(i)) % static_cast<uint64_t>(ratio_);
-    return (i * ratio_ + static_cast<int64_t>(draw)) * run_;
+    const uint64_t draw = mix(seed_ ^ static_cast<uint64_t>(i)) >> 32;
+    return (i * ratio_ + static_cast<int64_t>(draw * static_cast<uint64_t>(ratio_) >> 32)) * run_;
   }
 
  private:
@@ -56,39 +59,40 @@ class Places {
   int64_t numel_, run_, ratio_;
 };
 
-// Looks at one line of `run` weights in every `step` of these n.
+// Notes the keys and the energy of a run.
 template <DType kType>
-void take_run(const storage_t<kType>* weights, int64_t n, int64_t step, std::vector<uint32_t>& keys,
-              Histogram& histogram) {
-  size_t at = keys.size();
-  keys.resize(at + static_cast<size_t>(n));
-  double energy = 0;
-  for (int64_t line = 0; line < n; line += step) {
-    const int64_t end = std::min(n, line + kTuning.run);
-    for (int64_t j = line; j < end; ++j) {
-      const uint32_t key = key_of<kType>(weights[j]);
-      keys[at++] = key;
-      const double value = std::bit_cast<float>(key);
-      energy += value * value;
-    }
-  }
-  keys.resize(at);
+DIMAP_HD void take_run(const storage_t<kType>* weights, int64_t n, uint32_t* keys, Histogram& histogram) {
+  constexpr int64_t kSums = 8;  // that do not wait for each other
+  double sums[kSums] = {};
+  int64_t i = 0;
+  const auto add = [&](double& sum) {
+    keys[i] = key_of<kType>(weights[i]);
+    const double value = std::bit_cast<float>(keys[i++]);
+    sum += value * value;
+  };
+  while (i + kSums <= n)
+    for (double& sum : sums) add(sum);
+  while (i < n) add(sums[0]);
+  const double energy = ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
   histogram.energy += energy;
   histogram.energy_squares += energy * energy;
   ++histogram.runs;
 }
 
-// Counts the keys, and how the weights above the likely cut are spread over runs of so many.
+// Counts the keys; run: of a file, and how the weights above the likely cut are spread over runs of so many, or 0.
 void count_keys(Scratch& scratch, double share, int64_t run, Histogram& histogram) {
   const std::vector<uint32_t>& keys = scratch.keys;
-  uint32_t top = 0, bottom = kKeyEnd - 1;
+  int32_t top = 0, bottom = INT32_MAX;  // keys are below 2^31, and processors compare signed numbers
   for (const uint32_t key : keys) {
-    scratch.cells.add_key(key);
-    top = std::max(top, key);
-    bottom = std::min(bottom, key);
+    top = std::max(top, static_cast<int32_t>(key));
+    bottom = std::min(bottom, static_cast<int32_t>(key));
   }
-  const uint32_t low = Sketch::bin_of(bottom), high = Sketch::bin_of(top);
-  if (run > kTuning.run) {
+  if (bottom >> 23)
+    for (const uint32_t key : keys) scratch.cells.add_normal(key);
+  else
+    for (const uint32_t key : keys) scratch.cells.add_key(key);
+  const uint32_t low = Sketch::bin_of(static_cast<uint32_t>(bottom)), high = Sketch::bin_of(static_cast<uint32_t>(top));
+  if (run) {
     auto left = static_cast<int64_t>(share * static_cast<double>(keys.size()));
     uint32_t bin = high;
     while (bin > low && (left -= scratch.cells.count(bin)) > 0) --bin;
@@ -112,15 +116,29 @@ void sample_memory(const Problem& problem, int32_t layer, bool alone, std::span<
   const int64_t ratio = std::max<int64_t>(1, total / wanted);
   for (const int32_t t : tensors) {
     const TensorView& tensor = problem.tensors[t];
-    const Places places(t, tensor.numel, kTuning.run, ratio);
     for_type(tensor.dtype, [&]<DType kType>() {
-      const auto* weights = static_cast<const storage_t<kType>*>(tensor.data);
-      for (int64_t i = 0; i < places.count(); ++i) {
-        if (i + kTuning.ahead < places.count()) __builtin_prefetch(weights + places[i + kTuning.ahead]);
-        if (const int64_t begin = places[i]; begin < tensor.numel)
-          take_run<kType>(weights + begin, std::min(kTuning.run, tensor.numel - begin), kTuning.run, scratch.keys,
-                          histogram);
+      using T = storage_t<kType>;
+      constexpr int64_t kRun = kTuning.run / static_cast<int64_t>(sizeof(T));
+      const auto* weights = static_cast<const T*>(tensor.data);
+      const Places places(t, tensor.numel, kRun, ratio);
+      // First the runs are gathered, by a loop so short that many are under way at a time, since each costs a walk
+      // through the tables of pages; then what was gathered is looked at.
+      const int64_t whole = tensor.numel / (kRun * ratio);
+      scratch.runs.resize(static_cast<size_t>(whole * kTuning.run));
+      T* runs = reinterpret_cast<T*>(scratch.runs.data());
+      for (int64_t i = 0; i < whole; ++i) {
+        if (i + kTuning.ahead < whole)
+          for (int64_t line = 0; line < kRun; line += 64 / static_cast<int64_t>(sizeof(T)))
+            __builtin_prefetch(weights + places[i + kTuning.ahead] + line);
+        std::memcpy(runs + i * kRun, weights + places[i], kTuning.run);
       }
+      const size_t at = scratch.keys.size();
+      scratch.keys.resize(at + static_cast<size_t>((whole + 1) * kRun));
+      uint32_t* keys = scratch.keys.data() + at;
+      for (int64_t i = 0; i < whole; ++i, keys += kRun) take_run<kType>(runs + i * kRun, kRun, keys, histogram);
+      const int64_t begin = places[whole], left = std::min(kRun, tensor.numel - begin);
+      if (left > 0) take_run<kType>(weights + begin, left, keys, histogram);
+      scratch.keys.resize(at + static_cast<size_t>(whole * kRun + std::max<int64_t>(0, left)));
     });
   }
 }
@@ -142,8 +160,15 @@ int64_t sample_files(const Problem& problem, int32_t layer, std::span<const int3
       const int64_t n = std::min(run, tensor.numel - begin);
       const void* weights = loader.load(t, begin, n, worker);
       for_type(tensor.dtype, [&]<DType kType>() {
-        take_run<kType>(static_cast<const storage_t<kType>*>(weights), n, run / kept * kTuning.run, scratch.keys,
-                        histogram);
+        using T = storage_t<kType>;
+        scratch.runs.resize(static_cast<size_t>(n) * sizeof(T));
+        T* looked_at = reinterpret_cast<T*>(scratch.runs.data());
+        T* end = looked_at;
+        for (int64_t line = 0; line < n; line += run / kept * kTuning.file_line)
+          end = std::copy_n(static_cast<const T*>(weights) + line, std::min(kTuning.file_line, n - line), end);
+        const size_t at = scratch.keys.size();
+        scratch.keys.resize(at + static_cast<size_t>(end - looked_at));
+        take_run<kType>(looked_at, end - looked_at, scratch.keys.data() + at, histogram);
       });
     }
   }
@@ -165,7 +190,7 @@ std::vector<Sketch> sample_layers(const Problem& problem, Loader& loader, const 
     if (tensors[l].empty() || problem.keep[module] == 0) return;
     Scratch& mine = scratch[worker];
     mine.keys.clear();
-    int64_t run = kTuning.run;
+    int64_t run = 0;
     if (problem.tensors[tensors[l][0]].file < 0)
       sample_memory(problem, layer, layers[module] == 1, tensors[l], mine, histograms[l]);
     else

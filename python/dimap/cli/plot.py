@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -64,14 +64,12 @@ def plot(
     random_init: RandomInit = False,
     debug: Debug = False,
 ) -> None:
-    """Draw a picture of a pruned checkpoint or of results. Needs matplotlib: dimap[plot].
+    r"""Draw a picture of a pruned checkpoint or of results. Needs matplotlib: dimap\[plot].
 
     Checkpoints are read one tensor at a time.
     """
-    given = {
-        "masks": masks, "layer": layer, "block": block, "dense": dense,
-        "random_init": random_init or None,
-    }  # fmt: skip
+    given = {"masks": masks, "layer": layer, "block": block, "dense": dense}
+    given["random_init"] = random_init or None
     for option, pictures in OPTIONS.items():
         if given[option] is not None and picture not in pictures:
             names = " and ".join(pictures)
@@ -100,14 +98,13 @@ def plot(
             opened.enter_context(Bar("drawing"))
             checkpoint = opened.enter_context(open_checkpoint(source, random_init=random_init))
             found = opened.enter_context(open_masks(masks)) if masks is not None else None
+            options: dict[str, Any] = {"masks": found, "title": title}
             if picture == "kept":
-                plots.kept_ratios(checkpoint, out, masks=found, title=title)
+                plots.kept_ratios(checkpoint, out, **options)
             elif picture == "weights":
-                plots.weight_histograms(
-                    checkpoint, out, masks=found, blocks=blocks or None, title=title
-                )
+                plots.weight_histograms(checkpoint, out, blocks=blocks or None, **options)
             else:
-                plots.mask_picture(checkpoint, str(layer), out, masks=found, title=title)
+                plots.mask_picture(checkpoint, str(layer), out, **options)
     print_wrote(str(out))
 
 

@@ -104,98 +104,75 @@ def build_report(
     """
     _check_same(pruning, model)
     flops, notes = _flops(model, input_size)
-    counter = _Counter(pruning, flops.parameters if flops else None)
-    layers: list[LayerReport] = []
-    modules: list[ModuleReport] = []
-    for name, members in pruning.modules.items():
-        rows = counter.layers(members)
-        modules.append(counter.module(name, rows))
-        if name != AUX:
-            layers += rows
-    modules.sort(key=lambda module: module.name == AUX)
-    if flops and (unused := [row.name for row in layers if row.weights and not row.flops_dense]):
-        notes.append(f"no FLOPs were seen of {len(unused)} layers, {unused[0]} is the first")
-    return Report(
-        scope=pruning.scope,
-        normalize=pruning.normalize,
-        sparsity=dict(pruning.sparsity),
-        modules=tuple(modules),
-        layers=tuple(layers),
-        model=None if model is None or isinstance(model, Mapping) else type(model).__name__,
-        input_size=flops.input_size if flops else None,
-        flops_other=flops.other if flops else None,
-        notes=tuple(notes),
-        **counter.sums(modules, flops.other if flops else 0),
-    )
+    # Of a pruning in memory each of these is counted when it is asked for: once.
+    nonzero, smallest = pruning.nonzero, pruning.smallest
+    weights = {name: math.prod(shape) for name, shape in pruning.shapes.items()}
+    kept = {**weights, **pruning.kept}
+    scopes = scope_names(pruning.modules, pruning.scope)
 
-
-class _Counter:
-    """Adds up the counts of parameters to those of layers and modules."""
-
-    def __init__(self, pruning: Pruned, flops: Mapping[str, int] | None) -> None:
-        self.pruning = pruning
-        self.flops = flops  # parameter name -> multiply-adds; None: not counted
-        # Of a pruning in memory each of these is counted when it is asked for: once.
-        self.nonzero, self.smallest = pruning.nonzero, pruning.smallest
-        self.weights = {name: math.prod(shape) for name, shape in pruning.shapes.items()}
-        self.kept = {**self.weights, **pruning.kept}
-        self.scopes = scope_names(
-            pruning.modules, pruning.scope
-        )  # of each layer but those of "aux"
-
-    def sums(self, parts: Sequence[LayerReport | ModuleReport], other: int = 0) -> dict[str, Any]:
-        """The counts of all parts together, and FLOPs with `other` that are of none of them."""
-        names = ["weights", "kept", "nonzero"]
-        sums = {name: sum(getattr(part, name) for part in parts) for name in names}
-        for name in ("flops_dense", "flops_nominal", "flops") if self.flops is not None else ():
-            sums[name] = other + sum(getattr(part, name) for part in parts)
-        return sums
-
-    def layers(self, layers: Sequence[Layer]) -> list[LayerReport]:
-        """The rows of one module's layers."""
-        names = [p for layer in layers for p in layer.parameters]
-        weights, kept = (sum(count[p] for p in names) for count in (self.weights, self.kept))
-        density = Fraction(kept, weights) if weights else Fraction(1)
-        return [self.layer(layer, density) for layer in layers]
-
-    def layer(self, layer: Layer, density: Fraction) -> LayerReport:
+    def count(layer: Layer, density: Fraction) -> LayerReport:
         """density: kept share of the layer's module."""
         names = layer.parameters
-        dense = nominal = pruned = None
-        if self.flops is not None:
-            dense = pruned = 0
-            for p in names:
-                count = self.flops.get(p, 0)
-                dense += count
-                # Every weight of a matrix or a kernel meets equally many tokens: count / weights.
-                if count and layer.module != AUX:
-                    count = count * self.nonzero[p] // self.weights[p]
-                pruned += count
-            nominal = round(dense * density)
-        threshold = self.pruning.thresholds.get(self.scopes.get(layer.name, ""), math.nan)
+        dense = [flops.parameters.get(p, 0) for p in names] if flops else []
+        left = dense
+        if layer.module != AUX:
+            # Every weight of a matrix or a kernel meets equally many tokens: count / weights.
+            left = [n and n * nonzero[p] // weights[p] for n, p in zip(dense, names, strict=False)]
+        threshold = pruning.thresholds.get(scopes.get(layer.name, ""), math.nan)
         return LayerReport(
             name=layer.name,
             module=layer.module,
             stage=layer.stage,
             block=layer.block,
             parameters=tuple(names),
-            weights=sum(self.weights[p] for p in names),
-            kept=sum(self.kept[p] for p in names),
-            nonzero=sum(self.nonzero[p] for p in names),
+            weights=sum(weights[p] for p in names),
+            kept=sum(kept[p] for p in names),
+            nonzero=sum(nonzero[p] for p in names),
             threshold=None if math.isnan(threshold) else threshold,
-            smallest_kept=min(
-                (self.smallest[p] for p in names if p in self.smallest), default=None
-            ),
-            flops_dense=dense,
-            flops_nominal=nominal,
-            flops=pruned,
+            smallest_kept=min((smallest[p] for p in names if p in smallest), default=None),
+            flops_dense=sum(dense) if flops else None,
+            flops_nominal=round(sum(dense) * density) if flops else None,
+            flops=sum(left) if flops else None,
         )
 
-    def module(self, name: str, rows: Sequence[LayerReport]) -> ModuleReport:
-        shared = self.pruning.scope in ("module", "global")
-        thresholds = {row.threshold for row in rows} if shared else set()
-        threshold = thresholds.pop() if len(thresholds) == 1 else None
-        return ModuleReport(name=name, layers=len(rows), threshold=threshold, **self.sums(rows))
+    rows: list[LayerReport] = []
+    modules: list[ModuleReport] = []
+    for name in sorted(pruning.modules, key=AUX.__eq__):  # that one last
+        names = [p for layer in pruning.modules[name] for p in layer.parameters]
+        all_of_it, left = (sum(counts[p] for p in names) for counts in (weights, kept))
+        density = Fraction(left, all_of_it) if all_of_it else Fraction(1)
+        layers = [count(layer, density) for layer in pruning.modules[name]]
+        rows += layers if name != AUX else []
+        thresholds = {row.threshold for row in layers}
+        shared = pruning.scope in ("module", "global") and len(thresholds) == 1
+        threshold = thresholds.pop() if shared else None
+        sums = _sums(layers, 0 if flops else None)
+        modules.append(ModuleReport(name, len(layers), threshold=threshold, **sums))
+    if flops and (unused := [row.name for row in rows if row.weights and not row.flops_dense]):
+        notes.append(f"no FLOPs were seen of {len(unused)} layers, {unused[0]} is the first")
+    return Report(
+        scope=pruning.scope,
+        normalize=pruning.normalize,
+        sparsity=dict(pruning.sparsity),
+        modules=tuple(modules),
+        layers=tuple(rows),
+        model=None if model is None or isinstance(model, Mapping) else type(model).__name__,
+        input_size=flops.input_size if flops else None,
+        flops_other=flops.other if flops else None,
+        notes=tuple(notes),
+        **_sums(modules, flops.other if flops else None),
+    )
+
+
+def _sums(parts: Sequence[LayerReport | ModuleReport], other: int | None) -> dict[str, Any]:
+    """The counts of all parts together, and FLOPs with `other` that are of none; None: no FLOPs."""
+    sums: dict[str, Any] = {
+        name: sum(getattr(part, name) for part in parts) for name in ("weights", "kept", "nonzero")
+    }
+    if other is not None:
+        for name in ("flops_dense", "flops_nominal", "flops"):
+            sums[name] = other + sum(getattr(part, name) for part in parts)
+    return sums
 
 
 def _check_same(pruning: Pruned, model: nn.Module | Mapping[str, Tensor] | None) -> None:
