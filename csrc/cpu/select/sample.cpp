@@ -184,23 +184,33 @@ std::vector<Sketch> sample_layers(const Problem& problem, Loader& loader, const 
     tensors[problem.tensors[t].layer].push_back(static_cast<int32_t>(t));
   for (const int32_t module : problem.layer_module) ++layers[module];
   std::vector<Histogram> histograms(problem.layers());
+  std::vector<Sketch> sketches(problem.layers());
   std::vector<Scratch> scratch(static_cast<size_t>(pool.workers()));
-  pool.for_each(static_cast<int64_t>(problem.layers()), [&](int64_t l, int worker) {
-    const auto layer = static_cast<int32_t>(l), module = problem.layer_module[l];
-    if (tensors[l].empty() || problem.keep[module] == 0) return;
+  const auto look = [&](int32_t layer, int worker) {
+    const int32_t module = problem.layer_module[layer];
+    Histogram& histogram = histograms[layer];
+    if (tensors[layer].empty() || problem.keep[module] == 0) return;
     Scratch& mine = scratch[worker];
     mine.keys.clear();
     int64_t run = 0;
-    if (problem.tensors[tensors[l][0]].file < 0)
-      sample_memory(problem, layer, layers[module] == 1, tensors[l], mine, histograms[l]);
+    if (problem.tensors[tensors[layer][0]].file < 0)
+      sample_memory(problem, layer, layers[module] == 1, tensors[layer], mine, histogram);
     else
-      run = sample_files(problem, layer, tensors[l], loader, worker, mine, histograms[l]);
+      run = sample_files(problem, layer, tensors[layer], loader, worker, mine, histogram);
     const double share = static_cast<double>(problem.keep[module]) / static_cast<double>(problem.module_total[module]);
-    if (!mine.keys.empty()) count_keys(mine, share, run, histograms[l]);
+    if (!mine.keys.empty()) count_keys(mine, share, run, histogram);
+  };
+  const auto sketch = [&](size_t l) {
+    sketches[l] = sketch_of(std::exchange(histograms[l], {}), problem.layer_total[l], false);
+  };
+  pool.for_each(static_cast<int64_t>(problem.layers()), [&](int64_t l, int worker) {
+    look(static_cast<int32_t>(l), worker);
+    if (!exchange) sketch(static_cast<size_t>(l));  // at once, so that the next histogram takes the same memory
   });
-  if (exchange) add_up(histograms, *exchange);
-  std::vector<Sketch> sketches(problem.layers());
-  for (size_t l = 0; l < sketches.size(); ++l) sketches[l] = sketch_of(histograms[l], problem.layer_total[l], false);
+  if (exchange) {
+    add_up(histograms, *exchange);
+    for (size_t l = 0; l < sketches.size(); ++l) sketch(l);
+  }
   return sketches;
 }
 

@@ -13,7 +13,7 @@ from .progress import Bar
 if TYPE_CHECKING:
     from ..bench import Bench, Row
 
-COLUMNS = ("job", "time", "ns/weight", "GB/s", "by copy", "range", "by plain", "faults")
+COLUMNS = ("job", "time", "ns/weight", "GB/s", "× copy", "range", "× plain", "faults")
 
 SOURCE = (
     "swin_t, swin_s, swin_b or swin_l: random weights of those shapes. Or a checkpoint, or "
@@ -51,14 +51,16 @@ def bench(
     with report_errors(debug), Bar("preparing") as bar:
         from ..bench import bench as measure
 
+        if plot is not None:
+            from ..plots import bench_times, check_path
+
+            check_path(plot)
         found = measure(
             source, dtype=dtype, device=device, sparsity=sparsity, scope=scope, threads=threads,
             rounds=rounds, quick=quick, progress=bar,
         )  # fmt: skip
         if plot is not None:
-            from ..plots import plot_bench
-
-            plot_bench(found, plot)
+            bench_times(found, plot)
     if as_json:
         print_json(found.to_dict())
     else:
@@ -92,8 +94,8 @@ def _print(found: Bench) -> None:
         table.add_row(*_cells(row, weights))
     note = (
         f"{where}, torch {machine['torch']}, load {machine['load_before']:.1f}. Medians of "
-        f"{len(found.rows[0].timing.seconds)} rounds, all in turns. By copy: the time over that of a "
-        "copy of the weights, and the range of eight in ten rounds. By plain: how many times as fast as "
+        f"{len(found.rows[0].timing.seconds)} rounds, all in turns. × copy: the time over that of a "
+        "copy of the weights, and the range of eight in ten rounds. × plain: how many times as fast as "
         "sort, cumsum, divide, scatter, topk and compare. Torch prune is global_unstructured by "
         "magnitude. Faults: fresh pages of memory."
     )
@@ -110,9 +112,9 @@ def _cells(row: Row, weights: int) -> tuple[str, ...]:
         f"{seconds * 1e3:.1f} ms" if seconds < 1 else f"{seconds:.1f} s",
         _short(row.nanoseconds),
         _short(row.nbytes / seconds / 1e9),
-        "" if row.job == "copy" else f"{_short(median)} ×",
+        "" if row.job == "copy" else _short(median),
         f"{_short(low)}-{_short(high)}" if low < high else "",
-        "" if row.faster is None or row.job.startswith("plain") else f"{row.faster:.0f} ×",
+        "" if row.faster is None or row.job.startswith("plain") else _short(row.faster),
         f"{row.timing.faults:,}",
     )
 
