@@ -103,6 +103,13 @@ def test_other_weights_are_kept_with_a_note(tmp_path):
         ]
 
 
+def test_half_a_copy_is_refused(tmp_path):
+    half = {name: tensor for name, tensor in vit(seed=1).items() if "mlp.fc1" not in name}
+    with pytest.raises(ValueError, match=r"in\.pth: 'ema' must be a whole copy .* by --key: .*fc1"):
+        prune(tmp_path, {"model": vit(), "ema": half})
+    assert os.listdir(tmp_path) == ["in.pth"]
+
+
 def test_copies_in_a_list(tmp_path):
     root = {"model": vit(), "snapshots": [{"weights": vit(seed=1)}, vit(seed=2)]}
     with pytest.raises(ValueError, match=r"got 'model', 'snapshots\.0\.weights', 'snapshots\.1'"):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import _timm
-from .._files import save_safetensors
+from .._files import naming, save_safetensors
 from ..masks import apply_masks
 from .base import Checkpoint
 from .bitmask import check_storable, write_packed
@@ -100,8 +100,14 @@ class StateDict(Checkpoint):
         """Set to zero in the other copies what the masks drop in the weights."""
         for nest in self.nests.values():
             own = {name: mask for name, mask in masks.items() if name in nest.state}
-            for copy in nest.copies.values():
-                apply_masks(tensors_of(copy), own)
+            for name, copy in nest.copies.items():
+                try:
+                    apply_masks(tensors_of(copy), own)
+                except ValueError as error:
+                    raise ValueError(
+                        f"{self.path}: {name!r} must be a whole copy to be given the same masks, or be "
+                        f"left out by --key: {error}"
+                    ) from error
 
     def save(
         self, targets: Sequence[Path], *, safetensors: bool = False, pack: Collection[str] = ()
@@ -259,10 +265,11 @@ def _harmless(name: str) -> Any:
 
 
 def _save(root: Any, target: Path) -> None:
-    try:
-        with open(target, "wb") as file:
-            torch.save(root, file)
-    except RuntimeError as error:  # torch's word for a write that failed, over the true one
-        if isinstance(error.__context__, OSError):
-            raise error.__context__ from None
-        raise OSError(errno.EIO, f"could not be written ({error})") from error
+    with naming(target):
+        try:
+            with open(target, "wb") as file:
+                torch.save(root, file)
+        except RuntimeError as error:  # torch's word for a write that failed, over the true one
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise OSError(errno.EIO, f"could not be written ({error})") from error

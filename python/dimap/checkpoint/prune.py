@@ -236,8 +236,9 @@ def pruning_checkpoint(
         result.summarize = cache(summarize)
         if timm_model or input_size:
             result.summary()  # an error in it leaves no outputs
-        if reported:
-            reported.write(result.summary(), result)
+        if reported is not None and report is not None:
+            with naming(Path(report)):
+                reported.write(result.summary(), result)
         if first and checkpoint.path.startswith(HUB):
             add_card_section(home, build_report(result), checkpoint.path)
         yield result
