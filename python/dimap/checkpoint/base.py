@@ -75,6 +75,13 @@ class Checkpoint(ABC):
         """Whether it is a folder, whose other files an output keeps."""
         return self.form.endswith("folder")
 
+    @property
+    def place(self) -> Path | None:
+        """The folder or file that is read; None of a timm model."""
+        if not self.files:
+            return None
+        return self.files[0].parent if self.is_folder else self.files[0]
+
     @abstractmethod
     def get(self, name: str) -> Tensor:
         """One tensor, on the CPU. Writing into it changes no file."""
@@ -126,9 +133,8 @@ class Checkpoint(ABC):
             yield files
 
     def _check_place(self, out: Path) -> None:
-        if self.files:
-            source = (self.files[0].parent if self.is_folder else self.files[0]).resolve()
-            target = out.resolve()
+        if self.place is not None:
+            source, target = self.place.resolve(), out.resolve()
             if source == target or (out.exists() and out.samefile(source)):
                 raise ValueError(f"the output must not be the checkpoint that is read, got {out}")
             if source in target.parents or target in source.parents:

@@ -27,9 +27,10 @@ from ..groups.plan import Normalize, Plan, Scope, check_choice
 from ..methods import METHODS
 from ..plots import report_output
 from ..report import Pruned, Report, build_report
-from . import open_checkpoint
+from . import HUB, open_checkpoint
 from .base import Checkpoint, Progress, Silent, check_apart
 from .bitmask import Layout, lay_out
+from .card import add_card_section
 from .engine import FILL, READ, Told, begin, elements, opened
 from .folder import Shards, packed_index
 from .header import DTYPES, Entry, Header, make_header
@@ -60,6 +61,7 @@ class StreamPruning(Pruned):
     smallest: the smallest kept magnitude of a layer, under each of its parameters; none where
         nothing is kept.
     readings: how often the weights were read to find the cuts.
+    notes: what the user should know of the checkpoint and of copies of its weights.
     """
 
     shapes: dict[str, tuple[int, ...]]
@@ -68,6 +70,7 @@ class StreamPruning(Pruned):
     nonzero: dict[str, int] = field(default_factory=dict)
     smallest: dict[str, float] = field(default_factory=dict)
     readings: int = 1
+    notes: list[str] = field(default_factory=list)
     summarize: Callable[[], Report] | None = field(default=None, repr=False, compare=False)
 
     def summary(self) -> Report:
@@ -103,7 +106,10 @@ def pruning_checkpoint(
     progress: Progress | None = None,
     group: ProcessGroup | Ranks | None = None,
 ) -> Iterator[StreamPruning]:
-    """Prune a checkpoint into another; `pruning_checkpoint` is a block, at whose end the outputs appear.
+    """Prune a checkpoint into another, exactly as `dimap.prune` does it with the loaded weights.
+
+    `prune_checkpoint` is a function, which returns when the outputs are there; `pruning_checkpoint` a
+    block, at whose end they appear, unless it fails.
 
     source: what `open_checkpoint` takes, with `key` and `random_init`, or what it gave. It is only
         read. Safetensors stream by; files of torch.save and timm models are pruned in memory.
@@ -125,6 +131,8 @@ def pruning_checkpoint(
     group: several processes do it together, each its part of the bytes: all of them call this with
         the same arguments and see the same files. The first one creates the outputs and returns
         when they are there, as do the others.
+
+    Returns what was done, in counts; the weights were not loaded, where they streamed by.
 
     Raises ValueError for a checkpoint that is damaged, of no known family, or holds weights that
     are not finite or not float32, bfloat16 or float16; OSError where files cannot be read or
@@ -174,7 +182,9 @@ def pruning_checkpoint(
 
         # The first rank creates the outputs, before the work, so that one that cannot be written is
         # told at once. What is begun last is completed first: OUT before the small files.
-        places = {"IN": Path(checkpoint.path), "OUT": out}
+        places = {"OUT": out}
+        if checkpoint.place is not None:
+            places = {"IN": checkpoint.place, "OUT": out}
         for kind, path in (("masks", masks), ("report", report)):
             if path is not None:
                 check_apart(kind, Path(path), places)
@@ -210,12 +220,13 @@ def pruning_checkpoint(
             stream.fill(files, packed, result, Told(progress))
         else:
             held: StateDict = checkpoint  # type: ignore[assignment]  # the only other kind
-            _prune_state(held, given, files, out.suffix, packed, bitmask, result, progress)
-        notes = list(checkpoint.notes)
+            ending = out.suffix.lower()
+            _prune_state(held, given, files, ending, packed, bitmask, result, progress)
+        result.notes += checkpoint.notes
         if first and all_copies and checkpoint.others and packed is not None:
             from .copies import mask_others
 
-            notes += mask_others(checkpoint, home, packed)
+            result.notes += mask_others(checkpoint, home, packed)
             if masks is None:
                 packed.unlink()
 
@@ -226,13 +237,16 @@ def pruning_checkpoint(
                 model, why = _model(checkpoint, names, timm_model)
             built = build_report(result, model, input_size)
             lacking = built.notes if model else (f"no FLOPs: {why}", *plan.notes)
-            return replace(built, notes=(*lacking, *notes))
+            return replace(built, notes=(*lacking, *result.notes))
 
         result.summarize = cache(summarize)
         if timm_model or input_size:
             result.summary()  # an error in it leaves no outputs
-        if reported:
-            reported.write(result.summary(), result)
+        if reported is not None and report is not None:
+            with naming(Path(report)):
+                reported.write(result.summary(), result)
+        if first and checkpoint.path.startswith(HUB):
+            add_card_section(home, build_report(result), checkpoint.path)
         yield result
         ranks.gather(None)  # nothing is renamed before all ranks are here
 
@@ -290,7 +304,7 @@ def _check(
         raise ValueError(
             f"IN must be safetensors to be shared among {ranks.size} ranks, got {checkpoint.path}"
         )
-    elif bitmask and (checkpoint.is_folder or out.suffix != ".safetensors"):
+    elif bitmask and (checkpoint.is_folder or out.suffix.lower() != ".safetensors"):
         raise ValueError(f"the output must end in .safetensors with --format bitmask, got {out}")
     for name in wholes(plan.names):
         dtype = checkpoint.tensors[name].dtype
@@ -524,7 +538,9 @@ def _model(
 ) -> tuple[nn.Module | None, str]:
     """The model for counting FLOPs, pruned or only its shapes, or the reason why there is none."""
     described = (
-        (timm_model, {}) if timm_model else _timm.described(checkpoint.path, checkpoint.metadata)
+        (timm_model, {})
+        if timm_model
+        else _timm.described(str(checkpoint.place), checkpoint.metadata)
     )
     if described is None:
         return None, "IN does not say which timm model it is; --timm-model NAME says it"
