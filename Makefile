@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-large lint format wheel abi second-torch sanitize spills bench bench-files clean
+.PHONY: help demo test test-large lint format wheel abi second-torch sanitize arm spills bench bench-files clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -89,6 +89,14 @@ sanitize:  ## The kernels under address, undefined-behaviour and thread sanitize
 	@cmake --build build/sanitize
 	@ctest --test-dir build/sanitize --output-on-failure
 
+arm:  ## The kernels as ARM processors run them (needs g++-aarch64-linux-gnu and qemu-user)
+	@if command -v aarch64-linux-gnu-g++ >/dev/null && command -v qemu-aarch64 >/dev/null; then \
+		cmake -S tests/kernels -B build/arm -G Ninja -DSANITIZERS=NONE -DCMAKE_SYSTEM_NAME=Linux \
+			-DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ \
+			-DCMAKE_CROSSCOMPILING_EMULATOR=qemu-aarch64 && \
+		cmake --build build/arm && ctest --test-dir build/arm --output-on-failure; \
+	else echo "no compiler for ARM or no emulator: skipped"; fi
+
 spills: $(VENV)/.torch  ## Compile the CUDA kernels for every architecture; fail on register spills
 	@if command -v nvcc >/dev/null; then $(BIN)/python tests/cuda/check_spills.py; else echo "no nvcc: skipped"; fi
 
@@ -96,7 +104,7 @@ bench: $(VENV)/.dimap  ## Measure, and write benchmarks/results/
 	@$(BIN)/python benchmarks/bench_select.py --save
 	@$(BIN)/python benchmarks/bench_score.py --save
 	@$(BIN)/python benchmarks/bench_engine.py --save
-	@$(BIN)/python benchmarks/table.py --write README.md
+	@$(BIN)/python benchmarks/table.py --write
 
 BENCH_FOLDER ?= .
 BENCH_SIZE ?= 12
@@ -105,6 +113,8 @@ bench-files: $(VENV)/.dimap  ## Measure streams and bitmask files (BENCH_FOLDER 
 	@$(BIN)/python benchmarks/bench_stream.py --save --folder $(BENCH_FOLDER) --dtype bfloat16
 	@$(BIN)/python benchmarks/bench_stream.py --save --folder $(BENCH_FOLDER) --dtype bfloat16 --size $(BENCH_SIZE) --rounds 3
 	@$(BIN)/python benchmarks/bench_bitmask.py --save --folder $(BENCH_FOLDER)
+	@$(BIN)/python benchmarks/bench_commands.py --save
+	@$(BIN)/python benchmarks/table.py --write
 
 clean:  ## Remove what was built (.venv too)
 	rm -rf build dist $(VENV) $(VENV)-second demo-out

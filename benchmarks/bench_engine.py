@@ -13,9 +13,9 @@ from collections.abc import Callable, Sequence
 
 import dimap
 import harness
-import shapes
 import torch
 from dimap import ops
+from dimap.bench import shapes
 from distributions import DISTRIBUTIONS
 from torch import Tensor
 

@@ -21,9 +21,8 @@ from typing import Any
 
 import dimap
 import gpu_machine
-import plain
-import shapes
 import torch
+from dimap.bench import plain, shapes
 from torch import Tensor
 
 BEYOND_L2 = 256 << 20  # bytes

@@ -10,10 +10,9 @@ from __future__ import annotations
 import argparse
 
 import harness
-import plain
-import shapes
 import torch
 from dimap import ops
+from dimap.bench import plain, shapes
 
 
 def measure(name: str, dtype: torch.dtype, repeats: int, slow: bool) -> dict:

@@ -10,10 +10,9 @@ from __future__ import annotations
 import argparse
 
 import harness
-import plain
-import shapes
 import torch
 from dimap import ops
+from dimap.bench import plain, shapes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -7,6 +7,9 @@
 STABLE_TORCH_LIBRARY(dimap, m) {
   m.def("score(Tensor[] weights, int[] layers) -> Tensor[]");
   m.def("select(Tensor[] weights, int[] layers, int[] modules, int[] keep) -> Tensor[]");
+  // The same into tensors at hand: contiguous, shapes of the weights, sharing no memory with them or each other.
+  m.def("score.out(Tensor[] weights, int[] layers, *, Tensor(a!)[] out) -> ()");
+  m.def("select.out(Tensor[] weights, int[] layers, int[] modules, int[] keep, *, Tensor(a!)[] out) -> ()");
   m.def("prune_(Tensor(a!)[] weights, int[] layers, int[] modules, int[] keep) -> ()");
   m.def("select_cuts(Tensor[] weights, int[] layers, int[] modules, int[] keep) -> (Tensor[], Tensor)");
   m.def("apply_(Tensor(a!)[] weights, Tensor[] masks) -> ()");

@@ -3,6 +3,7 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
 #include <functional>
 #include <vector>
 
@@ -31,6 +32,43 @@ inline std::vector<Tensor> empty_like(const std::vector<Tensor>& tensors, Scalar
     out.push_back(
         torch::stable::empty(t.sizes(), type, std::nullopt, torch::stable::Device(torch::headeronly::DeviceType::CPU)));
   return out;
+}
+
+// Refuses tensors that do not serve as outputs of this type: written as one block each, while the inputs are read.
+inline void check_outputs(const std::vector<Tensor>& inputs, const std::vector<Tensor>& out, ScalarType type) {
+  check_length("out", out.size(), inputs.size());
+  struct Span {
+    uintptr_t begin, end;
+    const char* name;
+    size_t number;
+  };
+  std::vector<Span> spans;
+  const auto add = [&](const Tensor& t, const char* name, size_t i, int64_t size) {
+    const auto begin = reinterpret_cast<uintptr_t>(t.const_data_ptr());
+    if (t.numel()) spans.push_back({begin, begin + static_cast<uintptr_t>(t.numel() * size), name, i});
+  };
+  for (size_t i = 0; i < out.size(); ++i) {
+    const Tensor& t = out[i];
+    STD_TORCH_CHECK(t.scalar_type() == type, "out[", i, "] must be ", name_of(type), ", got ",
+                    name_of(t.scalar_type()));
+    STD_TORCH_CHECK(t.is_cpu(), "out[", i, "] must be on cpu like weights[", i, "], got ", device_of(t));
+    STD_TORCH_CHECK(std::equal(t.sizes().begin(), t.sizes().end(), inputs[i].sizes().begin(), inputs[i].sizes().end()),
+                    "out[", i, "] must have the shape of weights[", i, "]");
+    STD_TORCH_CHECK(t.is_contiguous(), "out[", i, "] must be contiguous, got a view with other strides");
+    t.mutable_data_ptr();  // a lazy clone gets memory of its own
+    add(t, "out", i, type == ScalarType::Bool ? 1 : 4);
+    add(inputs[i], "weights", i, size_of(dtype_of(inputs[i], i)));
+  }
+  std::sort(spans.begin(), spans.end(), [](const Span& a, const Span& b) { return a.begin < b.begin; });
+  const Span* last[2] = {};  // that ends last, of outputs and of all
+  for (const Span& span : spans) {
+    const bool output = span.name[0] == 'o';
+    const Span* other = last[output];
+    STD_TORCH_CHECK(other == nullptr || other->end <= span.begin, span.name, "[", span.number,
+                    "] must not share memory with ", other->name, "[", other->number, "]");
+    for (const Span** seen : {output ? &last[0] : nullptr, &last[1]})
+      if (seen && (*seen == nullptr || (*seen)->end < span.end)) *seen = &span;
+  }
 }
 
 template <typename T>

@@ -21,13 +21,23 @@ std::vector<Tensor> score_op(std::vector<Tensor> weights, Ints layers) {
   return scores;
 }
 
+void score_out_op(std::vector<Tensor> weights, Ints layers, std::vector<Tensor> out) {
+  const std::vector<Tensor> inputs = contiguous(weights);
+  const Problem problem = layers_problem(inputs, layers);
+  check_outputs(inputs, out, ScalarType::Float);
+  guarded([&] { score(problem, pointers<float>(out), TorchPool()); });
+}
+
+std::vector<ModuleCut> select_into(const Problem& problem, const std::vector<Tensor>& masks) {
+  return guarded([&] { return dimap::cpu::select(problem, pointers<uint8_t>(masks), TorchPool()); });
+}
+
 std::tuple<std::vector<Tensor>, Tensor> select_cuts_op(std::vector<Tensor> weights, Ints layers, Ints modules,
                                                        Ints keep) {
   const std::vector<Tensor> inputs = contiguous(weights);
   const Problem problem = modules_problem(inputs, layers, modules, keep);
   std::vector<Tensor> masks = empty_like(inputs, ScalarType::Bool);
-  const std::vector<ModuleCut> cuts =
-      guarded([&] { return dimap::cpu::select(problem, pointers<uint8_t>(masks), TorchPool()); });
+  const std::vector<ModuleCut> cuts = select_into(problem, masks);
   Tensor thresholds = torch::stable::empty({static_cast<int64_t>(keep.size())}, ScalarType::Double, std::nullopt,
                                            torch::stable::Device(torch::headeronly::DeviceType::CPU));
   auto* out = static_cast<double*>(thresholds.mutable_data_ptr());
@@ -37,6 +47,13 @@ std::tuple<std::vector<Tensor>, Tensor> select_cuts_op(std::vector<Tensor> weigh
 
 std::vector<Tensor> select_op(std::vector<Tensor> weights, Ints layers, Ints modules, Ints keep) {
   return std::get<0>(select_cuts_op(std::move(weights), std::move(layers), std::move(modules), std::move(keep)));
+}
+
+void select_out_op(std::vector<Tensor> weights, Ints layers, Ints modules, Ints keep, std::vector<Tensor> out) {
+  const std::vector<Tensor> inputs = contiguous(weights);
+  const Problem problem = modules_problem(inputs, layers, modules, keep);
+  check_outputs(inputs, out, ScalarType::Bool);
+  select_into(problem, out);
 }
 
 void prune_op(std::vector<Tensor> weights, Ints layers, Ints modules, Ints keep) {
@@ -73,6 +90,8 @@ void apply_op(std::vector<Tensor> weights, std::vector<Tensor> masks) {
 STABLE_TORCH_LIBRARY_IMPL(dimap, CPU, m) {
   m.impl("score", TORCH_BOX(&dimap::cpu::score_op));
   m.impl("select", TORCH_BOX(&dimap::cpu::select_op));
+  m.impl("score.out", TORCH_BOX(&dimap::cpu::score_out_op));
+  m.impl("select.out", TORCH_BOX(&dimap::cpu::select_out_op));
   m.impl("prune_", TORCH_BOX(&dimap::cpu::prune_op));
   m.impl("select_cuts", TORCH_BOX(&dimap::cpu::select_cuts_op));
   m.impl("apply_", TORCH_BOX(&dimap::cpu::apply_op));

@@ -60,11 +60,13 @@ def feature_rows(run: Run) -> list[dict[str, Any]]:
     ]
 
 
+@style.looking()
 def scopes(run: Run, path: Path) -> None:
     """Each module definition less DIMAP's own, one shot: mean and standard error over seeds."""
+    from matplotlib.figure import Figure
     from report import SCOPES, paired
 
-    figure = style.new_figure(0.8 * style.WIDTH, 3.4)
+    figure = Figure(figsize=(0.8 * style.WIDTH, 3.4))
     axes = figure.subplots()
     axes.axhline(0, color=style.VERMILLION, linewidth=2, label="module (DIMAP)", zorder=1)
     x = [100 * ratio for ratio in run.ratios]
@@ -84,17 +86,13 @@ def scopes(run: Run, path: Path) -> None:
             color=color,
             marker=marker,
             linestyle=dashes,
-            markersize=4.5,
-            linewidth=1.4,
             elinewidth=0.8,
             capsize=2,
             label={"network": "network (LAMP)", "layer": "layer (uniform)"}.get(label, label),
         )
     axes.set_xlabel("weights removed, %")
     axes.set_ylabel("accuracy less DIMAP's, points")
-    axes.set_title(
-        "Where one threshold holds, one shot", loc="left", fontsize=style.TEXT + 1, color=style.INK
-    )
-    style.dress(axes)
-    axes.legend(frameon=False, fontsize=style.TEXT - 1, labelcolor=style.INK, handlelength=3.2)
+    axes.set_title("Where one threshold holds, one shot", loc="left", fontsize=style.TEXT + 1)
+    axes.grid(axis="y")
+    axes.legend(fontsize=style.TEXT - 1)
     style.finish(figure, path)

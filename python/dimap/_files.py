@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import os
 import re
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,22 +22,24 @@ if TYPE_CHECKING:
 # ".NAME.RANDOM.dimap-tmp", and the next output of that name removes it. Everything else that ends a
 # program removes it at once.
 SUFFIX = ".dimap-tmp"
+LONGEST = 255 - len(f"..01234567{SUFFIX}")  # bytes of a NAME; a longer one is a hash of it
 
 
 @contextmanager
 def replacing(path: Path, *, folder: bool = False, force: bool = False) -> Iterator[Path]:
     """Yield an empty temporary file (or folder) beside `path`, and rename it when the block ends.
 
-    Where the block fails or is interrupted the temporary is removed and `path` is as it was. A
-    symbolic link at `path` is replaced, not written through. A file is replaced in one step; of a
-    folder that is there already, the old one is moved aside first and removed last.
+    Where the block fails or is interrupted the temporary is removed and `path` is as it was; errors
+    that name the temporary, or nothing, name `path`. A symbolic link at `path` is replaced, not
+    written through. A file is replaced in one step; of a folder that is there already, the old one
+    is moved aside first and removed last.
 
     Raises:
-        FileExistsError: `path` is there and not `force`.
+        FileExistsError: `path` is there and not `force`, or is a device, a pipe or a socket.
         OSError: `path` cannot be created, or is a folder where a file is wanted, or the reverse.
     """
     check_free(path, folder=folder, force=force)
-    _remove_leftovers(path)
+    remove_leftovers(path)
     temporary = _beside(path)
     lock = None
     try:
@@ -45,7 +49,7 @@ def replacing(path: Path, *, folder: bool = False, force: bool = False) -> Itera
         except OSError as error:
             problem = f"must be in a folder that can be written to, got: {error.strerror}"
             raise OSError(error.errno, problem, str(path)) from error
-        with naming(path):
+        with naming(path, temporary):
             yield temporary
             _sync(temporary)
             check_free(path, folder=folder, force=force)
@@ -62,62 +66,80 @@ def replacing(path: Path, *, folder: bool = False, force: bool = False) -> Itera
             os.close(lock)
 
 
-def _lock(path: Path) -> int | None:
-    """Hold a file or folder until the descriptor is closed, by the end of the program at the latest.
+@contextmanager
+def naming(path: Path, temporary: Path | None = None) -> Iterator[None]:
+    """Give errors of reading or writing that name no file the name of `path`.
 
-    None where another program holds it, or where the file system has no locks.
+    Those that name the temporary, or what is in it, name what the user will find there.
     """
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
-    except OSError:
-        return None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        return None
-    return descriptor
-
-
-def _remove_leftovers(path: Path) -> None:
-    """Remove what a killed program left of an output at `path`: temporaries that nobody holds."""
-    form = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{8}}{re.escape(SUFFIX)}")
-    try:
-        left = [child for child in path.parent.iterdir() if form.fullmatch(child.name)]
-    except OSError:
-        return
-    for child in left:
-        lock = _lock(child)
-        if lock is not None:
-            remove(child)
-            os.close(lock)
+        yield
+    except OSError as error:
+        if error.errno is None:
+            raise
+        named = error.filename
+        # A copy that cannot be written names where it is read, and this second.
+        if error.filename2 is not None and error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+            named = error.filename2
+        if named is None:
+            found = path
+        elif temporary is not None and isinstance(named, (str, os.PathLike)):
+            inside = os.path.relpath(named, temporary)
+            if inside.split(os.sep)[0] == os.pardir:
+                raise
+            found = path if inside == os.curdir else path / inside
+        else:
+            raise
+        raise OSError(error.errno, error.strerror, str(found)) from error
 
 
 def check_free(path: Path, *, folder: bool = False, force: bool = False) -> None:
     """Refuse an output path that is taken, or that is of the wrong kind."""
     if not path.name:
         raise IsADirectoryError(errno.EISDIR, "must name a file or folder to create", str(path))
-    if not os.path.lexists(path):
+    try:
+        os.lstat(path)  # an error that the name is too long comes now, not after the work
+    except (FileNotFoundError, NotADirectoryError):
         return
-    if path.is_dir() and not folder:
+    kind = kind_of(path)
+    if kind in SPECIAL:
+        wanted = "folder" if folder else "file"
+        raise FileExistsError(errno.EEXIST, f"must be a {wanted}, got {kind}", str(path))
+    if kind == "a folder" and not folder:
         raise IsADirectoryError(errno.EISDIR, "must be a file, got a folder", str(path))
-    if folder and not path.is_dir():
-        raise NotADirectoryError(errno.ENOTDIR, "must be a folder, got a file", str(path))
+    if folder and kind != "a folder":
+        raise NotADirectoryError(errno.ENOTDIR, f"must be a folder, got {kind}", str(path))
     if not force:
         raise FileExistsError(
             errno.EEXIST, "exists already and is replaced only by force (--force)", str(path)
         )
 
 
-@contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Give errors of reading or writing that name no file the name of `path`."""
+SPECIAL = ("a pipe", "a socket", "a device")  # never read, never replaced
+
+
+def kind_of(path: Path) -> str:
+    """What lies at a path, links followed, as in "must be a file, got …"."""
     try:
-        yield
-    except OSError as error:
-        if error.filename is None and error.errno is not None:
-            raise OSError(error.errno, error.strerror, str(path)) from error
-        raise
+        mode = path.stat().st_mode
+    except OSError:
+        return "a link to nowhere" if path.is_symlink() else "nothing"
+    if stat.S_ISREG(mode) or stat.S_ISDIR(mode):
+        return "a file" if stat.S_ISREG(mode) else "a folder"
+    return "a pipe" if stat.S_ISFIFO(mode) else "a socket" if stat.S_ISSOCK(mode) else "a device"
+
+
+def check_readable(path: Path) -> None:
+    """Refuse what cannot be read as a file or folder; Python's own error where nothing is there."""
+    kind = kind_of(path)
+    if kind == "a link to nowhere":
+        where = os.readlink(path)
+        raise FileNotFoundError(
+            errno.ENOENT, f"must be a file or folder, got a link to nowhere ({where})", str(path)
+        )
+    if kind in SPECIAL:
+        raise OSError(errno.EINVAL, f"must be a file or folder, got {kind}", str(path))
+    path.stat()
 
 
 def open_safetensors(path: Path) -> Any:
@@ -127,6 +149,7 @@ def open_safetensors(path: Path) -> Any:
         OSError: there is no such file, or it cannot be read.
         ValueError: it is no safetensors file, or it is truncated or damaged.
     """
+    check_readable(path)
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, "must be a safetensors file, got a folder", str(path))
     with open(path, "rb"):
@@ -167,8 +190,60 @@ def save_safetensors(
         raise OSError(code, os.strerror(code) if found else str(error)) from error
 
 
+def remove(path: Path) -> None:
+    """Remove a file, a link or a folder, if that can be done; read-only folders inside, too."""
+    with suppress(OSError):
+        if path.is_dir() and not path.is_symlink():
+            for folder, _, _ in os.walk(path):
+                os.chmod(folder, 0o700)
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink()
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove what a killed program left of an output at `path`: temporaries that nobody holds."""
+    form = re.compile(rf"\.{re.escape(_stem(path))}\.[0-9a-f]{{8}}{re.escape(SUFFIX)}")
+    try:
+        left = [child for child in path.parent.iterdir() if form.fullmatch(child.name)]
+    except OSError:
+        return
+    for child in left:
+        lock = _lock(child)
+        if lock is not None:
+            remove(child)
+            os.close(lock)
+
+
+def _stem(path: Path) -> str:
+    name = os.fsencode(path.name)
+    return path.name if len(name) <= LONGEST else hashlib.sha256(name).hexdigest()[:32]
+
+
 def _beside(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{secrets.token_hex(4)}{SUFFIX}")
+    return path.parent / f".{_stem(path)}.{secrets.token_hex(4)}{SUFFIX}"
+
+
+def _lock(path: Path) -> int | None:
+    """Hold a file or folder until the descriptor is closed, by the end of the program at the latest.
+
+    None where another program holds it, or where the file system has no locks.
+    """
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK  # a pipe of that name is not waited for
+    try:
+        try:
+            descriptor = os.open(path, flags)
+        except PermissionError:  # it may be ours nevertheless: a folder is copied with its rights
+            os.chmod(path, 0o700, follow_symlinks=False)
+            descriptor = os.open(path, flags)
+    except (OSError, NotImplementedError):
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
 
 
 def _exchange(new: Path, path: Path) -> None:
@@ -182,15 +257,6 @@ def _exchange(new: Path, path: Path) -> None:
             os.rename(old, path)
         raise
     remove(old)
-
-
-def remove(path: Path) -> None:
-    """Remove a file, a link or a folder, if that can be done."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        with suppress(OSError):
-            path.unlink()
 
 
 def _sync(path: Path) -> None:

@@ -81,6 +81,32 @@ def _(weights: _Tensors, layers: _Ints, modules: _Ints, keep: _Ints) -> tuple[li
     return _like(weights, torch.bool), torch.empty(len(keep), dtype=torch.float64, device=device)
 
 
+def check_out(weights: _Tensors, out: _Tensors, dtype: torch.dtype) -> list[Tensor]:
+    """Return `out` where it serves for results of this dtype that are otherwise like the weights."""
+    _check(weights, out=out)
+    for i, (w, o) in enumerate(zip(weights, out, strict=True)):
+        if o.dtype != dtype:
+            wanted, got = (str(d).removeprefix("torch.") for d in (dtype, o.dtype))
+            raise RuntimeError(f"out[{i}] must be {wanted}, got {got}")
+        if o.device != w.device:
+            raise RuntimeError(f"out[{i}] must be on {w.device} like weights[{i}], got {o.device}")
+        if o.shape != w.shape:
+            raise RuntimeError(f"out[{i}] must have the shape of weights[{i}]")
+    return list(out)
+
+
+@torch.library.register_fake("dimap::score.out")
+def _(weights: _Tensors, layers: _Ints, *, out: _Tensors) -> None:
+    _check(weights, layers=layers)
+    check_out(weights, out, torch.float32)
+
+
+@torch.library.register_fake("dimap::select.out")
+def _(weights: _Tensors, layers: _Ints, modules: _Ints, keep: _Ints, *, out: _Tensors) -> None:
+    _check(weights, layers=layers, modules=modules)
+    check_out(weights, out, torch.bool)
+
+
 @torch.library.register_fake("dimap::prune_")
 def _(weights: _Tensors, layers: _Ints, modules: _Ints, keep: _Ints) -> None:
     _check(weights, layers=layers, modules=modules)
@@ -132,19 +158,44 @@ def _refuse_gradient(ctx: object, *gradients: object) -> None:
 
 torch.library.register_autograd("dimap::score", _refuse_gradient)
 
-_IN_PLACE = torch.library.Library("dimap", "IMPL")
+_IMPLEMENTATIONS = torch.library.Library("dimap", "IMPL")
 
 
-def _count_writes(name: str) -> None:
-    """Let autograd know that the operator writes its weights, as it knows of torch's operators."""
-    operator = getattr(torch.ops.dimap, name).default
-
-    def kernel(keys: torch._C.DispatchKeySet, weights: _Tensors, *rest: object) -> None:
-        torch.autograd.graph.increment_version(weights)
-        operator.redispatch(keys & torch._C._after_ADInplaceOrView_keyset, weights, *rest)
-
-    _IN_PLACE.impl(name, kernel, "ADInplaceOrView", with_keyset=True)
+def _score_out(weights: _Tensors, layers: _Ints, *, out: _Tensors) -> None:
+    check_out(weights, out, torch.float32)
+    for o, scores in zip(out, torch.ops.dimap.score(weights, layers), strict=True):
+        o.copy_(scores)
 
 
-_count_writes("prune_")
-_count_writes("apply_")
+def _select_out(
+    weights: _Tensors, layers: _Ints, modules: _Ints, keep: _Ints, *, out: _Tensors
+) -> None:
+    check_out(weights, out, torch.bool)
+    for o, mask in zip(out, torch.ops.dimap.select(weights, layers, modules, keep), strict=True):
+        o.copy_(mask)
+
+
+# For backends that have no kernel of their own to write outputs that are at hand.
+_IMPLEMENTATIONS.impl("score.out", _score_out, "CompositeExplicitAutograd")
+_IMPLEMENTATIONS.impl("select.out", _select_out, "CompositeExplicitAutograd")
+
+
+def _count_writes(name: str, overload: str, written: str) -> None:
+    """Let autograd know that the operator writes tensors, as it knows of torch's operators."""
+    operator = getattr(getattr(torch.ops.dimap, name), overload)
+
+    def kernel(
+        keys: torch._C.DispatchKeySet, weights: _Tensors, *rest: object, **named: _Tensors
+    ) -> None:
+        torch.autograd.graph.increment_version(named.get(written, weights))
+        after = keys & torch._C._after_ADInplaceOrView_keyset
+        operator.redispatch(after, weights, *rest, **named)
+
+    full = name if overload == "default" else f"{name}.{overload}"
+    _IMPLEMENTATIONS.impl(full, kernel, "ADInplaceOrView", with_keyset=True)
+
+
+_count_writes("prune_", "default", "weights")
+_count_writes("apply_", "default", "weights")
+_count_writes("score", "out", "out")
+_count_writes("select", "out", "out")

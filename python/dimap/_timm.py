@@ -6,6 +6,7 @@ import difflib
 import importlib
 import json
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -24,7 +25,7 @@ def create(name: str, *, pretrained: bool) -> nn.Module:
     timm = _import()
     _check_known(timm, name)
     if not pretrained:
-        return _seeded(0, lambda: timm.create_model(name))
+        return seeded(0, lambda: timm.create_model(name))
     try:
         return cast("nn.Module", timm.create_model(name, pretrained=True))
     except Exception as error:  # the hub's client has its own kinds; timm raises RuntimeError
@@ -69,7 +70,7 @@ def with_all_weights(
     Raises as `with_weights`, and ValueError where `state` lacks a tensor of the model.
     """
     config = _with_classes(architecture, config, state)
-    model = _seeded(seed, lambda: _build(architecture, config)).float()
+    model = seeded(seed, lambda: _build(architecture, config)).float()
     wanted = model.state_dict()
     claim = f"{name} must hold the weights of timm's {architecture}"
     _check_fit(claim, wanted, state, [*wanted, *state])
@@ -88,7 +89,7 @@ def _check_fit(
             raise ValueError(f"{claim}, which has {want} for {name}, got {have}")
 
 
-def _seeded(seed: int, build: Any) -> nn.Module:
+def seeded(seed: int, build: Any) -> nn.Module:
     """What `build` gives with this seed; the seed of the program stays as it is."""
     import torch
 
@@ -107,13 +108,12 @@ def _skeleton(architecture: str, config: Mapping[str, Any]) -> nn.Module:
 
 def _build(architecture: str, config: Mapping[str, Any]) -> nn.Module:
     timm = _import()
-    build = _class(architecture)
+    build: Any = _class(architecture)
     if build is None:
         _check_known(timm, architecture)
+        build = partial(timm.create_model, architecture)
     try:
-        if build is None:
-            return cast("nn.Module", timm.create_model(architecture, **config))
-        return build(**config)
+        return cast("nn.Module", build(**config))
     except Exception as error:
         raise ValueError(
             f"timm must be able to build {architecture} with {dict(config)}, got: {error}"
@@ -181,9 +181,14 @@ def _import() -> Any:
 def _check_known(timm: Any, name: str) -> None:
     if timm.is_model(name.split(".")[0]):
         return
-    near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=3, cutoff=0.5)
-    hint = f"; near it are {', '.join(near)}" if near else ""
+    hint = near(name.split(".")[0], timm.list_models())
     raise ValueError(f"timm must know the model, got {name!r}{hint}")
+
+
+def near(name: str, known: Iterable[str]) -> str:
+    """What an error of an unknown name ends with: the known ones that look like it, if there are."""
+    found = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
+    return f"; near it are {', '.join(found)}" if found else ""
 
 
 def _object(text: str) -> dict[str, Any]:

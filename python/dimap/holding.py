@@ -12,7 +12,8 @@ the dense model's names, and copies, exports, compiled and distributed models ar
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from types import MappingProxyType, TracebackType
+from contextlib import AbstractContextManager
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -20,16 +21,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from . import ops
+from .groups.known import bare
 
-# What wrappers put into the names of the parameters they wrap.
-WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
 # What the operators take; other types go through PyTorch.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Where optimizers that wrap another one keep it: timm's Lookahead, accelerate, ZeroRedundancy.
 WRAPPED = ("_base_optimizer", "optimizer", "optim")
 
 
-class Holding:
+class Holding(AbstractContextManager["Holding"]):
     """What `hold_masks` returns; a context manager that lets go of the masks at its end."""
 
     def __init__(
@@ -90,15 +90,7 @@ class Holding:
             handle.remove()
         self._handles.clear()
 
-    def __enter__(self) -> Holding:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.remove()
 
     def _pairs(self, parameters: Iterable[nn.Parameter]) -> list[tuple[nn.Parameter, Tensor]]:
@@ -123,7 +115,8 @@ def hold_masks(
     """Keep the weights that `masks` drop at exactly +0 after every step of `optimizer`.
 
     model: the model that is trained, plain, compiled or in DistributedDataParallel.
-    masks: parameter name (of the plain model) -> bool tensor of its shape, True = kept.
+    masks: parameter name -> bool tensor of its shape, True = kept; the name may be of another
+        spelling of the model, as in `dimap.apply_masks`.
     optimizer: one, or several that share the model. Any whose steps run hooks, as all of
         torch.optim and timm.optim do; fused, foreach, within GradScaler.
     gradients: also zero the gradients of pruned weights before each step, so that the optimizer's
@@ -140,7 +133,7 @@ def hold_masks(
     different masks, and where no optimizer has a masked parameter that is trained. All is checked
     before anything is changed.
     """
-    from .masks import check_masks
+    from .masks import fit_masks
 
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
@@ -151,8 +144,9 @@ def hold_masks(
         raise TypeError(f"optimizer must be a torch Optimizer, got {type(optimizer).__name__}")
     for each in optimizers:
         _chain(each)
-    parameters = _parameters(model)
-    check_masks(masks, parameters)
+    named = unwrap(model).named_parameters(remove_duplicate=False)
+    parameters = {bare(name): parameter for name, parameter in named}
+    masks = fit_masks(masks, parameters)
     seen: dict[nn.Parameter, str] = {}
     for name, mask in masks.items():
         first = seen.setdefault(parameters[name], name)
@@ -168,22 +162,15 @@ def hold_masks(
     return Holding(parameters, masks, optimizers, gradients=gradients)
 
 
-def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters under the names that the plain model gives them."""
-    data_parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+def unwrap(model: nn.Module) -> nn.Module:
+    """The plain model in one that is compiled or data-parallel."""
     while True:
-        if isinstance(model, data_parallel):
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             model = model.module
         elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
             model = inner
         else:
-            break
-    parameters = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        for wrapper in WRAPPERS:
-            name = name.replace(wrapper, "")
-        parameters[name] = parameter
-    return parameters
+            return model
 
 
 def _chain(optimizer: Optimizer) -> list[Optimizer]:

@@ -8,7 +8,12 @@ the last byte are 0. The file's metadata hold
     "dimap_masks"   "1", the format's version
     "shapes"        JSON object, parameter name -> list of sizes, in the order of the masks
 
-and whatever else the writer added. A reader refuses a version that it does not know.
+and whatever else the writer added; of masks that dimap made
+
+    "addresses"     JSON object, parameter name -> [module, stage, block, place], null for none: where
+                    the layer stands in the network, whatever another library calls it
+
+A reader refuses a version that it does not know.
 """
 
 from __future__ import annotations
@@ -27,7 +32,8 @@ from torch import Tensor, nn
 
 from . import _C
 from ._files import open_safetensors, replacing, save_safetensors
-from .distributed._sharded import check_whole
+from .distributed import check_whole
+from .groups.identity import Address, same_weights
 
 VERSION = "1"
 _VERSION_KEY, _SHAPES_KEY = "dimap_masks", "shapes"
@@ -69,11 +75,11 @@ def load_masks(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     or is of a version that this dimap does not know.
     """
     with open_masks(path) as masks:
-        return dict(masks)
+        return Masks(masks, masks.addresses)
 
 
 @contextmanager
-def open_masks(path: str | os.PathLike[str]) -> Iterator[Mapping[str, Tensor]]:
+def open_masks(path: str | os.PathLike[str]) -> Iterator[MaskFile]:
     """`load_masks` for files larger than memory: each mask is read when it is asked for.
 
     Raises as `load_masks`; what is wrong with one mask, when that one is read.
@@ -90,12 +96,29 @@ def open_masks(path: str | os.PathLike[str]) -> Iterator[Mapping[str, Tensor]]:
             raise ValueError(
                 f"{path} must have one shape for each mask, got a mismatch at {odd[0]}"
             )
-        yield _MaskFile(path, file, shapes)
+        yield MaskFile(path, file, shapes, _addresses(path, metadata.get("addresses", "{}")))
 
 
-class _MaskFile(Mapping[str, Tensor]):
-    def __init__(self, path: Path, file: Any, shapes: Mapping[str, list[int]]) -> None:
+class Masks(dict[str, Tensor]):
+    """Masks by parameter name, with the address of each in the network where it is known."""
+
+    def __init__(self, masks: Mapping[str, Tensor], addresses: Mapping[str, Address]) -> None:
+        super().__init__(masks)
+        self.addresses = dict(addresses)
+
+
+class MaskFile(Mapping[str, Tensor]):
+    """Masks that are read from a file when they are asked for; addresses as in `Masks`."""
+
+    def __init__(
+        self,
+        path: Path,
+        file: Any,
+        shapes: Mapping[str, list[int]],
+        addresses: Mapping[str, Address],
+    ) -> None:
         self._path, self._file, self._shapes = path, file, shapes
+        self.addresses = addresses
 
     def __getitem__(self, name: str) -> Tensor:
         shape = self._shapes[name]
@@ -112,45 +135,62 @@ def apply_masks(model: nn.Module | Mapping[str, Tensor], masks: Mapping[str, Ten
     """Set the weights that `masks` drop to zero, in place; what has no mask stays as it is.
 
     model: an nn.Module, or a state dict.
-    masks: parameter name -> bool tensor of the parameter's shape, True = kept.
+    masks: parameter name -> bool tensor of the parameter's shape, True = kept. The names may be
+        those of another spelling of the model, see `fit_masks`.
 
     Raises TypeError for wrong types; ValueError where a mask names no parameter of the model or has
     another shape. All of them are checked before anything is changed.
     """
-    if isinstance(model, nn.Module):
-        weights: Mapping[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
-    elif isinstance(model, Mapping):
-        weights = model
-    else:
+    if not isinstance(model, (nn.Module, Mapping)):
         raise TypeError(
             f"model must be an nn.Module or a mapping of names to tensors, got {_kind(model)}"
         )
-    check_masks(masks, weights)
+    weights: Mapping[str, Tensor] = (
+        model
+        if isinstance(model, Mapping)
+        else dict(model.named_parameters(remove_duplicate=False))
+    )
+    fitted = fit_masks(masks, weights)
     with torch.no_grad():
-        for name, mask in masks.items():
+        for name, mask in fitted.items():
             weights[name].masked_fill_(~mask.to(weights[name].device), 0)
 
 
-def check_masks(masks: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
-    """Check that masks fit the weights: names, types and shapes; nothing is changed.
+def fit_masks(masks: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The masks under the names of `weights`, checked to fit them; nothing is changed.
+
+    masks: under any spelling of the same model: with or without what torch.compile, DataParallel,
+        FSDP or activation checkpointing put into names, behind another prefix, or as another
+        library or its files call them, fused or split (qkv; q, k, v: rows of the fused mask).
 
     Raises as `apply_masks`.
     """
     _check_masks(masks)
-    if missing := [name for name in masks if name not in weights]:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise ValueError(
-            f"model must have every masked parameter, got none called {missing[0]}{more}"
-        )
-    for name, mask in masks.items():
-        weight = weights[name]
-        if not isinstance(weight, Tensor):
+    for name, weight in weights.items():
+        if name in masks and not isinstance(weight, Tensor):
             raise TypeError(f"{name} of the model must be a tensor, got {_kind(weight)}")
-        if weight.shape != mask.shape:
-            want, got = tuple(weight.shape), tuple(mask.shape)
-            raise ValueError(f"the mask of {name} must have the weight's shape {want}, got {got}")
-        if weight.is_meta:
+    shapes = {name: tuple(mask.shape) for name, mask in masks.items()}
+    wanted = {name: tuple(w.shape) for name, w in weights.items() if isinstance(w, Tensor)}
+    fitted: dict[str, Tensor] = {}
+    for given, names in same_weights(shapes, wanted, getattr(masks, "addresses", None)):
+        mask = masks[given[0]] if len(given) == 1 else torch.cat([masks[name] for name in given])
+        rows = [wanted[name][0] for name in names] if len(names) > 1 else []
+        whole = (sum(rows), *wanted[names[0]][1:]) if rows else wanted[names[0]]
+        if (
+            mask.ndim != len(whole)
+            and mask.shape[-1:] == whole[-1:]
+            and mask.numel() == math.prod(whole)
+        ):
+            mask = mask.reshape(whole)  # experts stacked in one tensor, or one below the other
+        if tuple(mask.shape) != whole:
+            got = tuple(mask.shape)
+            where = f"the mask of {' and '.join(given)}"
+            raise ValueError(f"{where} must have the weight's shape {whole}, got {got}")
+        fitted |= zip(names, mask.split(rows) if rows else [mask], strict=True)
+    for name in fitted:
+        if weights[name].is_meta:
             raise ValueError(f"{name} must hold weights to prune, got a tensor on the meta device")
+    return fitted
 
 
 def _check_masks(masks: Mapping[str, Tensor]) -> None:
@@ -189,13 +229,17 @@ def _unpack(path: Path, name: str, packed: Tensor, shape: list[int]) -> Tensor:
 
 
 def _shapes(path: Path, text: str) -> dict[str, list[int]]:
+    from pydantic import NonNegativeInt, TypeAdapter
+
     try:
-        shapes = json.loads(text)
+        return TypeAdapter(dict[str, list[NonNegativeInt]]).validate_json(text, strict=True)
     except ValueError:
-        shapes = None
-    if not isinstance(shapes, dict) or not all(
-        isinstance(shape, list) and all(type(n) is int and n >= 0 for n in shape)
-        for shape in shapes.values()
-    ):
-        raise ValueError(f"{path} must hold the shapes of its masks as JSON, got {text[:80]!r}")
-    return shapes
+        got = repr(text[:80])
+        raise ValueError(f"{path} must hold the shapes of its masks as JSON, got {got}") from None
+
+
+def _addresses(path: Path, text: str) -> dict[str, Address]:
+    try:
+        return {name: Address(*place) for name, place in json.loads(text).items()}
+    except (ValueError, TypeError, AttributeError):
+        raise ValueError(f"{path} must hold addresses as JSON, got {text[:80]!r}") from None

@@ -27,7 +27,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import _library  # noqa: F401  (loads the operators)
+from . import _library
 
 __all__ = [
     "apply_",
@@ -44,31 +44,61 @@ __all__ = [
 ]
 
 
-def score(weights: Sequence[Tensor], layers: Sequence[int]) -> list[Tensor]:
+def score(
+    weights: Sequence[Tensor], layers: Sequence[int], *, out: Sequence[Tensor] | None = None
+) -> list[Tensor]:
     """Return every weight's score.
 
     Returns float32 tensors with the shapes of `weights`: within 1 ulp of score64 rounded to
     float32, and the same in every run on the same device. Zero weights score 0, the largest
     magnitude of a layer 1.
+
+    out: tensors to write and return instead of new ones, for callers who score again and again:
+    float32, contiguous, of the weights' shapes and device, sharing no memory with them or each
+    other. After an error it is undefined what is in them.
     """
     if not weights:
-        return []
+        return _library.check_out(weights, out or (), torch.float32)
     with torch.no_grad():
-        scores: list[Tensor] = torch.ops.dimap.score(weights, layers)
-    if _looks(weights) and any(s.numel() and bool(s.flatten()[0].isnan()) for s in scores):
+        if out is None:
+            scores: list[Tensor] = torch.ops.dimap.score(weights, layers)
+        else:
+            scores = list(out)
+            torch.ops.dimap.score.out(weights, layers, out=scores)
+    if (
+        weights
+        and _looks(weights)
+        and any(s.numel() and bool(s.flatten()[0].isnan()) for s in scores)
+    ):
         _raise_non_finite(weights)
     return scores
 
 
 def select(
-    weights: Sequence[Tensor], layers: Sequence[int], modules: Sequence[int], keep: Sequence[int]
+    weights: Sequence[Tensor],
+    layers: Sequence[int],
+    modules: Sequence[int],
+    keep: Sequence[int],
+    *,
+    out: Sequence[Tensor] | None = None,
 ) -> list[Tensor]:
     """Return bool masks, True where a weight is kept.
 
     Exactly ``keep[m]`` weights of module ``m`` are kept: those of highest score64. Ties go to the
     tensor earlier in the list, then to the lower flat index. Bit-identical on every backend.
+
+    out: tensors to write and return instead of new ones, as in `score`, but bool.
     """
-    return select_cuts(weights, layers, modules, keep)[0]
+    if out is None:
+        return select_cuts(weights, layers, modules, keep)[0]
+    if weights and not _looks(weights):
+        torch.ops.dimap.select.out(weights, layers, modules, keep, out=out)
+        return list(out)
+    # A device is asked how it went before anything is written.
+    masks = _library.check_out(weights, out, torch.bool)
+    for mask, found in zip(masks, select_cuts(weights, layers, modules, keep)[0], strict=True):
+        mask.copy_(found)
+    return masks
 
 
 def select_cuts(

@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .groups import AUX, Patterns, find_modules
+from .groups import Choice, Model, Patterns, shapes_of, wholes
+from .groups.plan import Plan, parameters_of
 
 Loss: TypeAlias = Callable[[Any, Any], Tensor]
 Batches: TypeAlias = Iterable[tuple[Any, Any]]
@@ -25,9 +26,7 @@ Batches: TypeAlias = Iterable[tuple[Any, Any]]
 __all__ = ["Batches", "Loss", "magnitude", "random", "snip", "taylor"]
 
 
-def magnitude(
-    model: nn.Module | Mapping[str, Tensor], *, patterns: Patterns | None = None
-) -> dict[str, Tensor]:
+def magnitude(model: Model, *, patterns: Patterns | Choice | None = None) -> dict[str, Tensor]:
     """The magnitudes of the weights, |w|: what `dimap.select` ranks by where no saliency is given.
 
     model, patterns: as in `dimap.find_modules`.
@@ -36,7 +35,7 @@ def magnitude(
 
 
 def random(
-    model: nn.Module | Mapping[str, Tensor], seed: int = 0, *, patterns: Patterns | None = None
+    model: Model, seed: int = 0, *, patterns: Patterns | Choice | None = None
 ) -> dict[str, Tensor]:
     """Uniform random numbers in [0, 1), the same for the same seed and shapes on every device.
 
@@ -54,7 +53,7 @@ def taylor(
     data: Batches,
     loss: Loss | None = None,
     *,
-    patterns: Patterns | None = None,
+    patterns: Patterns | Choice | None = None,
 ) -> dict[str, Tensor]:
     """First-order change of the loss when a weight is removed, |w · ∂L/∂w|, averaged over batches.
 
@@ -69,13 +68,9 @@ def taylor(
     Source: Molchanov et al., "Importance estimation for neural network pruning", CVPR 2019, for
     single weights, with the absolute value in place of the square.
     """
-    weights = _of_module(model, patterns)
-    sums = {name: torch.zeros(w.shape, device=w.device) for name, w in weights.items()}
-    count = 0
-    for gradients in _gradients(model, weights, data, loss):
-        count += 1
-        for name, gradient in gradients.items():
-            sums[name] += (weights[name].detach().float() * gradient).abs_()
+    _, sums, count = _sum_over_batches(
+        model, data, loss, patterns, lambda w, gradient: (w * gradient).abs_()
+    )
     return {name: total.div_(count) for name, total in sums.items()}
 
 
@@ -84,7 +79,7 @@ def snip(
     data: Batches,
     loss: Loss | None = None,
     *,
-    patterns: Patterns | None = None,
+    patterns: Patterns | Choice | None = None,
 ) -> dict[str, Tensor]:
     """Connection sensitivity |g| / Σ|g|, where g = ∂L/∂c = w · ∂L/∂w for a factor c = 1 on a weight.
 
@@ -96,11 +91,7 @@ def snip(
 
     Source: Lee et al., "SNIP: single-shot network pruning based on connection sensitivity", ICLR 2019.
     """
-    weights = _of_module(model, patterns)
-    sums = {name: torch.zeros(w.shape, device=w.device) for name, w in weights.items()}
-    for gradients in _gradients(model, weights, data, loss):
-        for name, gradient in gradients.items():
-            sums[name] += gradient
+    weights, sums, _ = _sum_over_batches(model, data, loss, patterns, lambda _, gradient: gradient)
     for name, total in sums.items():
         total.mul_(weights[name].detach()).abs_()
     whole = sum(float(total.sum(dtype=torch.float64)) for total in sums.values())
@@ -108,25 +99,40 @@ def snip(
     return {n: (t.double() / whole).float() if whole else t for n, t in sums.items()}
 
 
-def _gradients(
-    model: nn.Module, weights: Mapping[str, Tensor], data: Batches, loss: Loss | None
-) -> Iterator[dict[str, Tensor]]:
-    """The gradients of each batch's loss, float32; of weights that it does not depend on, none."""
+def _sum_over_batches(
+    model: nn.Module,
+    data: Batches,
+    loss: Loss | None,
+    patterns: Patterns | Choice | None,
+    term: Callable[[Tensor, Tensor], Tensor],
+) -> tuple[dict[str, Tensor], dict[str, Tensor], int]:
+    """The weights; the sums of `term` of weights and gradients, float32; the number of batches.
+
+    A batch adds nothing to weights that its loss does not depend on.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model must be an nn.Module, to have gradients, got {type(model).__name__}"
+        )
+    weights = _prunable(model, patterns)
+    sums = {name: torch.zeros(w.shape, device=w.device) for name, w in weights.items()}
     device = next(iter(weights.values())).device
+    count = 0
     with _evaluating(model, weights):
-        some = False
         for inputs, targets in data:
-            some = True
+            count += 1
             with torch.enable_grad():
                 value = (loss or F.cross_entropy)(model(_to(inputs, device)), _to(targets, device))
                 if not isinstance(value, Tensor) or value.numel() != 1:
                     got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
                     raise ValueError(f"loss must give a scalar tensor, got {got}")
                 found = torch.autograd.grad(value.sum(), list(weights.values()), allow_unused=True)
-            pairs = zip(weights, found, strict=True)
-            yield {name: g.detach().float() for name, g in pairs if g is not None}
-        if not some:
-            raise ValueError("data must hold at least one batch, got none")
+            for (name, weight), gradient in zip(weights.items(), found, strict=True):
+                if gradient is not None:
+                    sums[name] += term(weight.detach().float(), gradient.detach().float())
+    if not count:
+        raise ValueError("data must hold at least one batch, got none")
+    return weights, sums, count
 
 
 @contextmanager
@@ -150,19 +156,7 @@ def _to(value: Any, device: torch.device) -> Any:
     return value.to(device) if isinstance(value, Tensor) else value
 
 
-def _of_module(model: object, patterns: Patterns | None) -> dict[str, Tensor]:
-    if not isinstance(model, nn.Module):
-        kind = type(model).__name__
-        raise TypeError(f"model must be an nn.Module, to have gradients, got {kind}")
-    return _prunable(model, patterns)
-
-
-def _prunable(
-    model: nn.Module | Mapping[str, Tensor], patterns: Patterns | None
-) -> dict[str, Tensor]:
-    modules = find_modules(model, patterns)
-    tensors = dict(model.named_parameters()) if isinstance(model, nn.Module) else model
-    layers = [layer for module, found in modules.items() if module != AUX for layer in found]
-    if not layers:
-        raise ValueError("the model must have a module to prune, got only 'aux'")
-    return {name: tensors[name] for layer in layers for name in layer.parameters}
+def _prunable(model: Model, patterns: Patterns | Choice | None) -> dict[str, Tensor]:
+    names = Plan.of_shapes(shapes_of(model), "layer", "layer", patterns).names
+    tensors = parameters_of(model)
+    return {name: tensors[name] for name in wholes(names)}

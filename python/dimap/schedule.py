@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .holding import Holding, hold_masks
+from .groups import choose
+from .holding import Holding, hold_masks, unwrap
 from .methods import METHODS, Method
 from .pruning import select
 from .saliency import magnitude
@@ -74,7 +75,7 @@ class GradualPruning:
     options: `method`, `scope`, `normalize`, `data`, … of `dimap.select`. `data` is read at every
         pruning: a list, not a generator.
 
-    What is pruned stays pruned. The model is the plain one: wrap or compile it for training only.
+    What is pruned stays pruned. A compiled or data-parallel model is pruned as the plain one in it.
     """
 
     def __init__(
@@ -83,7 +84,9 @@ class GradualPruning:
         self.schedule = schedule
         self.steps = 0  # so far
         self.sparsity = 0.0  # now
-        self._model, self._optimizer, self._options = model, optimizer, options
+        given = {name: options.pop(name, None) for name in ("patterns", "family", "ignore")}
+        options["patterns"] = choose(**given)
+        self._model, self._optimizer, self._options = unwrap(model), optimizer, options
         self._holding: Holding | None = None
         if schedule.due(0):
             self.prune(schedule.sparsity(0))

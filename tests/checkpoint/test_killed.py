@@ -19,7 +19,6 @@ import json, os, shutil, signal, sys, threading
 from pathlib import Path
 
 import torch
-from dimap.checkpoint import open_checkpoint
 from dimap.stream import prune_checkpoint
 
 source, old = Path(sys.argv[1]), sys.argv[2] == "old"
@@ -49,10 +48,7 @@ def prune(moment):
             setattr(os, name, counted(getattr(os, name)))
         try:
             if source.suffix == ".pth":
-                with open_checkpoint(source) as checkpoint:
-                    with checkpoint.create(out, force=True) as written:
-                        for name in written.names:
-                            written.put(name, checkpoint.get(name) * 0)
+                prune_checkpoint(source, out, 0.55, force=True)
             else:
                 prune_checkpoint(source, out, 0.55, masks=masks, force=True)
             os.write(writer, str(count).encode())

@@ -79,7 +79,7 @@ def test_refused(name):
 @pytest.mark.parametrize("head", [b"", b"\0" * 8, b"\xff" * 8, (10**8 + 1).to_bytes(8, "little")])
 def test_a_length_that_cannot_be(tmp_path, head):
     (tmp_path / "x.safetensors").write_bytes(head + b"{}")
-    with pytest.raises(ValueError, match="must be a safetensors file"):
+    with pytest.raises(ValueError, match="must be a complete safetensors file"):
         read_header(tmp_path / "x.safetensors")
 
 

@@ -12,9 +12,9 @@ import torch
 from checkpoints import shards, vit
 from dimap.bitmask import expand
 from dimap.checkpoint import open_checkpoint
-from dimap.checkpoint._inspect import inspect
 from dimap.checkpoint.base import Silent
 from dimap.checkpoint.header import DTYPES, dtype_of
+from dimap.checkpoint.inspect import inspect
 from dimap.stream import prune_checkpoint
 from safetensors.torch import load_file, save_file
 
@@ -24,14 +24,12 @@ from pathlib import Path
 import dimap
 from dimap.bitmask import expand
 from dimap.checkpoint import open_checkpoint
-from dimap.checkpoint._inspect import inspect
-from dimap.checkpoint._prune_file import prune_file
+from dimap.checkpoint.inspect import inspect
 from dimap.checkpoint.base import Silent
+from dimap.stream import prune_checkpoint
 source, home = sys.argv[1], Path(sys.argv[2])
-with open_checkpoint(source) as checkpoint:
-    prune_file(checkpoint, home / "packed", 0.55, {}, scope="module", normalize="layer",
-               masks=home / "masks", report=home / "report.json", bitmask=True, force=False,
-               timm_model=None, input_size=None)
+prune_checkpoint(source, home / "packed", 0.55, masks=home / "masks", report=home / "report.json",
+                 bitmask=True)
 expand(home / "packed", home / "dense")
 with open_checkpoint(home / "dense") as checkpoint:
     print(inspect(checkpoint, Silent()).total.nonzero)

@@ -23,7 +23,7 @@ from checkpoints import load_folder, shards, vit
 from dimap.checkpoint import manifest
 from dimap.checkpoint.inputs import find_inputs
 from dimap.checkpoint.manifest import NAME, Manifest
-from dimap.checkpoint.many import Job, Settings
+from dimap.checkpoint.many import Job
 from dimap.checkpoint.workers import prune_all
 from dimap.cli import app
 from safetensors.torch import load_file, save_file
@@ -113,6 +113,21 @@ def test_masks_and_reports_have_folders(run):
     os.remove("m/llm.safetensors")
     run("a.safetensors", "llm", "--masks", "m")
     assert same(dimap.load_masks("m/llm.safetensors"), masks)
+
+
+def test_notes_are_told_and_told_again(run, here, capsys):
+    save_file(vit(), here / "llm" / "last.safetensors")
+    torch.save({"model": vit(), "ema": vit(seed=2)}, "b.pth")
+    for _ in range(2):
+        told, _ = run(*ALL)
+        assert [one["notes"] for one in told["checkpoints"]] == [
+            [],
+            ["'ema', a copy of these weights, is given the same masks"],
+            ["last.safetensors is kept as it is: its weights are not pruned"],
+        ]
+    with pytest.raises(SystemExit):
+        app(["prune", *ALL, "--out-dir", "out", "-s", "0.5"])
+    assert "llm: last.safetensors is kept as it is" in capsys.readouterr().out
 
 
 def names(*arguments, out="out"):
@@ -252,7 +267,7 @@ def test_the_disk_is_full_for_one(run, here):
 def test_input_that_changes_while_it_is_read(run, here, monkeypatch):
     from dimap.checkpoint import many
 
-    original = many.prune_file
+    original = many.prune_checkpoint
 
     def changing(*arguments, **options):
         found = original(*arguments, **options)
@@ -260,7 +275,7 @@ def test_input_that_changes_while_it_is_read(run, here, monkeypatch):
         return found
 
     with monkeypatch.context() as patch:
-        patch.setattr(many, "prune_file", changing)
+        patch.setattr(many, "prune_checkpoint", changing)
         _, err = run("a.safetensors", code=1)
     assert "a.safetensors must not change while it is read" in err
     assert os.listdir("out") == [NAME]
@@ -444,7 +459,26 @@ def test_killed_and_continued(run, moment):
     assert sorted(os.listdir("out")) == sorted([*ALL, NAME])
 
 
-WAITING = "waiting.safetensors"  # a pipe that nobody writes to
+WAITING = "waiting.safetensors"
+HANGS = """
+import builtins, os, time
+whole = builtins.open
+def slow(file, *arguments, **options):
+    if str(file).endswith("waiting.safetensors"):
+        time.sleep(3600)
+    return whole(file, *arguments, **options)
+builtins.open = slow
+"""
+
+
+@pytest.fixture
+def hangs(here, tmp_path_factory, monkeypatch):
+    """Every process that is started hangs where it reads files of this name."""
+    folder = tmp_path_factory.mktemp("site")
+    (folder / "sitecustomize.py").write_text(HANGS)
+    path = os.environ.get("PYTHONPATH")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(folder), path])))
+    save_file(vit(seed=4), WAITING)
 
 
 def wait_for(condition, process=None, seconds=180):
@@ -461,12 +495,11 @@ def begun(name, folder="out"):
 
 
 @linux
-def test_several_at_a_time_and_one_process_is_killed(run, here):
+def test_several_at_a_time_and_one_process_is_killed(run, hangs):
     """As the system does where memory runs out: it costs one checkpoint."""
-    os.mkfifo(WAITING)
     items = find_inputs([WAITING, *ALL], Path("out"))
     os.mkdir("out")
-    job = Job(Path("out"), Settings(0.5, {}, "module", "layer"))
+    job = Job(Path("out"), {"sparsity": 0.5, "scope": "module", "normalize": "layer"})
 
     outcomes = {}
     for outcome in prune_all(job, iter([(item, None) for item in items]), 2):
@@ -485,8 +518,7 @@ def test_several_at_a_time_and_one_process_is_killed(run, here):
 
 @linux
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=["ctrl-c", "killed"])
-def test_no_process_outlives_the_command(here, number):
-    os.mkfifo(WAITING)
+def test_no_process_outlives_the_command(hangs, number):
     code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
     code += "from dimap.cli import main\nif __name__ == '__main__': main()"
     command = [sys.executable, "-c", code, "prune", WAITING, "a.safetensors", "--out-dir", "out"]
@@ -538,13 +570,12 @@ def test_torchrun_shares_the_checkpoints(run, here):
 
 
 @linux
-def test_a_rank_that_dies_ends_the_others(here):
-    os.mkfifo(WAITING)
-    os.mkfifo("more.safetensors")  # one for each rank
+def test_a_rank_that_dies_ends_the_others(here, hangs):
+    save_file(vit(seed=4), "more-waiting.safetensors")  # one for each rank
 
     def kill():
         wait_for(begun(WAITING))
-        wait_for(begun("more.safetensors"))
+        wait_for(begun("more-waiting.safetensors"))
         for pid in filter(str.isdecimal, os.listdir("/proc")):
             try:
                 environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
@@ -556,7 +587,7 @@ def test_a_rank_that_dies_ends_the_others(here):
 
     killer = threading.Thread(target=kill)
     killer.start()
-    ended = torchrun(WAITING, "more.safetensors")
+    ended = torchrun(WAITING, "more-waiting.safetensors")
     killer.join()
     assert ended.returncode != 0
     assert os.listdir("out") == [NAME]

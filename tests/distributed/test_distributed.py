@@ -95,7 +95,7 @@ def prune_on_a_full_disk(source, out, rank):
 def fail_when_all_is_written(source, out, rank):
     with ExitStack() as stack:
         ranks = stack.enter_context(Ranks([dist.group.WORLD]))
-        stack.enter_context(pruning_checkpoint(source, out, 0.5, ranks=ranks))
+        stack.enter_context(pruning_checkpoint(source, out, 0.5, group=ranks))
         if dist.get_rank() == rank:
             raise ValueError("the report cannot be written")
 

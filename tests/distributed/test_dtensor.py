@@ -106,13 +106,13 @@ def compare_zeros():
 
 
 def compare_in_small_chunks():
-    from dimap.distributed import _local as _dtensor_local
+    from dimap.distributed import _dtensor
 
-    before, _dtensor_local.CHUNK = _dtensor_local.CHUNK, 1000
+    before, _dtensor.CHUNK = _dtensor.CHUNK, 1000
     try:
         compare_all("rows", 0.01)
     finally:
-        _dtensor_local.CHUNK = before
+        _dtensor.CHUNK = before
 
 
 def compare_as_on_gpus(kind, step):

@@ -50,6 +50,12 @@ int failures = 0;
     }                                                                      \
   } while (0)
 
+#if defined(__aarch64__)
+using Float16 = __fp16;
+#else
+using Float16 = _Float16;
+#endif
+
 struct Layer {
   std::vector<uint32_t> keys;
   std::vector<double> scores;
@@ -75,7 +81,7 @@ storage_t<kType> stored(float w) {
   if constexpr (kType == DType::kFloat32) return std::bit_cast<uint32_t>(w);
   if constexpr (kType == DType::kBFloat16) return static_cast<uint16_t>(std::bit_cast<uint32_t>(w) >> 16);
   if constexpr (kType == DType::kFloat16)
-    return std::bit_cast<uint16_t>(static_cast<_Float16>(std::clamp(w, -65504.0f, 65504.0f)));
+    return std::bit_cast<uint16_t>(static_cast<Float16>(std::clamp(w, -65504.0f, 65504.0f)));
 }
 
 // One module, whose layers are the tensors.
@@ -184,6 +190,62 @@ void check_large(const std::vector<float>& weights, const cpu::Pool& pool) {
   EXPECT(wrong == 0);
 }
 
+// The deciding loop alone, on brackets at random, beside what it is to do said plainly.
+template <DType kType>
+void check_decide(std::mt19937_64& random) {
+  using T = storage_t<kType>;
+  const auto n = static_cast<int64_t>(random() % 700);
+  std::vector<T> weights(static_cast<size_t>(n) + 1);
+  std::normal_distribution<float> normal(0, std::ldexp(1.0f, static_cast<int>(random() % 40) - 26));
+  const float far = std::ldexp(1.0f, static_cast<int>(random() % 12));
+  for (T& w : weights) w = stored<kType>(normal(random) * (random() % 16 ? 1.0f : far));
+  if (random() % 8 == 0) weights[random() % weights.size()] = stored<kType>(random() % 2 ? INFINITY : -NAN);
+  const auto some_key = [&] { return key_of<kType>(weights[random() % weights.size()]); };
+  cpu::Bracket bracket;
+  bracket.low = some_key() + static_cast<uint32_t>(random() % 4 ? 0 : random() % 70'000);
+  bracket.high = random() % 4 ? some_key() : bracket.low + static_cast<uint32_t>(random() % 100'000);
+  if (bracket.low > bracket.high) std::swap(bracket.low, bracket.high);
+  if (random() % 8 == 0) bracket.low = bracket.high;
+  if (random() % 16 == 0) bracket.low = bracket.high = kKeyEnd;
+  bracket.guess = bracket.low + static_cast<uint32_t>(random() % (bracket.high - bracket.low + 1));
+  if (random() % 3 == 0) {  // some weight's key, or between two
+    bracket.atom = some_key() + static_cast<uint32_t>(random() % 2 ? 0 : random() % 70'000);
+    if (bracket.atom >= bracket.high) bracket.atom = cpu::Bracket::kNoAtom;
+  }
+  const bool masked = random() % 4, summed = random() % 4;
+
+  std::vector<uint32_t> want_keys, keys(static_cast<size_t>(n + cpu::Decided::kSlack));
+  std::vector<uint16_t> want_positions, positions(keys.size());
+  std::vector<uint8_t> want_mask(static_cast<size_t>(n), 7), mask = want_mask;
+  Energy want_energy, energy;
+  int64_t kept = 0, atoms = 0;
+  bool non_finite = false;
+  const cpu::Grid grid(bracket.high);
+  for (int64_t i = 0; i < n; ++i) {
+    const uint32_t key = key_of<kType>(weights[static_cast<size_t>(i)]);
+    non_finite |= key >= kNonFinite;
+    atoms += key == bracket.atom;
+    kept += key >= bracket.high;
+    if (masked) want_mask[static_cast<size_t>(i)] = key >= bracket.guess && key != bracket.atom;
+    if (key >= bracket.high && key < (summed ? kNonFinite : grid.limit)) want_energy.add(square(key), scale(key));
+    if (key < bracket.low || key >= bracket.high || key == bracket.atom) continue;
+    want_keys.push_back(key);
+    want_positions.push_back(static_cast<uint16_t>(i));
+  }
+  ExponentSums outliers;
+  cpu::Decided out;
+  out.keys = keys.data(), out.positions = positions.data(), out.outliers = summed ? &outliers : nullptr;
+  out.stream = random() % 2;
+  cpu::kernels().decide[static_cast<int>(kType)](weights.data(), n, bracket, masked ? mask.data() : nullptr, out);
+  if (out.grid_sum()) energy.add(out.grid_sum(), static_cast<int>(grid.exponent) - 1);
+  outliers.move_to(energy);
+  EXPECT(mask == want_mask);
+  EXPECT(out.kept == kept && out.atoms == atoms && out.non_finite == non_finite);
+  EXPECT(std::equal(want_keys.begin(), want_keys.end(), keys.begin(), keys.begin() + out.aside));
+  EXPECT(std::equal(want_positions.begin(), want_positions.end(), positions.begin(), positions.begin() + out.aside));
+  EXPECT(energy.limbs() == want_energy.limbs());
+}
+
 // An infinity or a NaN among the weights is found where it is, and nothing is written.
 template <DType kType>
 void check_non_finite(const std::vector<float>& weights, size_t place, float value, const cpu::Pool& pool) {
@@ -259,6 +321,11 @@ int main() {
   const auto wide = [&] { return std::ldexp(normal(random), static_cast<int>(random() % 200) - 100); };
   const auto same = [] { return -0.25f; };
   const auto alike = [&] { return std::bit_cast<float>(static_cast<uint32_t>(0x3F800000 + random() % 300)); };
+  for (int i = 0; i < 3000; ++i) {
+    check_decide<DType::kFloat32>(random);
+    check_decide<DType::kBFloat16>(random);
+    check_decide<DType::kFloat16>(random);
+  }
   for (const int workers : {1, 3}) {
     const Threads pool(workers);
     for (const double share : {0.45, 0.0, 1.0, 0.02, 0.98}) {

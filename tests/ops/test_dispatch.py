@@ -22,6 +22,10 @@ def decided():
         windows = closer
 
 
+OUT = {
+    "score": (ARGS[:2], torch.float32),
+    "select": (ARGS, torch.bool),
+}
 CALLS = {
     "score": ARGS[:2],
     "select": ARGS,
@@ -39,6 +43,27 @@ CALLS = {
 @pytest.mark.parametrize("name", CALLS)
 def test_opcheck(name: str) -> None:
     torch.library.opcheck(getattr(OPS, name).default, CALLS[name])
+
+
+@pytest.mark.parametrize("name", OUT)
+def test_opcheck_of_outputs_at_hand(name: str) -> None:
+    args, dtype = OUT[name]
+    out = [torch.empty(w.shape, dtype=dtype) for w in args[0]]
+    torch.library.opcheck(getattr(OPS, name).out, args, {"out": out})
+
+
+@pytest.mark.parametrize("name", OUT)
+def test_compile_of_outputs_at_hand(name: str) -> None:
+    args, dtype = OUT[name]
+
+    def run(*args):
+        out = [torch.zeros(w.shape, dtype=dtype) for w in args[0]]
+        getattr(OPS, name).out(*args, out=out)
+        return out
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")(*args)
+    for a, b in zip(getattr(OPS, name)(*args), compiled, strict=True):
+        assert torch.equal(a, b)
 
 
 def test_every_operator_is_checked() -> None:

@@ -88,7 +88,7 @@ def overlapping(figure):
             low, high = sorted(axis.get_view_interval())
             ticks = [tick for tick in axis.get_major_ticks() if low <= tick.get_loc() <= high]
             words += [axis.label, *(tick.label1 for tick in ticks)]
-        words += [axes.title, *axes.texts]
+        words += [axes.title, axes._left_title, *axes.texts]
     words += [*figure.texts, *(t for legend in figure.legends for t in legend.get_texts())]
     if figure._supxlabel is not None:
         words.append(figure._supxlabel)
@@ -169,6 +169,23 @@ def test_no_labels_overlap_in_kept_ratios(stages):
     assert overlapping(plots.kept_ratios(report, title="Kept")) == []
 
 
+def test_long_names_in_the_legend_stay_in_the_picture():
+    figure = plots.kept_ratios(dimap.prune(vit_split(), 0.5))
+    FigureCanvasAgg(figure).draw()
+    box = figure.legends[0].get_window_extent()
+    assert (box.x0 >= 0, box.x1 <= figure.bbox.x1) == (True, True)
+    assert overlapping(figure) == []
+
+
+def test_words_that_are_wider_than_a_small_mask_stay_in_the_picture():
+    figure = plots.mask_picture(
+        dimap.prune(vit_split(), 0.5), "encoder.layer.1.attention.attention.qkv"
+    )
+    FigureCanvasAgg(figure).draw()
+    assert all(text.get_window_extent().x1 <= figure.bbox.x1 for text in figure.texts)
+    assert overlapping(figure) == []
+
+
 # histograms
 
 
@@ -184,7 +201,9 @@ def test_histograms_count_every_weight_once():
             kept = dense[name][masks[name]].numpy()
             counts, edges = drawn["kept"].values, drawn["kept"].edges
             assert counts.sum() == len(kept)
-            np.testing.assert_array_equal(counts, np.histogram(kept, edges)[0])
+            # What is out of view is in the outermost bins.
+            inside = np.clip(kept, edges[0], edges[-1])
+            np.testing.assert_array_equal(counts, np.histogram(inside, edges)[0])
             assert drawn["pruned"].values.sum() == dense[name].numel()
 
 
@@ -239,7 +258,7 @@ def test_a_fused_qkv_is_drawn_in_three_parts_pixel_by_pixel():
     _, cut = pixels(figure)
     for axes, name, part in zip(figure.axes, ("query", "key", "value"), mask.chunk(3), strict=True):
         share = 100 * part.float().mean().item()
-        assert axes.get_title() == f"{name} {share:.1f} % kept"
+        assert axes.get_title(loc="left") == f"{name} {share:.1f} % kept"
         picture = cut(axes)
         assert picture.shape[0] % 16 == picture.shape[1] % 16 == 0
         n = picture.shape[0] // 16
@@ -253,7 +272,11 @@ def test_split_qkv_is_drawn_as_the_fused_one():
     name = "encoder.layer.1.attention.attention.qkv"
     assert name in [layer.name for layer in pruning.modules["qkv"]]
     figure = plots.mask_picture(pruning, name)
-    assert [axes.get_title().split()[0] for axes in figure.axes] == ["query", "key", "value"]
+    assert [axes.get_title(loc="left").split()[0] for axes in figure.axes] == [
+        "query",
+        "key",
+        "value",
+    ]
     for axes, part in zip(figure.axes, ("query", "key", "value"), strict=True):
         mask = pruning.masks[f"encoder.layer.1.attention.attention.{part}.weight"]
         assert axes.images[0].get_array().mean() == pytest.approx(mask.float().mean().item())
@@ -444,6 +467,10 @@ def test_plot_draws_the_same_from_a_file_its_masks_and_its_report(run, tmp_path)
     assert (tmp_path / "d.png").read_bytes() == (tmp_path / "e.png").read_bytes()
 
 
+def test_plot_help_names_the_extra(run):
+    assert "Needs matplotlib: dimap[plot]." in " ".join(run("plot", "--help")[1].split())
+
+
 def test_plot_accuracy_reads_both_forms_of_results(run, tmp_path):
     (tmp_path / "a.json").write_text(json.dumps(ROWS))
     whole = {"schema": "dimap.accuracy", "version": 1, "rows": ROWS}
@@ -569,8 +596,12 @@ def test_report_folder_holds_page_json_and_pictures(run, tmp_path):
     page = Page((tmp_path / "r" / "index.html").read_text())
     modules = page.tables["modules"]
     assert [row[0] for row in modules] == ["module", *(m.name for m in report.modules), "all"]
-    assert [row[3] for row in modules[1:-1]] == [f"{m.kept:,}" for m in report.modules]
-    layers = {row[0]: row for row in page.tables["layers"][1:]}
+    assert [row[3] for row in modules[1:-1]] == [
+        f"{m.kept:,}" if m.layers else "" for m in report.modules
+    ]
+    *rows, aux, whole = page.tables["layers"][1:]
+    assert [aux[0], whole[0]] == ["aux", "all"]
+    layers = {row[0]: row for row in rows}
     assert len(layers) == len(report.layers) == 16
     for layer in report.layers:
         assert layers[layer.name][2:5] == [f"{layer.weights:,}", f"{layer.kept:,}", f"{100 * layer.density:.1f} %"]  # fmt: skip
@@ -585,12 +616,62 @@ def test_report_page_loads_nothing(run, tmp_path):
     assert all(re.match("#|data:image/png;base64,", address) for address in page.addresses)
     assert {address[1:] for address in page.addresses if address[0] == "#"} <= set(page.ids)
     assert not re.search(r"@import|<script|<link", text)
-    assert re.findall(r"url\((?!#p\d)", text) == []
+    assert re.findall(r"url\((?!#)", text) == []
     images = [a for a in page.addresses if a.startswith("data:")]
-    masks = [(tmp_path / "r" / f"mask-{i}.png").read_bytes() for i in (1, 2, 3)]
-    assert [base64.b64decode(image.partition(",")[2]) for image in images] == masks
-    for mask in masks:
-        Image.open(io.BytesIO(mask)).verify()
+    assert len(images) == 3 * 3  # query, key and value of three layers
+    for image in images:
+        Image.open(io.BytesIO(base64.b64decode(image.partition(",")[2]))).verify()
+
+
+def number(text):
+    """Of a cell: "28,288,354", "15.4G"; nothing is 0."""
+    digits, unit = re.fullmatch(r"([\d.,]*)([kMGT]?)", text).groups()
+    return float(digits.replace(",", "") or 0) * 1000 ** " kMGT".index(unit or " ")
+
+
+def test_rows_of_both_tables_add_up_to_the_whole(tmp_path):
+    timm = pytest.importorskip("timm")
+    model = timm.create_model("vit_tiny_patch16_224", depth=3, img_size=64)
+    report = plots.write_report(dimap.prune(model, 0.5), tmp_path / "r", model)
+    assert report.flops_other > 0
+    page = Page((tmp_path / "r" / "index.html").read_text())
+    columns = {"weights": 0, "kept": 0, "FLOPs": 0.01}  # and how far three digits may be off
+    for rows in page.tables.values():
+        assert [row[0] for row in rows[-3:]] == ["aux", "other", "all"]
+        for column, off in columns.items():
+            place = rows[0].index(column)
+            *parts, whole = (number(row[place]) for row in rows[1:])
+            assert sum(parts) == pytest.approx(whole, rel=off)
+            assert whole == pytest.approx(getattr(report, column.lower()), rel=off)
+
+
+def test_page_follows_the_readers_light_or_dark_colours(run, tmp_path):
+    run("prune", "in.safetensors", "p.safetensors", "-s", 0.45, "--report", "r")
+    text = (tmp_path / "r" / "index.html").read_text()
+    light, dark = (
+        dict(re.findall(r"--(\w+): (#\w+)", block))
+        for block in re.findall(r":root \{([^}]*)\}", text)
+    )
+    assert light.keys() == dark.keys()
+    svgs = re.findall(r"<svg.*?</svg>", text, re.DOTALL)
+    assert len(svgs) == 5
+    assert all(re.match('<svg role="img" aria-label="[^"]{9,}"', svg) for svg in svgs)
+    for svg in svgs:  # words and pruned weights; markers that are not filled
+        assert {"#262626", "#d9d9d9", "#ffffff"}.isdisjoint(re.findall("#[0-9a-f]{6}", svg))
+        assert set(re.findall(r"var\(--(\w+)\)", svg)) <= dark.keys()
+    assert "var(--back)" in svgs[0]
+    assert all("var(--faint)" in svg for svg in svgs[1:])
+
+    def contrast(color, back):
+        a, b = sorted(
+            np.dot([0.2126, 0.7152, 0.0722], np.power(to_rgb(c), 2.2)) for c in (color, back)
+        )
+        return (b + 0.05) / (a + 0.05)
+
+    for theme in (light, dark):
+        shown = {"blue": theme["blue"], "orange": "#E69F00", "green": "#009E73", "mask": KEPT}
+        for color in shown.values():  # kept weights stand out, more than pruned ones
+            assert contrast(color, theme["back"]) > contrast(theme["faint"], theme["back"]) + 0.5
 
 
 def test_pictures_are_the_same_from_a_stream_and_from_memory(run, tmp_path):
@@ -645,5 +726,6 @@ def test_names_are_escaped_in_the_page(tmp_path):
     assert "<b>" not in text
     assert "<i>" not in text
     page = Page(text)
-    assert [row[0] for row in page.tables["layers"][1:]] == [layer.name for layer in report.layers]
+    names = [row[0] for row in page.tables["layers"][1:]]
+    assert names == [*(layer.name for layer in report.layers), "aux", "all"]
     assert page.tables["modules"][1][0] == "<i>all</i>"

@@ -22,13 +22,13 @@ struct Bracket {
   uint32_t guess = kKeyEnd;
 };
 
-// Kept weights are summed as integers q = significand << (scale - grid), q < 2^32, on the grid of the bracket's high
-// end; the few that are larger than the grid reaches go one by one into `outliers`.
+// Kept weights are summed as integers q = significand << (scale - grid), q < 2^31, on the grid of the bracket's high
+// end, so that four squares fit 64 bits; the few that are larger than the grid reaches go one by one into `outliers`.
 struct Grid {
   DIMAP_HD explicit Grid(uint32_t high)
       : exponent(high >> 23 ? high >> 23 : 1),
         implicit(high >> 23 ? 0x800000u : 0u),
-        limit(high >> 23 ? (exponent + 9 < 255 ? (exponent + 9) << 23 : kNonFinite) : 0x800000u) {}
+        limit(high >> 23 ? (exponent + 8 < 255 ? (exponent + 8) << 23 : kNonFinite) : 0x800000u) {}
   uint32_t exponent;  // of one unit, biased; scale = exponent - 1
   uint32_t implicit;  // the hidden bit; none where the bracket's high end is denormal
   uint32_t limit;     // first key the grid does not hold
@@ -40,9 +40,10 @@ struct Decided {
   int64_t aside = 0;              // how many
   int64_t kept = 0;
   int64_t atoms = 0;
-  uint32_t largest = 0;              // largest key seen; >= kNonFinite: an infinity or a NaN
-  uint64_t squares = 0;              // sum of q², modulo 2^64, over the kept ones on the grid, and
-  uint64_t squares_high = 0;         // sum of q² >> 32: together they give the sum exactly for up to 2^32 weights
+  bool non_finite = false;  // an infinity or a NaN was seen
+  // Over the kept ones on the grid, q² taken alone or up to four together: the sum modulo 2^64, and the sum of the
+  // upper halves. Both together give the sum exactly for up to 2^32 weights.
+  uint64_t squares = 0, squares_high = 0;
   ExponentSums* outliers = nullptr;  // null: what is beyond the grid is not summed
 
   bool stream = false;  // write the mask past the caches: it will not be read soon
@@ -50,7 +51,7 @@ struct Decided {
   static constexpr int64_t kSlack = 64;
 
   u128 grid_sum() const {
-    const uint64_t low = squares - (squares_high << 32);  // sum of q² mod 2^32: below 2^64
+    const uint64_t low = squares - (squares_high << 32);  // the sum of the lower halves: below 2^64
     return (static_cast<u128>(squares_high) << 32) + low;
   }
 };

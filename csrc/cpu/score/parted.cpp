@@ -1,12 +1,9 @@
 #include "cpu/score/parted.h"
 
 #include <algorithm>
-#include <cstdlib>
-#include <new>
 #include <type_traits>
 #include <utility>
 
-#include "cpu/large_pages.h"
 #include "cpu/select/chunks.h"
 
 namespace dimap::cpu {
@@ -28,21 +25,6 @@ T* begin_block(T* begin) {
 }
 
 }  // namespace
-
-void Scratch::Free::operator()(void* memory) const { std::free(memory); }
-
-void* Scratch::grow(size_t bytes) {
-  if (bytes > size_) {
-    memory_.reset();
-    size_ = 0;
-    const size_t rounded = (bytes + kAlignment - 1) / kAlignment * kAlignment;
-    memory_.reset(std::aligned_alloc(kAlignment, rounded));
-    if (!memory_) throw std::bad_alloc();
-    advise_large_pages(memory_.get(), rounded);
-    size_ = rounded;
-  }
-  return memory_.get();
-}
 
 void Parted::part(std::span<const Piece> pieces) {
   pieces_ = pieces;

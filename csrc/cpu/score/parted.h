@@ -1,14 +1,13 @@
 // A layer's weights parted by the high bits of their keys, and their scores on the way back.
 #pragma once
 
-#include <cstddef>
 #include <cstdint>
-#include <memory>
 #include <span>
 #include <vector>
 
 #include "core/problem.h"
 #include "cpu/isa/rows.h"
+#include "cpu/large_pages.h"
 
 namespace dimap::cpu {
 
@@ -22,27 +21,6 @@ template <DType kType>
 const storage_t<kType>* weights_of(const Piece& piece) {
   return static_cast<const storage_t<kType>*>(piece.tensor->data) + piece.offset;
 }
-
-// Memory of a worker that serves one layer after the other.
-class Scratch {
- public:
-  static constexpr size_t kAlignment = size_t{1} << 21;  // of a large page
-
-  // Uninitialised room for n values of T.
-  template <typename T>
-  T* room_for(int64_t n) {
-    return static_cast<T*>(grow(static_cast<size_t>(n) * sizeof(T)));
-  }
-
- private:
-  void* grow(size_t bytes);
-
-  struct Free {
-    void operator()(void* memory) const;
-  };
-  std::unique_ptr<void, Free> memory_;
-  size_t size_ = 0;
-};
 
 // The low bits of a share of the layer's weights, bucket by bucket. Each bucket fills blocks of its own, numbered in
 // the order in which they were begun: going through the same weights again meets the blocks in the same order, so no
@@ -69,7 +47,7 @@ class Parted {
   void forget_cursors();
 
   std::span<const Piece> pieces_;
-  Scratch memory_;
+  LargeBuffer memory_;
   uint16_t* low_ = nullptr;              // [blocks, kBlock]
   float* scores_ = nullptr;              // [blocks, kBlock]
   std::vector<uint16_t> bucket_;         // [blocks]

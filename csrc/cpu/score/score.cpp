@@ -30,7 +30,6 @@ std::vector<Piece> pieces_of(const Problem& problem, std::span<float* const> sco
   int64_t start = 0;
   for (const int32_t t : tensors) {
     const TensorView& tensor = problem.tensors[t];
-    advise_large_pages(scores[t], static_cast<size_t>(tensor.numel) * sizeof(float));
     for (int64_t at = 0; at < tensor.numel; at += kTuning.piece) {
       const int64_t n = std::min(kTuning.piece, tensor.numel - at);
       pieces.push_back({&tensor, scores[t], at, n, start + at});
@@ -59,6 +58,7 @@ void score_layer(const Problem& problem, std::span<float* const> scores, std::sp
 }  // namespace
 
 void score(const Problem& problem, std::span<float* const> scores, const Pool& pool) {
+  advise_outputs(problem, scores);
   std::vector<std::vector<int32_t>> tensors(problem.layers());
   for (size_t t = 0; t < problem.tensors.size(); ++t)
     tensors[problem.tensors[t].layer].push_back(static_cast<int32_t>(t));

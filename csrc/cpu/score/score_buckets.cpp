@@ -17,7 +17,7 @@ constexpr int64_t kInsertion = 40;    // and of up to this many weights by inser
 
 double unit_of(const Bucket& bucket) { return power_of_two(2 * scale(bucket.key) - 298); }
 
-double score_sorted(const Bucket& bucket, double before, Scratch& scratch) {
+double score_sorted(const Bucket& bucket, double before, LargeBuffer& scratch) {
   static_assert(kSortedRuns * kBlock <= 1 << 16);
   auto* entries = scratch.room_for<uint32_t>(2 * kSorted);  // the low bits of the key, then place in the runs
   uint32_t* other = entries + kSorted;
@@ -64,7 +64,7 @@ double score_sorted(const Bucket& bucket, double before, Scratch& scratch) {
 }
 
 // Many weights, or many alike: a histogram of all keys of the bucket.
-double score_counted(const Bucket& bucket, double before, Scratch& scratch) {
+double score_counted(const Bucket& bucket, double before, LargeBuffer& scratch) {
   constexpr int64_t kKeys = int64_t{1} << kBucketShift;
   auto* counts = scratch.room_for<uint64_t>(kKeys + kKeys / 2);
   auto* scores = reinterpret_cast<float*>(counts + kKeys);

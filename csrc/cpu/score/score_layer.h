@@ -16,8 +16,8 @@ struct FoundNonFinite {};
 // What one worker needs beside the weights.
 struct ScoreMemory {
   Parted parted;
-  Scratch rows;    // Rows
-  Scratch tables;  // of one bucket, or all of a small layer
+  LargeBuffer rows;    // Rows
+  LargeBuffer tables;  // of one bucket, or all of a small layer
 };
 
 // Weights of one 16-bit type: they have 32,768 magnitudes, so a histogram and a table of scores do.

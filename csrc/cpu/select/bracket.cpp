@@ -39,11 +39,28 @@ Crossing cross(const Sketch& sketch, double threshold) {
 
 double threshold_for(const std::vector<const Sketch*>& sketches, double keep) {
   double low = std::log(1e-200), high = 0;  // of ln(threshold)
+  struct Part {                             // of a layer's steps, where the score falls to the threshold
+    const Step *begin, *end, *middle;
+  };
+  std::vector<Part> parts;
+  for (const Sketch* sketch : sketches)
+    parts.push_back({sketch->steps.data(), sketch->steps.data() + sketch->steps.size(), nullptr});
   for (int i = 0; i < 29; ++i) {
-    const double middle = (low + high) / 2;
+    const double middle = (low + high) / 2, threshold = std::exp(middle);
     double kept = 0;
-    for (const Sketch* sketch : sketches) kept += cross(*sketch, std::exp(middle)).kept;
+    for (size_t l = 0; l < sketches.size(); ++l) {
+      Part& part = parts[l];
+      part.middle = std::partition_point(part.begin, part.end, [&](const Step& s) { return s.low >= threshold; });
+      const Step* step = part.middle;
+      if (step == sketches[l]->steps.data() + sketches[l]->steps.size()) {
+        kept += sketches[l]->total;
+        continue;
+      }
+      kept += step->above;  // and of this step a part: it is so narrow that a straight line through it will do
+      if (threshold < step->high) kept += (step->high - threshold) / (step->high - step->low) * step->count;
+    }
     (kept >= keep ? low : high) = middle;
+    for (Part& part : parts) (kept >= keep ? part.end : part.begin) = part.middle;
   }
   return std::exp(low);
 }

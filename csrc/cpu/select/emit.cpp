@@ -1,5 +1,6 @@
 #include "cpu/select/emit.h"
 
+#include <iterator>
 #include <vector>
 
 #include "cpu/select/reading.h"
@@ -73,8 +74,19 @@ class Emitter {
     const uint32_t from = cut_of(chunk, cut).keep_from, guess = reading_->guesses[chunk.layer].bracket.guess;
     const uint32_t first = std::min(from, guess), wrong = std::max(from, guess) - first;
     const uint8_t kept = from < guess;
-    for (int64_t i = 0; i < chunk.aside; ++i)
-      if (keys[i] - first < wrong) mask[positions[i]] = kept;
+    uint16_t list[256];  // where: gathered without branches, since nothing foretells which were guessed wrong
+    int64_t n = 0;
+    const auto put_right = [&] {
+      for (int64_t i = 0; i < n; ++i) mask[list[i]] = kept;
+      n = 0;
+    };
+    for (int64_t i = 0; i < chunk.aside; ++i) {
+      list[n] = positions[i];
+      n += keys[i] - first < wrong;
+      if (n == std::ssize(list)) [[unlikely]]
+        put_right();
+    }
+    put_right();
     if (chunk.quota == 0 || chunk.quota == chunk.ties) return;
     int64_t left = chunk.quota;
     for (int64_t i = 0; i < chunk.aside; ++i)

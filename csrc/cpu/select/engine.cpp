@@ -1,11 +1,13 @@
 #include "cpu/select/engine.h"
 
+#include "cpu/large_pages.h"
 #include "cpu/select/decision.h"
 #include "cpu/select/emit.h"
 
 namespace dimap::cpu {
 
 std::vector<ModuleCut> select(const Problem& problem, std::span<uint8_t* const> masks, const Pool& pool) {
+  advise_outputs(problem, masks);
   Decision decision(problem, pool, nullptr, Keeps::kPositions, masks);
   std::vector<int64_t> quota = decision.quotas();
   emit(problem, decision.cuts, quota, masks, &decision.reading(), decision.read(), pool);

@@ -23,6 +23,8 @@ void Cells::take(Cells& other) {
 
 std::vector<Histogram::Bin> Cells::move_out(uint32_t low, uint32_t high) {
   std::vector<Histogram::Bin> bins;
+  bins.reserve(static_cast<size_t>(std::count_if(cells_.begin() + low, cells_.begin() + high + 1,
+                                                 [](const Cell& cell) { return cell.count != 0; })));
   for (uint32_t b = low; b <= high; ++b) {
     const Cell cell = std::exchange(cells_[b], {});
     if (cell.count) bins.push_back({b, cell.count, cell.rest});
@@ -99,6 +101,7 @@ Sketch sketch_of(const Histogram& histogram, int64_t total, bool exact) {
       sketch.clustering = std::max(sketch.clustering, variance / (above * (1 - above / n)));
     }
   }
+  sketch.steps.reserve(histogram.bins.size());
   for (auto bin = histogram.bins.rbegin(); bin != histogram.bins.rend(); ++bin) {
     const uint32_t first = Sketch::first_of(bin->bin);
     if (first >= kNonFinite) continue;  // reading will find what is not finite

@@ -33,6 +33,10 @@ class Cells {
     const uint32_t bin = Sketch::bin_of(key);
     add(bin, 1, key - Sketch::first_of(bin));
   }
+  // Of a normal number.
+  void add_normal(uint32_t key) {
+    add((key >> Sketch::kShift) - 64 + Sketch::kDenormals, 1, key & ((1u << Sketch::kShift) - 1));
+  }
   int64_t count(uint32_t bin) const { return cells_[bin].count; }
   void take(Cells& other);                                            // and leaves the other empty
   std::vector<Histogram::Bin> move_out(uint32_t low, uint32_t high);  // of bins [low, high], which are empty afterwards

@@ -2,7 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
-#include <new>
+#include <utility>
 
 #include "cpu/select/survey.h"
 
@@ -11,6 +11,9 @@ namespace {
 
 // Masks of this many weights and more do not stay in the caches: they are written past them.
 constexpr int64_t kStreamFrom = int64_t{1} << 23;
+
+// Room for so many numbers and more is on large pages: enough of it will be used.
+constexpr int64_t kLargeFrom = int64_t{1} << 21;
 
 // Of more magnitudes in a bracket than this the weights are not counted: most counts would be 0.
 constexpr int64_t kMagnitudesMost = 1024;
@@ -31,17 +34,10 @@ void climb(DecideFn decide, const void* weights, int64_t n, std::span<const uint
 
 void Aside::reserve(int64_t n, bool positions) {
   if (n <= capacity_) return;
-  const int64_t capacity = std::max(n, capacity_ * 3 / 2);
-  const auto grow = [&](auto& array) {
-    using T = std::remove_pointer_t<decltype(array.get())>;
-    auto* p = static_cast<T*>(std::realloc(array.get(), static_cast<size_t>(capacity) * sizeof(T)));
-    if (p == nullptr) throw std::bad_alloc();
-    array.release();
-    array.reset(p);
-  };
-  grow(keys_);
-  if (positions) grow(positions_);
-  capacity_ = capacity;
+  capacity_ = std::max(n, capacity_ * 3 / 2);
+  const bool large = capacity_ >= kLargeFrom;
+  keys_.room_for<uint32_t>(capacity_, used, large);
+  if (positions) positions_.room_for<uint16_t>(capacity_, used, large);
 }
 
 Reading::Reading(const Problem& problem, Loader& loader, const Pool& pool, Keeps keeps)
@@ -133,7 +129,7 @@ bool Reading::read(std::span<const uint8_t> wanted, std::span<uint8_t* const> ma
     decide(weights, chunk.n, here, mask, out);
     climb(decide, weights, chunk.n, ladder, outliers[worker]);
     out.outliers = &outliers[worker];
-    if (out.largest >= kNonFinite) finite.store(false, std::memory_order_relaxed);
+    if (out.non_finite) finite.store(false, std::memory_order_relaxed);
     chunk.worker = worker;
     chunk.begin = buffer.used;
     chunk.aside = out.aside;
@@ -171,6 +167,8 @@ LayerTable Reading::table(int32_t layer, Window window, std::span<Bin> bins) con
   LayerSums sums;
   const Bracket inner{window.base, static_cast<uint32_t>(std::min<uint64_t>(end, kNonFinite)), Bracket::kNoAtom};
   const bool whole = inner.low <= bracket.low && inner.high >= bracket.high;
+  // Bins of one magnitude each need no sums of their own.
+  const bool counted_only = window.shift <= table.granularity;
   std::vector<uint32_t> inside;
   std::vector<uint16_t> positions;
   for (const int32_t c : chunks_of_layer_[layer]) {
@@ -182,7 +180,8 @@ LayerTable Reading::table(int32_t layer, Window window, std::span<Bin> bins) con
           table.above += weights;
           above.add(scale(magnitude), static_cast<u128>(square(magnitude)) * static_cast<u128>(weights));
         } else {
-          bins[(magnitude - window.base) >> window.shift].add(magnitude, weights);
+          Bin& bin = bins[(magnitude - window.base) >> window.shift];
+          counted_only ? void(bin.count += weights) : bin.add(magnitude, weights);
         }
       });
       continue;
@@ -199,8 +198,16 @@ LayerTable Reading::table(int32_t layer, Window window, std::span<Bin> bins) con
       key = inside.data();
       n = out.aside;
     }
-    for (int64_t i = 0; i < n; ++i) bins[(key[i] - window.base) >> window.shift].add(key[i]);
+    if (counted_only)
+      for (int64_t i = 0; i < n; ++i) ++bins[(key[i] - window.base) >> window.shift].count;
+    else
+      for (int64_t i = 0; i < n; ++i) bins[(key[i] - window.base) >> window.shift].add(key[i]);
   }
+  if (counted_only)
+    for (size_t b = 0; b < bins.size(); ++b) {
+      const int64_t n = std::exchange(bins[b].count, 0);
+      if (n) bins[b].add(window.base + (static_cast<uint32_t>(b) << window.shift), n);
+    }
   table.above += sums.kept;
   table.above_energy.add(sums.energy);
   if (bracket.atom != Bracket::kNoAtom && bracket.atom >= window.base && layers[layer].atoms) {

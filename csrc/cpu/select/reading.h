@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <array>
-#include <cstdlib>
 #include <memory>
 #include <mutex>
 #include <span>
@@ -11,6 +10,7 @@
 
 #include "core/table.h"
 #include "cpu/isa/decide.h"
+#include "cpu/large_pages.h"
 #include "cpu/parallel.h"
 #include "cpu/select/bracket.h"
 #include "cpu/select/chunks.h"
@@ -22,16 +22,12 @@ namespace dimap::cpu {
 class Aside {
  public:
   void reserve(int64_t n, bool positions = true);
-  uint32_t* keys() { return keys_.get(); }
-  uint16_t* positions() { return positions_.get(); }
+  uint32_t* keys() const { return keys_.data<uint32_t>(); }
+  uint16_t* positions() const { return positions_.data<uint16_t>(); }
   int64_t used = 0;
 
  private:
-  struct Free {
-    void operator()(void* p) const { std::free(p); }
-  };
-  std::unique_ptr<uint32_t[], Free> keys_;
-  std::unique_ptr<uint16_t[], Free> positions_;
+  LargeBuffer keys_, positions_;
   int64_t capacity_ = 0;
 };
 

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <bit>
 #include <cmath>
+#include <cstring>
 #include <utility>
 
 #include "cpu/select/chunks.h"
@@ -12,16 +13,18 @@ namespace {
 
 // Tuning, as data: measured with benchmarks/bench_select.py.
 constexpr struct {
-  int64_t run = 16;          // neighbouring weights read at a time: a cache line of float32
+  int64_t run = 128;  // bytes of neighbouring weights read at a time: the two cache lines that memory gives at once
   int64_t ratio_alone = 16;  // one run in this many, where a module has one layer: its cut is a quantile of that layer
-  int64_t ratio = 48;        // one run in this many elsewhere, where the layer is neither small
+  int64_t ratio = 56;        // one run in this many elsewhere, where the layer is neither small
   int64_t least = 8192;      // nor
   int64_t most = int64_t{1} << 18;      // large: weights in the sample of a layer
-  int64_t ahead = 12;                   // runs between asking memory for one and reading it
+  int64_t ahead = 24;                   // runs between asking memory for one and reading it
   int64_t file_run = int64_t{1} << 16;  // bytes of a file read at a time,
   int64_t file_ratio = 96;              // one run in this many, where a layer then has neither fewer
   int64_t file_least = 12;              // nor
-  int64_t file_most = 32;               // more
+  int64_t file_most = 32;               // more;
+  int64_t file_keys = 4096;  // so many weights of each are looked at, since their neighbours tell little more,
+  int64_t file_line = 16;    // so many together
 } kTuning;
 
 uint64_t mix(uint64_t x) {  // the finaliser of splitmix64
@@ -35,6 +38,7 @@ uint64_t mix(uint64_t x) {  // the finaliser of splitmix64
 struct Scratch {
   Cells cells;
   std::vector<uint32_t> keys;
+  std::vector<char> runs;
 };
 
 // Where the runs of a tensor begin: one in each stretch of `ratio` runs, at random.
@@ -46,8 +50,8 @@ class Places {
   // A stretch cut short by the tensor's end is taken with the probability that keeps the sample unbiased: its run may
   // begin beyond the end.
   int64_t operator[](int64_t i) const {
-    const uint64_t draw = ratio_ == 1 ? 0 : mix(seed_ ^ static_cast<uint64_t>(i)) % static_cast<uint64_t>(ratio_);
-    return (i * ratio_ + static_cast<int64_t>(draw)) * run_;
+    const uint64_t draw = mix(seed_ ^ static_cast<uint64_t>(i)) >> 32;
+    return (i * ratio_ + static_cast<int64_t>(draw * static_cast<uint64_t>(ratio_) >> 32)) * run_;
   }
 
  private:
@@ -55,33 +59,40 @@ class Places {
   int64_t numel_, run_, ratio_;
 };
 
+// Notes the keys and the energy of a run.
 template <DType kType>
-void take_run(const storage_t<kType>* weights, int64_t n, std::vector<uint32_t>& keys, Histogram& histogram) {
-  const size_t at = keys.size();
-  keys.resize(at + static_cast<size_t>(n));
-  double energy = 0;
-  for (int64_t j = 0; j < n; ++j) {
-    const uint32_t key = key_of<kType>(weights[j]);
-    keys[at + static_cast<size_t>(j)] = key;
-    const double value = std::bit_cast<float>(key);
-    energy += value * value;
-  }
+DIMAP_HD void take_run(const storage_t<kType>* weights, int64_t n, uint32_t* keys, Histogram& histogram) {
+  constexpr int64_t kSums = 8;  // that do not wait for each other
+  double sums[kSums] = {};
+  int64_t i = 0;
+  const auto add = [&](double& sum) {
+    keys[i] = key_of<kType>(weights[i]);
+    const double value = std::bit_cast<float>(keys[i++]);
+    sum += value * value;
+  };
+  while (i + kSums <= n)
+    for (double& sum : sums) add(sum);
+  while (i < n) add(sums[0]);
+  const double energy = ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
   histogram.energy += energy;
   histogram.energy_squares += energy * energy;
   ++histogram.runs;
 }
 
-// Counts the keys, and how the weights above the likely cut are spread over runs of so many.
+// Counts the keys; run: of a file, and how the weights above the likely cut are spread over runs of so many, or 0.
 void count_keys(Scratch& scratch, double share, int64_t run, Histogram& histogram) {
   const std::vector<uint32_t>& keys = scratch.keys;
-  uint32_t top = 0, bottom = kKeyEnd - 1;
+  int32_t top = 0, bottom = INT32_MAX;  // keys are below 2^31, and processors compare signed numbers
   for (const uint32_t key : keys) {
-    scratch.cells.add_key(key);
-    top = std::max(top, key);
-    bottom = std::min(bottom, key);
+    top = std::max(top, static_cast<int32_t>(key));
+    bottom = std::min(bottom, static_cast<int32_t>(key));
   }
-  const uint32_t low = Sketch::bin_of(bottom), high = Sketch::bin_of(top);
-  if (run > kTuning.run) {
+  if (bottom >> 23)
+    for (const uint32_t key : keys) scratch.cells.add_normal(key);
+  else
+    for (const uint32_t key : keys) scratch.cells.add_key(key);
+  const uint32_t low = Sketch::bin_of(static_cast<uint32_t>(bottom)), high = Sketch::bin_of(static_cast<uint32_t>(top));
+  if (run) {
     auto left = static_cast<int64_t>(share * static_cast<double>(keys.size()));
     uint32_t bin = high;
     while (bin > low && (left -= scratch.cells.count(bin)) > 0) --bin;
@@ -105,25 +116,40 @@ void sample_memory(const Problem& problem, int32_t layer, bool alone, std::span<
   const int64_t ratio = std::max<int64_t>(1, total / wanted);
   for (const int32_t t : tensors) {
     const TensorView& tensor = problem.tensors[t];
-    const Places places(t, tensor.numel, kTuning.run, ratio);
     for_type(tensor.dtype, [&]<DType kType>() {
-      const auto* weights = static_cast<const storage_t<kType>*>(tensor.data);
-      for (int64_t i = 0; i < places.count(); ++i) {
-        if (i + kTuning.ahead < places.count()) __builtin_prefetch(weights + places[i + kTuning.ahead]);
-        if (const int64_t begin = places[i]; begin < tensor.numel)
-          take_run<kType>(weights + begin, std::min(kTuning.run, tensor.numel - begin), scratch.keys, histogram);
+      using T = storage_t<kType>;
+      constexpr int64_t kRun = kTuning.run / static_cast<int64_t>(sizeof(T));
+      const auto* weights = static_cast<const T*>(tensor.data);
+      const Places places(t, tensor.numel, kRun, ratio);
+      // First the runs are gathered, by a loop so short that many are under way at a time, since each costs a walk
+      // through the tables of pages; then what was gathered is looked at.
+      const int64_t whole = tensor.numel / (kRun * ratio);
+      scratch.runs.resize(static_cast<size_t>(whole * kTuning.run));
+      T* runs = reinterpret_cast<T*>(scratch.runs.data());
+      for (int64_t i = 0; i < whole; ++i) {
+        if (i + kTuning.ahead < whole)
+          for (int64_t line = 0; line < kRun; line += 64 / static_cast<int64_t>(sizeof(T)))
+            __builtin_prefetch(weights + places[i + kTuning.ahead] + line);
+        std::memcpy(runs + i * kRun, weights + places[i], kTuning.run);
       }
+      const size_t at = scratch.keys.size();
+      scratch.keys.resize(at + static_cast<size_t>((whole + 1) * kRun));
+      uint32_t* keys = scratch.keys.data() + at;
+      for (int64_t i = 0; i < whole; ++i, keys += kRun) take_run<kType>(runs + i * kRun, kRun, keys, histogram);
+      const int64_t begin = places[whole], left = std::min(kRun, tensor.numel - begin);
+      if (left > 0) take_run<kType>(weights + begin, left, keys, histogram);
+      scratch.keys.resize(at + static_cast<size_t>(whole * kRun + std::max<int64_t>(0, left)));
     });
   }
 }
 
-// ... and in files. Several ranks take the tensors in turns.
+// ... and in files. Several ranks take the tensors in turns. Returns how many weights of a run are looked at.
 int64_t sample_files(const Problem& problem, int32_t layer, std::span<const int32_t> tensors, Loader& loader,
                      int worker, Scratch& scratch, Histogram& histogram) {
-  int64_t run = 0;
+  const int64_t kept = kTuning.file_keys;
   for (const int32_t t : tensors) {
     const TensorView& tensor = problem.tensors[t];
-    run = kTuning.file_run / size_of(tensor.dtype);
+    const int64_t run = kTuning.file_run / size_of(tensor.dtype);
     if (t % problem.ranks != problem.rank) continue;
     const int64_t runs = (problem.layer_total[layer] + run - 1) / run;
     const int64_t wanted = std::clamp(runs / kTuning.file_ratio, kTuning.file_least, kTuning.file_most);
@@ -134,11 +160,19 @@ int64_t sample_files(const Problem& problem, int32_t layer, std::span<const int3
       const int64_t n = std::min(run, tensor.numel - begin);
       const void* weights = loader.load(t, begin, n, worker);
       for_type(tensor.dtype, [&]<DType kType>() {
-        take_run<kType>(static_cast<const storage_t<kType>*>(weights), n, scratch.keys, histogram);
+        using T = storage_t<kType>;
+        scratch.runs.resize(static_cast<size_t>(n) * sizeof(T));
+        T* looked_at = reinterpret_cast<T*>(scratch.runs.data());
+        T* end = looked_at;
+        for (int64_t line = 0; line < n; line += run / kept * kTuning.file_line)
+          end = std::copy_n(static_cast<const T*>(weights) + line, std::min(kTuning.file_line, n - line), end);
+        const size_t at = scratch.keys.size();
+        scratch.keys.resize(at + static_cast<size_t>(end - looked_at));
+        take_run<kType>(looked_at, end - looked_at, scratch.keys.data() + at, histogram);
       });
     }
   }
-  return run;
+  return kept;
 }
 
 }  // namespace
@@ -150,23 +184,33 @@ std::vector<Sketch> sample_layers(const Problem& problem, Loader& loader, const 
     tensors[problem.tensors[t].layer].push_back(static_cast<int32_t>(t));
   for (const int32_t module : problem.layer_module) ++layers[module];
   std::vector<Histogram> histograms(problem.layers());
+  std::vector<Sketch> sketches(problem.layers());
   std::vector<Scratch> scratch(static_cast<size_t>(pool.workers()));
-  pool.for_each(static_cast<int64_t>(problem.layers()), [&](int64_t l, int worker) {
-    const auto layer = static_cast<int32_t>(l), module = problem.layer_module[l];
-    if (tensors[l].empty() || problem.keep[module] == 0) return;
+  const auto look = [&](int32_t layer, int worker) {
+    const int32_t module = problem.layer_module[layer];
+    Histogram& histogram = histograms[layer];
+    if (tensors[layer].empty() || problem.keep[module] == 0) return;
     Scratch& mine = scratch[worker];
     mine.keys.clear();
-    int64_t run = kTuning.run;
-    if (problem.tensors[tensors[l][0]].file < 0)
-      sample_memory(problem, layer, layers[module] == 1, tensors[l], mine, histograms[l]);
+    int64_t run = 0;
+    if (problem.tensors[tensors[layer][0]].file < 0)
+      sample_memory(problem, layer, layers[module] == 1, tensors[layer], mine, histogram);
     else
-      run = sample_files(problem, layer, tensors[l], loader, worker, mine, histograms[l]);
+      run = sample_files(problem, layer, tensors[layer], loader, worker, mine, histogram);
     const double share = static_cast<double>(problem.keep[module]) / static_cast<double>(problem.module_total[module]);
-    if (!mine.keys.empty()) count_keys(mine, share, run, histograms[l]);
+    if (!mine.keys.empty()) count_keys(mine, share, run, histogram);
+  };
+  const auto sketch = [&](size_t l) {
+    sketches[l] = sketch_of(std::exchange(histograms[l], {}), problem.layer_total[l], false);
+  };
+  pool.for_each(static_cast<int64_t>(problem.layers()), [&](int64_t l, int worker) {
+    look(static_cast<int32_t>(l), worker);
+    if (!exchange) sketch(static_cast<size_t>(l));  // at once, so that the next histogram takes the same memory
   });
-  if (exchange) add_up(histograms, *exchange);
-  std::vector<Sketch> sketches(problem.layers());
-  for (size_t l = 0; l < sketches.size(); ++l) sketches[l] = sketch_of(histograms[l], problem.layer_total[l], false);
+  if (exchange) {
+    add_up(histograms, *exchange);
+    for (size_t l = 0; l < sketches.size(); ++l) sketch(l);
+  }
   return sketches;
 }
 

@@ -73,7 +73,7 @@ Survey survey(const Problem& problem, std::span<const Window> windows, int64_t b
     kernels().decide[static_cast<int>(problem.tensors[chunk.tensor].dtype)](loader.load(chunk, worker), chunk.n,
                                                                             bracket, nullptr, out);
     pool.advance(bytes(chunk));
-    if (out.largest >= kNonFinite) finite.store(false, std::memory_order_relaxed);
+    if (out.non_finite) finite.store(false, std::memory_order_relaxed);
     const auto add_to = [&](Bin* all) {
       for (int64_t i = 0; i < out.aside; ++i) all[(out.keys[i] - window.base) >> window.shift].add(out.keys[i]);
     };

@@ -1,63 +1,100 @@
-"""Checkpoints in and out: a safetensors file, a Hugging Face folder, a .pth file, a timm model.
+"""Checkpoints in and out: files and folders of safetensors or of torch.save, and timm models.
 
-A `Checkpoint` lists names, shapes and dtypes and gives tensors one at a time; its `create` gives a
-`Writer` that takes them back. Only weights change: metadata, index, optimizer state and a folder's
-other files are carried over.
+A `Checkpoint` lists names, shapes and dtypes and gives tensors one at a time. Only weights change
+in an output: metadata, index, optimizer state and a folder's other files are carried over.
 
-    with open_checkpoint("in.safetensors") as source, source.create("out.safetensors") as writer:
-        for name in writer.names:
-            writer.put(name, source.get(name))
+    with open_checkpoint("in.safetensors") as checkpoint:
+        for name, spec in checkpoint.tensors.items():
+            print(name, spec.shape, checkpoint.get(name))
 
-Rooms: `header` (safetensors headers), `bitmask` (the sparse format), `folder` (files and folders of
-safetensors), `memory` (state dicts; imports torch), `prune` and `expand` (from files to files); and of
-many checkpoints: `inputs` (which), `manifest` (what is done), `many` (one of them), `workers` (--jobs).
+Rooms: `locate` (what a path is), `header` (safetensors headers), `bitmask` (the sparse format), `folder`
+(safetensors), `memory` (state dicts; imports torch), `prune`, `inspect` and `expand` (what is done with
+them); and of many checkpoints: `inputs` (which), `manifest` (what is done), `many` (one of them),
+`workers` (--jobs).
 """
 
 from __future__ import annotations
 
-import errno
 import os
 from pathlib import Path
 
-from .base import Checkpoint, Writer
-from .folder import Folder, open_file
+from .base import Checkpoint
+from .folder import Shards
 from .header import Spec
+from .locate import PICKLED, SAFETENSORS, find_weights, other_weights
 
-__all__ = ["PICKLED", "Checkpoint", "Spec", "Writer", "open_checkpoint"]
+__all__ = ["PICKLED", "Checkpoint", "Spec", "open_checkpoint"]
 
-PICKLED = (".pth", ".pt", ".bin")  # endings of files of torch.save
+TIMM, HUB = "timm:", "hf:"  # how names begin that are no paths
 
 
-def open_checkpoint(path: str | os.PathLike[str], *, random_init: bool = False) -> Checkpoint:
+def open_checkpoint(
+    path: str | os.PathLike[str],
+    *,
+    key: str | None = None,
+    all_copies: bool = False,
+    random_init: bool = False,
+) -> Checkpoint:
     """Open a checkpoint for reading; use it in a `with` block.
 
-    path: a .safetensors file; a folder with model.safetensors or model.safetensors.index.json
-        and its shards; a .pth, .pt or .bin file (read with weights_only=True), whose weights may
-        lie under "model" or "state_dict"; or "timm:NAME", a timm model with pretrained weights.
+    path: a file of safetensors or of torch.save (read with weights_only=True), told by its content;
+        a folder with model.safetensors, pytorch_model.bin, another file of weights or an index and
+        its shards; "hf:ORG/NAME", a repository of the Hugging Face hub or its cache; or
+        "timm:NAME", a timm model with pretrained weights.
+    key: where the weights lie in a file of torch.save, as "state_dict" or "net.teacher"; by default
+        where training scripts put them ("model", "state_dict", …), or the one place that has any.
+    all_copies: take other copies of the weights there, as a teacher's, to be pruned alike; by default
+        averages (EMA) are taken, and others must be left out by `key`.
     random_init: give a timm model fresh weights (seed 0) instead, for a dry run.
 
-    Raises FileNotFoundError or another OSError where a file cannot be read, ValueError where it is
-    not what it should be, ModuleNotFoundError where timm is needed and missing.
+    Raises FileNotFoundError or another OSError where a file cannot be read; ValueError where it is
+    not what it should be, is one of a checkpoint's shards, or holds weights in several places;
+    ModuleNotFoundError where timm or huggingface_hub is needed and missing.
     """
     text = os.fspath(path)
-    if text.startswith("timm:"):
+    if random_init and not text.startswith(TIMM):
+        raise ValueError(f"random weights (--random-init) are only for timm:NAME, got {text}")
+    if text.startswith(TIMM):
         from .memory import open_timm
 
         return open_timm(text, random_init=random_init)
-    if random_init:
-        raise ValueError(f"random weights (--random-init) are only for timm:NAME, got {text}")
-    file = Path(text)
-    if file.is_dir():
-        return Folder(file)
-    if not file.exists():
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), text)
-    if file.suffix == ".safetensors":
-        return open_file(file)
-    if file.suffix in PICKLED:
+    file = _from_hub(text) if text.startswith(HUB) else Path(text)
+    found = find_weights(file)
+    if found.form == SAFETENSORS:
+        if key is not None:
+            raise ValueError(
+                f"key (--key) must be left out for safetensors, which hold one set of weights, got {key}"
+            )
+        form = "folder" if file.is_dir() else SAFETENSORS
+        checkpoint: Checkpoint = Shards(text, form, found)
+    else:
         from .memory import open_pickled
 
-        return open_pickled(file)
-    raise ValueError(
-        f"{text} must be a folder, timm:NAME, or a file that ends in .safetensors, "
-        f"{', '.join(PICKLED[:-1])} or {PICKLED[-1]}"
-    )
+        form = "pickled folder" if file.is_dir() else "pickled"
+        checkpoint = open_pickled(text, form, found, key, all_copies)
+    if file.is_dir():
+        checkpoint.others = other_weights(file, found.files)
+        if not all_copies:
+            checkpoint.notes += [
+                f"{name} is kept as it is: its weights are not pruned" for name in checkpoint.others
+            ]
+    return checkpoint
+
+
+def _from_hub(text: str) -> Path:
+    """The folder of "hf:ORG/NAME", or of "hf:ORG/NAME@REVISION", in the hub's cache."""
+    name, _, revision = text.removeprefix(HUB).partition("@")
+    try:
+        import huggingface_hub as hub
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "hf:ORG/NAME needs the package huggingface_hub: pip install huggingface_hub",
+            name="huggingface_hub",
+        ) from error
+    try:
+        return Path(hub.snapshot_download(name, revision=revision or None))
+    except Exception as error:  # its own kinds, and those of what it loads with
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise OSError(
+            f"{text} could be had neither from the hub nor from its cache: {reason}"
+        ) from error

@@ -1,23 +1,23 @@
-"""What every form of checkpoint offers: `Checkpoint` for reading, `Writer` for writing."""
+"""What every form of checkpoint offers: names, shapes, tensors one at a time, and outputs of its form."""
 
 from __future__ import annotations
 
 import errno
 import os
+import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from .._files import replacing
-from ..groups import Layer, group_names, is_parameter
+from .._files import kind_of, replacing
+from ..groups import Choice, Grouping, Layer, group, is_parameter
 from .header import Spec
+from .locate import LEFT_OUT, SINGLE, choose_weights
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 class Progress(Protocol):
@@ -42,33 +42,55 @@ class Checkpoint(ABC):
 
     Attributes:
         path: as it was given.
-        form: "safetensors", "folder", "pickled" or "timm".
-        tensors: name -> `Spec` (dtype, shape, nbytes), in the order of the file; never empty.
+        form: "safetensors", "folder", "pickled", "pickled folder" or "timm".
+        files: those that hold its weights; none of a timm model.
+        tensors: name -> `Spec` (dtype, shape, nbytes), in the order of the files; never empty.
         metadata: strings stored beside the tensors of a safetensors file.
+        others: what else in a folder holds weights, relative to it.
         notes: what the user should know about this checkpoint, one sentence each.
+        choice: how its tensors are grouped, where that is not left to the known families.
     """
 
-    # File name endings that an output may have; a folder may have any name.
+    # File name endings that an output may have, beside that of the file; a folder may have any name.
     endings: tuple[str, ...] = ()
 
     def __init__(
         self,
         path: str | os.PathLike[str],
         form: str,
+        files: Sequence[Path],
         tensors: Mapping[str, Spec],
         metadata: Mapping[str, str],
     ) -> None:
-        self.path = os.fspath(path)
-        self.form = form
-        self.tensors = dict(tensors)
-        self.metadata = dict(metadata)
+        self.path, self.form = os.fspath(path), form
+        self.files, self.tensors, self.metadata = list(files), dict(tensors), dict(metadata)
+        self.others: list[str] = []
         self.notes: list[str] = []
+        self.choice = Choice()
         if not tensors:
             raise ValueError(f"{self.path} must hold at least one tensor, got none")
+
+    @property
+    def is_folder(self) -> bool:
+        """Whether it is a folder, whose other files an output keeps."""
+        return self.form.endswith("folder")
+
+    @property
+    def place(self) -> Path | None:
+        """The folder or file that is read; None of a timm model."""
+        if not self.files:
+            return None
+        return self.files[0].parent if self.is_folder else self.files[0]
 
     @abstractmethod
     def get(self, name: str) -> Tensor:
         """One tensor, on the CPU. Writing into it changes no file."""
+
+    @abstractmethod
+    def rewrite(
+        self, targets: Sequence[Path], state: Mapping[str, Tensor], masks: Mapping[str, Tensor]
+    ) -> None:
+        """Write the files anew. state: the tensors, masked already. masks: for copies beside them."""
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shapes of what `dimap.find_modules` takes for parameters, by name."""
@@ -79,98 +101,55 @@ class Checkpoint(ABC):
         }
 
     def find_modules(self) -> dict[str, list[Layer]]:
-        """`dimap.find_modules` on the names and shapes."""
-        return group_names(self.shapes())
+        """`dimap.find_modules` on the names and shapes, by `choice`."""
+        return self.group().modules
+
+    def group(self) -> Grouping:
+        """Modules, families and notes, by `choice`."""
+        return group(self.shapes(), self.choice)
 
     @contextmanager
-    def create(self, out: str | os.PathLike[str], *, force: bool = False) -> Iterator[Writer]:
-        """Write a checkpoint of the same form to `out`: complete when the block ends, or not there.
+    def creating(self, out: str | os.PathLike[str], *, force: bool = False) -> Iterator[list[Path]]:
+        """Empty files for weights, at `out` when the block ends, or nothing there if it fails.
 
-        A pickled or timm checkpoint can be written as .safetensors too.
+        They stand for `files` (one file for a timm model); a folder's other files are there already.
         force: replace an `out` that is there already (a folder only if it holds a checkpoint).
 
         Raises FileExistsError, or another OSError where `out` cannot be written; ValueError where
         `out` is the checkpoint that is read, lies inside it or around it, or has the wrong ending.
         """
-        with self.creating(out, force=force) as files:
-            writer = self._writer(files, Path(out).suffix)
-            yield writer
-            writer.finish()
-
-    @contextmanager
-    def creating(self, out: str | os.PathLike[str], *, force: bool = False) -> Iterator[list[Path]]:
-        """`create`, for those who fill the files themselves, which are there and empty."""
-        target = Path(out)
-        folder = self.form == "folder"
-        self._check_apart(target)
-        if self.endings and target.suffix not in self.endings and not target.is_dir():
-            raise ValueError(
-                f"the output for {self.path} must end in {' or '.join(self.endings)}, got {target}"
-            )
+        target, folder = Path(out), self.is_folder
+        self._check_place(target)
         if folder and force and target.is_dir():
             _check_replaceable(target)
         with replacing(target, folder=folder, force=force) as temporary:
-            yield self._files(temporary)
+            if not folder:
+                yield [temporary]
+                return
+            files = [temporary / file.name for file in self.files]
+            copy_folder(self.files[0].parent, temporary, [file.name for file in files])
+            for file in files:
+                file.touch(exist_ok=False)
+            yield files
 
-    def _files(self, temporary: Path) -> list[Path]:
-        """The files to be filled, all else being there; `temporary` is an empty file or folder."""
-        return [temporary]
-
-    @abstractmethod
-    def _writer(self, files: list[Path], ending: str) -> Writer:
-        """A writer that fills the files, for an output that has this ending."""
-
-    def _check_apart(self, out: Path) -> None:
-        if self.form == "timm":
-            return
-        source, target = Path(self.path).resolve(), out.resolve()
-        if source == target or (out.exists() and out.samefile(source)):
-            raise ValueError(f"the output must not be the checkpoint that is read, got {out}")
-        if source in target.parents or target in source.parents:
-            raise ValueError(f"the output must lie apart from {self.path}, got {out}")
+    def _check_place(self, out: Path) -> None:
+        if self.place is not None:
+            source, target = self.place.resolve(), out.resolve()
+            if source == target or (out.exists() and out.samefile(source)):
+                raise ValueError(f"the output must not be the checkpoint that is read, got {out}")
+            if source in target.parents or target in source.parents:
+                raise ValueError(f"the output must lie apart from {self.path}, got {out}")
+        if not self.is_folder and not out.is_dir():
+            endings = [*self.endings, *(file.suffix for file in self.files)]
+            if out.suffix.lower() not in map(str.lower, endings):
+                names = " or ".join(dict.fromkeys(filter(None, endings)))
+                raise ValueError(f"the output for {self.path} must end in {names}, got {out}")
 
     def __enter__(self) -> Checkpoint:
         return self
 
     def __exit__(self, *_: object) -> None:  # noqa: B027 - no file is held open
         """Tensors that were read stay valid."""
-
-
-class Writer:
-    """Takes the tensors of a new checkpoint, one by one.
-
-    A tensor must have the shape and dtype of the one that it stands for.
-
-    names: of all tensors, in the order of the file.
-    """
-
-    def __init__(
-        self,
-        tensors: Mapping[str, Spec],
-        write: Callable[[str, Tensor], object],
-        complete: Callable[[], object] = lambda: None,
-    ) -> None:
-        self.names = tuple(tensors)
-        self._left, self._write, self._complete = dict(tensors), write, complete
-
-    def put(self, name: str, tensor: Tensor) -> None:
-        """Write a tensor, once."""
-        want = self._left.get(name)
-        if want is None:
-            raise ValueError(f"a tensor must be one of the checkpoint's, put once, got {name}")
-        if tuple(tensor.shape) != want.torch_shape or str(tensor.dtype) != str(want.dtype):
-            raise ValueError(
-                f"{name} must be {want.dtype} {list(want.torch_shape)}, "
-                f"got {tensor.dtype} {list(tensor.shape)}"
-            )
-        self._write(name, tensor.detach())
-        del self._left[name]
-
-    def finish(self) -> None:
-        """Complete the files; called by `Checkpoint.create`."""
-        if self._left:
-            raise ValueError(f"every tensor must be written, got none for {next(iter(self._left))}")
-        self._complete()
 
 
 def raw_bytes(tensor: Tensor) -> memoryview:
@@ -182,6 +161,29 @@ def raw_bytes(tensor: Tensor) -> memoryview:
     return data
 
 
+def copy_folder(source: Path, target: Path, without: Collection[str] = ()) -> None:
+    """Copy what a folder holds into another; symbolic links are followed, so that it stands alone.
+
+    without: names at its top that are left out, as `LEFT_OUT` and locks are at every depth.
+    """
+    home = source.resolve()
+    for child in sorted(source.iterdir()):
+        if child.name in without or child.name in LEFT_OUT or child.suffix == ".lock":
+            continue
+        copy, kind = target / child.name, kind_of(child)
+        if kind == "a file":
+            shutil.copy2(child, copy)
+        elif kind == "a folder" and child.resolve() not in (home, *home.parents):
+            copy.mkdir()
+            copy_folder(child, copy)
+            shutil.copystat(child, copy)
+        else:
+            got = "a link to a folder around it" if kind == "a folder" else kind
+            raise OSError(
+                errno.EINVAL, f"must be a file or folder to be copied, got {got}", str(child)
+            )
+
+
 def check_apart(kind: str, path: Path, others: Mapping[str, Path]) -> None:
     """An output must not be one of the others, or lie in one; kind: what it is, for the error."""
     place = path.resolve()
@@ -190,15 +192,12 @@ def check_apart(kind: str, path: Path, others: Mapping[str, Path]) -> None:
             raise ValueError(f"{kind} must lie apart from {name}, got {path}")
 
 
-def shorten(items: Iterable[str], most: int = 8) -> str:
-    """The first few of many names, for an error message."""
-    texts = list(items)
-    return ", ".join(texts[:most]) + (f" and {len(texts) - most} more" if len(texts) > most else "")
-
-
 def _check_replaceable(folder: Path) -> None:
     """A folder is replaced, thus removed, only if it plainly is an earlier output."""
-    if not any((folder / name).exists() for name in (SINGLE, INDEX)) and any(folder.iterdir()):
+    try:
+        if any(folder.iterdir()):
+            choose_weights(folder)
+    except (FileNotFoundError, ValueError):
         raise FileExistsError(
             errno.EEXIST, f"is not replaced: it is a folder without {SINGLE}", str(folder)
-        )
+        ) from None

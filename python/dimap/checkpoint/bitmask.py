@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from .._files import replacing
 from .base import raw_bytes
-from .header import DTYPES, Entry, Header, dtype_of, make_header, parse_header
+from .header import DTYPES, Entry, Header, Spec, dtype_of, make_header, parse_header, refuse
 
 if TYPE_CHECKING:
     import os
@@ -62,7 +62,7 @@ def lay_out(dense: Header, nonzero: Mapping[str, int], where: str) -> Layout:
     """
     for key in (VERSION_KEY, DENSE_KEY):
         if key in dense.metadata:
-            raise ValueError(f"{where} must be dense, got metadata of a bitmask file ({key})")
+            refuse(where, "be dense", f"metadata of a bitmask file ({key})")
     names = {entry.name for entry in dense.entries}
     stored: list[tuple[Entry, int | None]] = []
     for entry in dense.entries:
@@ -94,9 +94,9 @@ def read_layout(header: Header, where: str) -> Layout:
     if not is_packed(header.metadata):
         return Layout(header, header, {entry.name: Place(entry, None) for entry in header.entries})
     if (found := header.metadata[VERSION_KEY]) != VERSION:
-        raise ValueError(f"{where} must have bitmask format version {VERSION}, got {found[:80]!r}")
+        refuse(where, f"have bitmask format version {VERSION}", repr(found))
     if DENSE_KEY not in header.metadata:
-        raise ValueError(f"{where} must hold the header of its dense file, got none")
+        refuse(where, "hold the header of its dense file", "none")
     text = header.metadata[DENSE_KEY].encode("utf-8", "surrogatepass")
     raw = len(text).to_bytes(8, "little") + text
     return _join(header, parse_header(raw, None, f"{where}: its dense header"), where)
@@ -112,50 +112,39 @@ def _join(header: Header, dense: Header, where: str) -> Layout:
         # A name of the dense file is that tensor's own, even if it ends as those of bits do.
         bits = None if entry.name + BITS in wanted else stored.pop(entry.name + BITS, None)
         if values is None:
-            raise ValueError(f"{where} must hold every tensor, got no {entry.name}")
+            refuse(where, "hold every tensor", f"no {entry.name}")
         _check(entry, values, bits, where)
         places[entry.name] = Place(values, bits)
     if stored:
-        name = min(stored)
-        raise ValueError(f"{where} must hold nothing but its tensors, got {name[:80]!r}, of none")
+        refuse(where, "hold nothing but its tensors", f"{min(stored)!r}, of none")
     return Layout(header, dense, places)
 
 
 def _check(entry: Entry, values: Entry, bits: Entry | None, where: str) -> None:
+    what, count = f"{where}: {entry.name}", entry.numel()
     if values.dtype != entry.dtype:
-        raise ValueError(f"{where}: {entry.name} must be {entry.dtype}, got {values.dtype}")
+        refuse(what, f"be {entry.dtype}", values.dtype)
     if bits is None:
         if values.shape != entry.shape:
-            raise ValueError(
-                f"{where}: {entry.name} must have shape {list(entry.shape)}, "
-                f"got {list(values.shape)}, and no bits"
-            )
+            refuse(what, f"have shape {list(entry.shape)}", f"{list(values.shape)}, and no bits")
         return
     if entry.dtype.code not in PACKED:
-        raise ValueError(
-            f"{where}: {entry.name} must be float32, bfloat16 or float16 to have bits, "
-            f"got {entry.dtype}"
-        )
-    count = entry.numel()
-    if bits.dtype.code != "U8" or bits.shape != ((count + 7) // 8,):
-        raise ValueError(
-            f"{where}: {bits.name} must be uint8 [{(count + 7) // 8}] for {count} weights, "
-            f"got {bits.dtype} {list(bits.shape)}"
-        )
+        refuse(what, "be float32, bfloat16 or float16 to have bits", entry.dtype)
+    size = (count + 7) // 8
+    if bits.dtype.code != "U8" or bits.shape != (size,):
+        got = f"{bits.dtype} {list(bits.shape)}"
+        refuse(f"{where}: {bits.name}", f"be uint8 [{size}] for {count} weights", got)
     if len(values.shape) != 1 or values.shape[0] > count:
-        raise ValueError(
-            f"{where}: {entry.name} must hold at most {count} values in one dimension, "
-            f"got {list(values.shape)}"
-        )
+        refuse(what, f"hold at most {count} values in one dimension", list(values.shape))
 
 
 def check_bits(bits: memoryview, weights: int, values: int, where: str) -> None:
     """Bits must say as many values as there are, and none beyond the weights."""
     if weights % 8 and bits[-1] >> weights % 8:
-        raise ValueError(f"{where} must have zeros in the unused bits, got ones")
+        refuse(where, "have zeros in the unused bits", "ones")
     ones = int.from_bytes(bits, "little").bit_count()
     if ones != values:
-        raise ValueError(f"{where} must have as many values as its bits say, {ones}, got {values}")
+        refuse(where, f"have as many values as its bits say, {ones}", values)
 
 
 def save_file(
@@ -188,8 +177,8 @@ def write_packed(
     from .. import ops
 
     order = sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)
-    described = [(name, dtype_of(tensors[name].dtype), tensors[name].shape) for name in order]
-    dense = make_header(described, metadata, where)
+    specs = [(name, Spec.of(tensors[name])) for name in order]
+    dense = make_header(((n, spec.dtype, spec.shape) for n, spec in specs), metadata, where)
     packed: dict[str, tuple[Tensor, Tensor]] = {}
     for entry in dense.entries:
         if entry.name in pack and entry.dtype.code in PACKED:
@@ -223,8 +212,16 @@ def _check_state(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> 
             )
         if name == "__metadata__":
             raise ValueError(f"tensors must not be called {name!r}: the file format uses it")
-        if dtype_of(tensor.dtype).code not in DTYPES or dtype_of(tensor.dtype).size == 0:
-            raise ValueError(f"{name} must have a dtype of safetensors, got {tensor.dtype}")
-        if tensor.layout != torch.strided or tensor.is_meta:
-            kind = "meta" if tensor.is_meta else str(tensor.layout).removeprefix("torch.")
-            raise ValueError(f"{name} must be a dense tensor with weights, got a {kind} one")
+        check_storable(name, tensor)
+
+
+def check_storable(name: str, tensor: Tensor) -> None:
+    """A tensor must be one that safetensors can hold. Raises ValueError."""
+    import torch
+
+    if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
+        kind = str(tensor.layout).removeprefix("torch.")
+        kind = "meta" if tensor.is_meta else "quantized" if tensor.is_quantized else kind
+        refuse(name, "be a dense tensor with weights for safetensors", f"a {kind} one")
+    if dtype_of(tensor.dtype).code not in DTYPES:
+        refuse(name, "have a dtype of safetensors", tensor.dtype)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from .._files import naming
-from .base import Progress, Silent
+from .base import Progress
 from .header import Entry, Header
 
 READ, FILL = os.O_RDONLY, os.O_RDWR
@@ -17,8 +17,8 @@ READ, FILL = os.O_RDONLY, os.O_RDWR
 class Told:
     """What `_C` tells of its work, told to a `Progress`."""
 
-    def __init__(self, progress: Progress | None) -> None:
-        self._progress = progress or Silent()
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
         self._step, self._done, self._total = "", 0, 0
 
     def __call__(self, step: str, done: int, total: int) -> None:
@@ -51,14 +51,12 @@ def opened(paths: Sequence[Path], flags: int) -> Iterator[list[tuple[int, str]]]
     """
     if flags == FILL:
         flags |= getattr(os, "O_NOFOLLOW", 0)
-    found: list[tuple[int, str]] = []
-    try:
+    with ExitStack() as stack:
+        found: list[tuple[int, str]] = []
         for path in paths:
             found.append((os.open(path, flags | os.O_CLOEXEC), str(path)))
+            stack.callback(os.close, found[-1][0])
         yield found
-    finally:
-        for descriptor, _ in found:
-            os.close(descriptor)
 
 
 def begin(output: tuple[int, str], header: Header, *, first: bool = True) -> None:

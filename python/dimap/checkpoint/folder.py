@@ -5,22 +5,22 @@ from __future__ import annotations
 import errno
 import json
 import mmap
-import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .._files import naming
-from .base import INDEX, SINGLE, Checkpoint, Writer, raw_bytes, shorten
+from .base import Checkpoint, raw_bytes
 from .bitmask import DENSE_KEY, check_bits, is_packed, read_layout
-from .header import Entry, Header, read_header, unique
+from .header import Entry, Header, read_header
+from .locate import Weights, check_index, read_index
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    import os
 
-# Weights in a folder that are not the ones that are pruned.
-OTHER_WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "*.pth", "*.pt", "*.h5", "*.msgpack")
+    from torch import Tensor
 
 
 class Shard:
@@ -34,7 +34,7 @@ class Shard:
     def __init__(self, path: Path) -> None:
         self.path = path
         with naming(path):
-            self.stored = _read_header(path)
+            self.stored = read_header(path)
         self.packed = is_packed(self.stored.metadata)
         self.layout = read_layout(self.stored, str(path))
         self.header = self.layout.dense
@@ -74,17 +74,6 @@ class Shard:
         return mapping
 
 
-def _read_header(path: Path) -> Header:
-    try:
-        return read_header(path)
-    except ValueError as error:
-        reason = str(error).removeprefix(str(path)).lstrip(": ")
-        raise ValueError(
-            f"{path} must be a complete safetensors file, got one that is truncated, damaged or of "
-            f"another format ({reason})"
-        ) from error
-
-
 class Shards(Checkpoint):
     """Tensors of one or more files, in the order of the files and of the tensors in them.
 
@@ -92,12 +81,13 @@ class Shards(Checkpoint):
     index: the text of a folder's index, that of the dense shards; None where there is none.
     """
 
-    def __init__(self, path: Path, form: str, shards: Sequence[Shard]) -> None:
-        self.shards = list(shards)
+    endings = (".safetensors",)
+
+    def __init__(self, path: str, form: str, found: Weights) -> None:
+        self.shards = [Shard(file) for file in found.files]
         self.home: dict[str, Shard] = {}
-        self.index: bytes | None = None
         metadata: dict[str, str] = {}
-        for shard in shards:
+        for shard in self.shards:
             metadata |= shard.header.metadata
             for name in shard.entries:
                 if name in self.home:
@@ -107,123 +97,45 @@ class Shards(Checkpoint):
                     )
                 self.home[name] = shard
         # In the order of their bytes: so they are written, one after the other.
-        super().__init__(path, form, {n: e for s in shards for n, e in s.entries.items()}, metadata)
-        self.packed = any(shard.packed for shard in shards)
+        tensors = {n: e for s in self.shards for n, e in s.entries.items()}
+        super().__init__(path, form, found.files, tensors, metadata)
+        self.packed = any(shard.packed for shard in self.shards)
         if self.packed:
             self.notes = ["stored as bits and nonzero values: `dimap expand` gives the dense one"]
+        self.index: bytes | None = None
+        if found.listing is not None:
+            self.index_name, self.index = found.listing.name, found.text
+            stored = {e.name: s.path for s in self.shards for e in s.stored.entries}
+            check_index(found.listing, found.weight_map, stored)
+            if self.packed:
+                self.index = _dense_index(found.text, found.listing)
+                dense = read_index(self.index, found.listing)
+                check_index(found.listing, dense, {n: s.path for n, s in self.home.items()})
 
     def get(self, name: str) -> Tensor:
         return self.home[name].get(name)
 
-    def _writer(self, files: list[Path], ending: str) -> Writer:
-        targets = dict(zip((shard.path for shard in self.shards), files, strict=True))
-        for shard in self.shards:
-            targets[shard.path].write_bytes(shard.header.raw)
+    def rewrite(
+        self, targets: Sequence[Path], state: Mapping[str, Tensor], masks: Mapping[str, Tensor]
+    ) -> None:
+        for shard, target in zip(self.shards, targets, strict=True):
+            with open(target, "wb") as file:
+                file.write(shard.header.raw)
+                for entry in shard.header.entries:
+                    file.write(raw_bytes(state[entry.name]))
 
-        def write(name: str, tensor: Tensor) -> None:
-            shard = self.home[name]
-            with open(targets[shard.path], "r+b") as file:
-                file.seek(shard.entries[name].begin)
-                file.write(raw_bytes(tensor))
+    @contextmanager
+    def creating(self, out: str | os.PathLike[str], *, force: bool = False) -> Iterator[list[Path]]:
+        with super().creating(out, force=force) as files:
+            if self.packed and self.index is not None:
+                self.write_index(files, self.index)
+            yield files
 
-        return Writer(self.tensors, write)
-
-
-def open_file(path: Path) -> Shards:
-    """A checkpoint of one file."""
-    checkpoint = Shards(path, "safetensors", [Shard(path)])
-    checkpoint.endings = (".safetensors",)
-    return checkpoint
-
-
-class Folder(Shards):
-    """A Hugging Face folder: one file, or shards with their index. Its other files are copied."""
-
-    def __init__(self, path: Path) -> None:
-        index = path / INDEX
-        weight_map: dict[str, str] = {}
-        if (path / SINGLE).exists():  # transformers prefers it to an index, too
-            names = [SINGLE]
-        elif index.exists():
-            text = index.read_bytes()
-            weight_map = _weight_map(text, index)
-            names = sorted(set(weight_map.values()))
-        else:
-            held = shorten(sorted(child.name for child in path.iterdir())) or "an empty folder"
-            raise FileNotFoundError(
-                errno.ENOENT, f"must hold {SINGLE} or {INDEX}, got {held}", str(path)
-            )
-        for name in names:
-            if not (path / name).exists():
-                raise FileNotFoundError(
-                    errno.ENOENT, f"must be there, since {index} names it", str(path / name)
-                )
-        super().__init__(path, "folder", [Shard(path / name) for name in names])
-        if weight_map:
-            stored = {entry.name: s for s in self.shards for entry in s.stored.entries}
-            _check_index(index, weight_map, stored)
-            self.index = text
-            if self.packed:
-                self.index = _dense_index(text, index)
-                _check_index(index, _weight_map(self.index, index), self.home)
-        others = {other for pattern in OTHER_WEIGHTS for other in path.glob(pattern)}
-        self.notes += [
-            f"{other.name} is kept as it is: its weights are not pruned"
-            for other in sorted(others)
-            if other.name not in names
-        ]
-
-    def _files(self, temporary: Path) -> list[Path]:
-        files = [temporary / shard.path.name for shard in self.shards]
-        for child in Path(self.path).iterdir():
-            if self.packed and self.index is not None and child.name == INDEX:
-                (temporary / INDEX).write_bytes(self.index)
-            elif temporary / child.name not in files:
-                _copy(child, temporary / child.name)
-        for file in files:
-            file.touch(exist_ok=False)
-        return files
-
-
-def _check_index(index: Path, weight_map: Mapping[str, str], home: Mapping[str, Shard]) -> None:
-    for name, file in weight_map.items():
-        if name not in home or home[name].path.name != file:
-            raise ValueError(f"{index} must match its shards, got {name}, not in {file}")
-    for name, shard in home.items():
-        if name not in weight_map:
-            raise ValueError(
-                f"{index} must name every tensor of its shards, got no {name}, "
-                f"which is in {shard.path.name}"
-            )
-
-
-def _copy(source: Path, target: Path) -> None:
-    """A file or folder; symbolic links are followed, so that the copy stands alone."""
-    if not source.is_dir():
-        shutil.copy2(source, target)
-        return
-    try:
-        shutil.copytree(source, target)
-    except shutil.Error as error:  # a list of (source, target, reason)
-        file, _, reason = error.args[0][0]
-        raise OSError(errno.EIO, f"could not be copied ({reason})", str(file)) from error
-
-
-def _weight_map(text: bytes, path: Path) -> dict[str, str]:
-    """An index's weight_map: tensor name -> name of a file beside it."""
-    try:
-        index = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} must be JSON ({error})") from error
-    weight_map = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(f"{path} must have a weight_map from tensor names to file names")
-    for file in weight_map.values():
-        # Nothing but a plain name: the output must not be written outside its folder.
-        plain = isinstance(file, str) and Path(file).name == file
-        if not plain or not file.endswith(".safetensors"):
-            raise ValueError(f"{path} must name safetensors files beside it, got {file!r}")
-    return weight_map
+    def write_index(self, files: list[Path], text: bytes) -> None:
+        """Give an output another index than the copy of this one, which may be read-only."""
+        index = files[0].with_name(self.index_name)
+        index.unlink()
+        index.write_bytes(text)
 
 
 def _dense_index(text: bytes, path: Path) -> bytes:
@@ -235,7 +147,7 @@ def _dense_index(text: bytes, path: Path) -> bytes:
     return dense.encode("utf-8", "surrogatepass")
 
 
-def packed_index(dense: bytes, headers: Mapping[str, Header]) -> str:
+def packed_index(dense: bytes, headers: Mapping[str, Header]) -> bytes:
     """The index of a folder of bitmask files. dense: that of the dense shards. headers: by file."""
     text = dense.decode("utf-8")
     index = json.loads(text)
@@ -244,4 +156,5 @@ def packed_index(dense: bytes, headers: Mapping[str, Header]) -> str:
     entries = {entry.name: (file, entry) for file, h in headers.items() for entry in h.entries}
     metadata |= {"total_size": sum(entry.nbytes for _, entry in entries.values()), DENSE_KEY: text}
     weight_map = {name: entries[name][0] for name in sorted(entries)}
-    return json.dumps(index | {"metadata": metadata, "weight_map": weight_map}, indent=2) + "\n"
+    index |= {"metadata": metadata, "weight_map": weight_map}
+    return f"{json.dumps(index, indent=2)}\n".encode()

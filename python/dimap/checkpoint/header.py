@@ -14,7 +14,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+
+from ..groups import Slice
 
 if TYPE_CHECKING:
     import torch
@@ -119,6 +121,18 @@ class Spec:
             return (*self.shape[:-1], self.shape[-1] // 2)
         return self.shape
 
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> Spec:
+        """That of a tensor in memory."""
+        dtype, shape = dtype_of(tensor.dtype), tuple(tensor.shape)
+        if dtype.code == "F4" and shape:
+            shape = (*shape[:-1], 2 * shape[-1])
+        return cls(dtype, shape)
+
+    def part_spec(self, name: str) -> Spec:
+        """Of the tensor by its name in a layer: of a slice along its first axis, or of all of it."""
+        return Spec(self.dtype, self.shape[1:]) if isinstance(name, Slice) else self
+
     def meta(self) -> torch.Tensor:
         """A tensor on the meta device that stands for it. Imports torch."""
         import torch
@@ -133,6 +147,14 @@ class Entry(Spec):
     name: str
     begin: int
     end: int
+
+    def part(self, name: str) -> Entry:
+        """The tensor by its name in a layer: a slice along its first axis, or all of it."""
+        if not isinstance(name, Slice):
+            return self
+        size = prod(self.shape[1:]) * self.dtype.bits // 8
+        begin = self.begin + name.at * size
+        return Entry(self.dtype, self.shape[1:], name, begin, begin + size)
 
 
 class Header(NamedTuple):
@@ -160,13 +182,19 @@ def read_header(path: Path) -> Header:
         size = os.fstat(file.fileno()).st_size
         head = file.read(8)
         length = int.from_bytes(head, "little")
-        if len(head) < 8 or not 2 <= length <= min(MOST, size - 8):
-            raise ValueError(
-                f"{path} must be a safetensors file with a header of at most "
-                f"{max(0, min(MOST, size - 8))} bytes, got {length if len(head) == 8 else 'none'}"
-            )
-        raw = head + file.read(length)
-    return parse_header(raw, size, str(path))
+        whole = len(head) == 8 and 2 <= length <= min(MOST, size - 8)
+        raw = head + file.read(length if whole else 0)
+    try:
+        if not whole:
+            most, got = max(0, min(MOST, size - 8)), length if len(head) == 8 else "none"
+            raise ValueError(f"a header of at most {most} bytes, got {got}")
+        return parse_header(raw, size, str(path))
+    except ValueError as error:
+        reason = str(error).removeprefix(str(path)).lstrip(": ")
+        raise ValueError(
+            f"{path} must be a complete safetensors file, got one that is truncated, damaged or of "
+            f"another format ({reason})"
+        ) from error
 
 
 def parse_header(raw: bytes, size: int | None, where: str) -> Header:
@@ -175,7 +203,7 @@ def parse_header(raw: bytes, size: int | None, where: str) -> Header:
     size: the length of the file; None where there is no file yet, only its header.
     """
     if len(raw) < 8 or int.from_bytes(raw[:8], "little") != len(raw) - 8:
-        raise ValueError(f"{where} must have a complete header, got {len(raw)} bytes of it")
+        refuse(where, "have a complete header", f"{len(raw)} bytes of it")
     try:
         found = json.loads(raw[8:].decode("utf-8"), object_pairs_hook=unique)
         if isinstance(found, dict):
@@ -183,23 +211,26 @@ def parse_header(raw: bytes, size: int | None, where: str) -> Header:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where} must have a header of JSON, got {_short(error)}") from error
     if not isinstance(found, dict):
-        raise ValueError(f"{where} must have an object for its header, got {_kind(found)}")
+        refuse(where, "have an object for its header", type(found).__name__)
     metadata = found.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise ValueError(f"{where} must have strings for its metadata, got {_short(metadata)}")
+        refuse(where, "have strings for its metadata", metadata)
     entries = [_entry(name, entry, len(raw), where) for name, entry in found.items()]
     entries.sort(key=lambda entry: (entry.begin, entry.end))
     end = len(raw)
     for entry in entries:
         if entry.begin != end:
-            raise ValueError(
-                f"{where}: {entry.name} must begin where the tensor before it ends, at byte {end}, "
-                f"got {entry.begin}"
-            )
+            required = f"begin where the tensor before it ends, at byte {end}"
+            refuse(f"{where}: {entry.name}", required, entry.begin)
         end = entry.end
     if size is not None and end != size:
-        raise ValueError(f"{where} must be {end} bytes long as its header says, got {size}")
+        refuse(where, f"be {end} bytes long as its header says", size)
     return Header(raw, tuple(entries), metadata)
+
+
+def refuse(what: str, required: str, got: object) -> NoReturn:
+    """Raise ValueError: what it is that must be otherwise, how, and how it is."""
+    raise ValueError(f"{what} must {required}, got {_short(got)}")
 
 
 def make_header(
@@ -215,7 +246,7 @@ def make_header(
     text = json.dumps(found, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     if len(text) > MOST:
-        raise ValueError(f"{where} must need a header of at most {MOST} bytes, got {len(text)}")
+        refuse(where, f"need a header of at most {MOST} bytes", len(text))
     raw = len(text).to_bytes(8, "little") + text
     return parse_header(raw, len(raw) + at, where)
 
@@ -231,37 +262,25 @@ def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _entry(name: str, entry: Any, start: int, where: str) -> Entry:
+    what = f"{where}: {_short(name)}"
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
-        raise ValueError(
-            f"{where}: {_short(name)} must have dtype, shape and data_offsets, got {_short(entry)}"
-        )
+        refuse(what, "have dtype, shape and data_offsets", entry)
     dtype = DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
     if dtype is None:
-        raise ValueError(
-            f"{where}: {_short(name)} must have a dtype of safetensors, "
-            f"got {_short(entry['dtype'])}"
-        )
+        refuse(what, "have a dtype of safetensors", entry["dtype"])
     shape, offsets = entry["shape"], entry["data_offsets"]
     # Zeros left out: what they are multiplied with is no excuse for an absurd size.
     if not _sizes(shape) or len(shape) > 64 or prod(n or 1 for n in shape) > LARGEST:
-        raise ValueError(
-            f"{where}: {_short(name)} must have sizes for a shape, got {_short(shape)}"
-        )
+        refuse(what, "have sizes for a shape", shape)
     want, odd = divmod(prod(shape) * dtype.bits, 8)
     if odd or not _sizes(offsets) or len(offsets) != 2 or offsets[1] - offsets[0] != want:
-        raise ValueError(
-            f"{where}: {_short(name)} must have offsets {want} bytes apart for {entry['dtype']} "
-            f"{_short(shape)}, got {_short(offsets)}"
-        )
+        required = f"have offsets {want} bytes apart for {entry['dtype']} {_short(shape)}"
+        refuse(what, required, offsets)
     return Entry(dtype, tuple(shape), name, start + offsets[0], start + offsets[1])
 
 
 def _sizes(value: Any) -> bool:
     return isinstance(value, list) and all(type(n) is int and 0 <= n <= LARGEST for n in value)
-
-
-def _kind(value: Any) -> str:
-    return type(value).__name__
 
 
 def _short(value: object) -> str:

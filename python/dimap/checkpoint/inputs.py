@@ -6,6 +6,7 @@ llm/  (model.safetensors or index)  llm/
 runs/ (any other folder)            every checkpoint directly in it, under its own name
 "runs/*/best.pth"                   a/best.pth, b/best.pth: what the pattern's wildcards matched
 timm:NAME                           NAME.safetensors
+hf:ORG/NAME                         NAME/
 """
 
 from __future__ import annotations
@@ -13,20 +14,15 @@ from __future__ import annotations
 import errno
 import glob
 import itertools
-import json
 import os
-import re
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import PICKLED
-from .base import INDEX, SINGLE
+from . import HUB, TIMM
+from .locate import INDEX, PICKLED, SINGLE, check_no_shard, holds_weights, known_weights
 
 ENDINGS = (".safetensors", *PICKLED)
-TIMM = "timm:"
-SHARD = re.compile(r".*-\d{5}-of-\d{5}\.[a-z]+")  # model-00001-of-00003.safetensors
 
 
 @dataclass(frozen=True)
@@ -35,12 +31,17 @@ class Item:
 
     source: its path, or timm:NAME.
     name: of its output, relative to the output folder, with forward slashes.
-    size: bytes of its weights and other files, 0 for timm:NAME.
+    size: bytes of its weights and other files, 0 for what is no path.
     """
 
     source: str
     name: str
     size: int
+
+    @property
+    def path(self) -> Path | None:
+        """None for timm:NAME and hf:ORG/NAME."""
+        return None if self.source.startswith((TIMM, HUB)) else Path(self.source)
 
 
 def find_inputs(arguments: Sequence[str], out_dir: Path) -> list[Item]:
@@ -51,16 +52,17 @@ def find_inputs(arguments: Sequence[str], out_dir: Path) -> list[Item]:
     """
     items: dict[Path | str, Item] = {}
     for argument in arguments:
-        if argument.startswith(TIMM):
-            name = argument.removeprefix(TIMM).replace("/", "-") + ".safetensors"
+        if argument.startswith((TIMM, HUB)):
+            name = argument.partition(":")[2].replace("/", "-")
+            name = f"{name}.safetensors" if argument.startswith(TIMM) else name
             items.setdefault(argument, Item(argument, name, 0))
             continue
         for path, name in _expand(argument, out_dir):
-            _check_no_shard(path)
+            if path.is_file():
+                check_no_shard(path)
             source = argument if path == Path(argument) else str(path)
-            items.setdefault(
-                path.resolve(), Item(source, name, _size(path))
-            )  # once, if named twice
+            # Once, if it is named twice.
+            items.setdefault(path.resolve(), Item(source, name, _size(path)))
     return list(items.values())
 
 
@@ -93,21 +95,8 @@ def _expand(argument: str, out_dir: Path) -> list[tuple[Path, str]]:
 
 def _is_checkpoint(path: Path) -> bool:
     if path.is_dir():
-        return (path / SINGLE).exists() or (path / INDEX).exists()
-    return path.suffix in ENDINGS
-
-
-def _check_no_shard(path: Path) -> None:
-    """A shard alone has thresholds of its own: its weights would not be what DIMAP keeps."""
-    index = path.parent / INDEX
-    names: object = None
-    with suppress(OSError, ValueError, AttributeError, RecursionError):
-        names = json.loads(index.read_text(encoding="utf-8")).get("weight_map")
-    named = isinstance(names, dict) and path.name in names.values()
-    if path.is_file() and (named or SHARD.fullmatch(path.name)):
-        raise ValueError(
-            f"{path} must be a whole checkpoint, got one of its shards; give the folder with {INDEX}"
-        )
+        return known_weights(child.name for child in path.iterdir()) is not None
+    return holds_weights(path)
 
 
 def _size(path: Path) -> int:

@@ -12,52 +12,39 @@ import time
 import traceback
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from .. import __version__
 from .._errors import sentence
 from .._files import remove
-from ..groups.plan import Normalize, Scope
-from . import open_checkpoint
-from ._prune_file import prune_file
-from .inputs import ENDINGS, TIMM, Item
+from .inputs import ENDINGS, Item
 from .manifest import Manifest, Record, files_of, same_files, same_stamps
+from .prune import prune_checkpoint
 
 State = Literal["done", "done before", "failed"]
 Task = tuple[Item, Record | None]  # what to prune, and the last line about its output
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What makes an output what it is, beside its input."""
-
-    sparsity: float | None
-    shares: Mapping[str, float]
-    scope: Scope
-    normalize: Normalize
-    random_init: bool = False
-    bitmask: bool = False
-
-
-@dataclass(frozen=True)
 class Job:
     """What the checkpoints of a command share.
 
+    settings: the arguments of `prune_checkpoint` that make an output what it is, beside its input;
+        values that JSON has.
+    more: its other arguments, as `timm_model`.
     masks, reports: folders, or None where none are wanted.
-    timm_model, input_size: for counting FLOPs (see `prune_file`).
     force: replace outputs that are there and that the manifest does not tell to be these.
     checksum: note the SHA-256 of inputs and outputs.
     debug: print tracebacks.
     """
 
     out_dir: Path
-    settings: Settings
+    settings: Mapping[str, Any]
+    more: Mapping[str, Any] = field(default_factory=dict)
     masks: Path | None = None
     reports: Path | None = None
-    timm_model: str | None = None
-    input_size: tuple[int, ...] | None = None
     force: bool = False
     checksum: bool = False
     debug: bool = False
@@ -78,7 +65,7 @@ class Outcome:
     """What became of a checkpoint.
 
     weights, kept, nonzero: of the whole model, as in `dimap.Report`; None where it failed.
-    seconds: that it took now.
+    seconds: that it took now. notes: what the user should know of it.
     """
 
     source: str
@@ -89,15 +76,16 @@ class Outcome:
     nonzero: int | None = None
     seconds: float = 0.0
     error: str | None = None
+    notes: Sequence[str] = ()
 
 
 def check_job(job: Job, items: Sequence[Item]) -> None:
     """Refuse what would fail for every checkpoint, and outputs that would have the same place."""
-    shares = {"sparsity": job.settings.sparsity, **job.settings.shares}
+    shares = {"sparsity": job.settings.get("sparsity"), **job.settings.get("shares", {})}
     for name, share in shares.items():
         if share is not None and not 0 <= share <= 1:
             raise ValueError(f"{name} must be in [0, 1], got {share}")
-    ins = {Path(i.source).resolve(): i.source for i in items if not i.source.startswith(TIMM)}
+    ins = {item.path.resolve(): item.source for item in items if item.path}
     outs = {Manifest(job.out_dir).path.resolve(): "the manifest"}
     for item in items:
         for kind, path in job.outputs(item.name).items():
@@ -135,7 +123,8 @@ def prune_one(job: Job, item: Item, record: Record | None) -> Outcome:
     assert record is not None
     seconds = 0.0 if state == "done before" else round(time.monotonic() - start, 3)
     counts = (record["weights"], record["kept"], record["nonzero"])
-    return Outcome(item.source, item.name, state, *counts, seconds)
+    notes = record.get("notes", ())
+    return Outcome(item.source, item.name, state, *counts, seconds, notes=notes)
 
 
 def _is_done(job: Job, item: Item, record: Record | None) -> bool:
@@ -149,9 +138,9 @@ def _is_done(job: Job, item: Item, record: Record | None) -> bool:
         return False
     if record is None or record["state"] != "done":
         why = "exists already"
-    elif record["settings"] != asdict(job.settings):
+    elif record["settings"] != job.settings:
         why = "was made with other settings"
-    elif not item.source.startswith(TIMM) and not same_files(Path(item.source), record["input"]):
+    elif item.path and not same_files(item.path, record["input"]):
         why = f"was made when {item.source} was another"
     elif not all(same_files(p, record["outputs"].get(kind, ())) for kind, p in present.items()):
         why = "is not what was made"
@@ -169,27 +158,16 @@ def _prune(job: Job, item: Item, record: Record | None) -> Record:
     manifest = Manifest(job.out_dir)
     places = job.outputs(item.name)
     replace = any(os.path.lexists(path) for path in places.values())  # `_is_done` allows it
-    common = {"in": item.source, "settings": asdict(job.settings), "dimap": __version__}
+    common = {"in": item.source, "settings": dict(job.settings), "dimap": __version__}
     for path in places.values():
         path.parent.mkdir(parents=True, exist_ok=True)
     manifest.append(item.name, "begun", **common)
     try:
         before = _inputs(item)
-        with open_checkpoint(item.source, random_init=job.settings.random_init) as checkpoint:
-            report = prune_file(
-                checkpoint,
-                places["out"],
-                job.settings.sparsity,
-                job.settings.shares,
-                scope=job.settings.scope,
-                normalize=job.settings.normalize,
-                masks=places.get("masks"),
-                report=places.get("report"),
-                bitmask=job.settings.bitmask,
-                force=replace,
-                timm_model=job.timm_model,
-                input_size=job.input_size,
-            )
+        wanted = {kind: path for kind, path in places.items() if kind != "out"}
+        arguments = {**job.settings, **job.more, **wanted, "force": replace}
+        pruned = prune_checkpoint(item.source, places["out"], **arguments)
+        report = pruned.report()
     except Exception as error:
         # The outputs are what they were: so is what the manifest tells of them.
         with suppress(OSError):
@@ -211,10 +189,11 @@ def _prune(job: Job, item: Item, record: Record | None) -> Record:
         "weights": report.weights,
         "kept": report.kept,
         "nonzero": report.nonzero,
+        "notes": pruned.notes,
     }
     manifest.append(item.name, "done", **done, seconds=round(time.monotonic() - start, 3))
     return done
 
 
 def _inputs(item: Item, checksum: bool = False) -> list[Record]:
-    return [] if item.source.startswith(TIMM) else files_of(Path(item.source), checksum)
+    return files_of(item.path, checksum) if item.path else []

@@ -12,13 +12,22 @@ import typer
 from .._errors import sentence
 
 IN_HELP = (
-    "A .safetensors file, a Hugging Face folder, a .pth, .pt or .bin file, or timm:NAME "
-    "for a timm model with its pretrained weights."
+    "A file of safetensors or of torch.save, a Hugging Face folder, hf:ORG/NAME for one of the hub, "
+    "or timm:NAME for a timm model with its pretrained weights."
 )
 
 Source = Annotated[str, typer.Argument(metavar="IN", help=IN_HELP, show_default=False)]
 RandomInit = Annotated[
     bool, typer.Option("--random-init", help="Fresh weights for timm:NAME, for a dry run.")
+]
+Key = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Where the weights lie in a file of torch.save, as state_dict_ema. Copies of them "
+        "elsewhere in the file are left out of what is written.",
+        show_default=False,
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 Layers = Annotated[bool, typer.Option("--layers", help="Show every layer, too.")]

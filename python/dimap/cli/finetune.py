@@ -12,6 +12,7 @@ import typer
 
 from ..finetuning.settings import Settings
 from .common import IN_HELP, Debug, Json, print_json, print_wrote, report_errors
+from .grouping import Grouping, grouped
 
 
 def _numbers(text: str) -> tuple[float, ...]:
@@ -20,35 +21,27 @@ def _numbers(text: str) -> tuple[float, ...]:
 
 def _with_settings(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command one option for each field of `Settings`, beside its own parameters."""
-    own = inspect.signature(command, eval_str=True)
-    parameters = [p for p in own.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    own = inspect.signature(command, eval_str=True).parameters.values()
+    parameters = [p for p in own if p.kind is not p.VAR_KEYWORD]
     for name, field in Settings.model_fields.items():
-        extra: Any = field.json_schema_extra
-        details: dict[str, Any] = {"help": field.description, "rich_help_panel": extra["panel"]}
+        details: dict[str, Any] = {"help": field.description}
+        details["rich_help_panel"] = field.json_schema_extra["panel"]  # type: ignore[index]
         kind: Any = field.annotation
         if name in ("mean", "std"):
             kind = str | None
             details |= {"parser": _numbers, "metavar": "N,N,N"}
-        option = typer.Option(**details)
+        option = Annotated[kind, typer.Option(**details)]
         parameters.append(
             inspect.Parameter(
-                name,
-                inspect.Parameter.KEYWORD_ONLY,
-                default=field.default,
-                annotation=Annotated[kind, option],
+                name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=option
             )
         )
-
-    def run(**arguments: Any) -> None:
-        command(**arguments)
-
-    run.__doc__ = command.__doc__
-    run.__name__ = command.__name__
-    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    return run
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    return command
 
 
 @_with_settings
+@grouped
 def finetune(
     *,
     checkpoint: Annotated[
@@ -67,7 +60,7 @@ def finetune(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Masks to hold; the zeros of CHECKPOINT's prunable weights if not given.",
+            help="Masks to hold, which drop the zeros of CHECKPOINT; these zeros if not given.",
         ),
     ] = None,
     dense: Annotated[bool, typer.Option("--dense", help="Hold nothing.")] = False,
@@ -75,18 +68,6 @@ def finetune(
         str | None,
         typer.Option(metavar="CHECKPOINT", help="A dense model whose outputs are learned too."),
     ] = None,
-    timm_model: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="timm's name for the model, if CHECKPOINT lacks it."),
-    ] = None,
-    train_split: Annotated[str, typer.Option(help="The split for training.")] = "train",
-    val_split: Annotated[str, typer.Option(help="The split for validation.")] = "validation",
-    class_map: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Class names to numbers, as timm has it.")
-    ] = None,
-    reset_head: Annotated[
-        bool, typer.Option("--reset-head", help="A new classifier, of as many classes as DATA.")
-    ] = False,
     device: Annotated[
         str | None, typer.Option(help="cuda, cpu, …; a GPU where there is one.")
     ] = None,
@@ -100,6 +81,7 @@ def finetune(
     force: Annotated[bool, typer.Option("--force", help="Replace another run in FOLDER.")] = False,
     as_json: Json = False,
     debug: Debug = False,
+    grouping: Grouping,
     **options: Any,
 ) -> None:
     """Train a pruned checkpoint; its pruned weights stay exactly zero.
@@ -109,25 +91,20 @@ def finetune(
     with report_errors(debug):
         from ..finetuning import finetune as work
 
-        if dense and masks is not None:
-            raise ValueError("--dense holds nothing, so --masks must not be given with it")
-        if options["auto_augment"] == "none":
-            options["auto_augment"] = None
+        if dense and (masks is not None or options["masks_from_zeros"]):
+            given = "--masks" if masks is not None else "--masks-from-zeros"
+            raise ValueError(f"--dense holds nothing, so {given} must not be given with it")
         result = work(
             checkpoint,
             data,
             {} if dense else masks,
             out=out,
             teacher=teacher,
-            timm_model=timm_model,
-            train_split=train_split,
-            val_split=val_split,
-            class_map=class_map,
-            reset_head=reset_head,
             device=device,
             tensorboard=tensorboard,
             resume=resume,
             force=force,
+            **grouping,
             **options,
         )
     if os.environ.get("RANK", "0") != "0":

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
 from .common import IN_HELP, Debug, RandomInit, print_wrote, report_errors
+from .grouping import Grouping, grouped
 from .progress import Bar
 
 Picture = Literal["kept", "weights", "mask", "accuracy"]
@@ -26,6 +27,7 @@ SOURCE_HELP = (
 )
 
 
+@grouped
 def plot(
     picture: Annotated[
         Picture,
@@ -63,15 +65,15 @@ def plot(
     force: Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")] = False,
     random_init: RandomInit = False,
     debug: Debug = False,
+    *,
+    grouping: Grouping,
 ) -> None:
-    """Draw a picture of a pruned checkpoint or of results. Needs matplotlib: dimap[plot].
+    r"""Draw a picture of a pruned checkpoint or of results. Needs matplotlib: dimap\[plot].
 
     Checkpoints are read one tensor at a time.
     """
-    given = {
-        "masks": masks, "layer": layer, "block": block, "dense": dense,
-        "random_init": random_init or None,
-    }  # fmt: skip
+    given = {"masks": masks, "layer": layer, "block": block, "dense": dense}
+    given["random_init"] = random_init or None
     for option, pictures in OPTIONS.items():
         if given[option] is not None and picture not in pictures:
             names = " and ".join(pictures)
@@ -95,19 +97,20 @@ def plot(
             plots.kept_ratios(Report.from_json(Path(source)), out, title=title)
         else:
             from ..checkpoint import open_checkpoint
+            from ..groups import choose
             from ..masks import open_masks
 
             opened.enter_context(Bar("drawing"))
             checkpoint = opened.enter_context(open_checkpoint(source, random_init=random_init))
+            checkpoint.choice = choose(**grouping)
             found = opened.enter_context(open_masks(masks)) if masks is not None else None
+            options: dict[str, Any] = {"masks": found, "title": title}
             if picture == "kept":
-                plots.kept_ratios(checkpoint, out, masks=found, title=title)
+                plots.kept_ratios(checkpoint, out, **options)
             elif picture == "weights":
-                plots.weight_histograms(
-                    checkpoint, out, masks=found, blocks=blocks or None, title=title
-                )
+                plots.weight_histograms(checkpoint, out, blocks=blocks or None, **options)
             else:
-                plots.mask_picture(checkpoint, str(layer), out, masks=found, title=title)
+                plots.mask_picture(checkpoint, str(layer), out, **options)
     print_wrote(str(out))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -13,6 +13,7 @@ from .common import (
     IN_HELP,
     Debug,
     Json,
+    Key,
     Layers,
     RandomInit,
     parse_input_size,
@@ -21,6 +22,7 @@ from .common import (
     print_wrote,
     report_errors,
 )
+from .grouping import Grouping, grouped
 from .progress import Bar
 
 PATHS_HELP = f"""{IN_HELP} OUT is a file where IN is a file, a folder where it is a folder.
@@ -31,6 +33,7 @@ checkpoint; any other folder stands for the checkpoints directly in it; a quoted
 folders that its wildcards matched, too."""
 
 
+@grouped
 def prune(
     paths: Annotated[
         list[str],
@@ -72,6 +75,15 @@ def prune(
             "dimap.load_file give the dense weights back bit by bit.",
         ),
     ] = "dense",
+    key: Key = None,
+    all_copies: Annotated[
+        bool,
+        typer.Option(
+            "--all-copies",
+            help="Give other copies of the weights the same masks, too: a teacher's in the file, "
+            "earlier checkpoints in the folder. Averages (EMA) always get them.",
+        ),
+    ] = False,
     masks: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write the masks, one bit a weight.")
     ] = None,
@@ -117,6 +129,8 @@ def prune(
     layers: Layers = False,
     as_json: Json = False,
     debug: Debug = False,
+    *,
+    grouping: Grouping,
 ) -> None:
     """Set the least important weights of a checkpoint to zero and write the result to OUT.
 
@@ -138,54 +152,43 @@ def prune(
         if out_dir is None and given:
             raise typer.BadParameter(f"{option} is for --out-dir: give it, or leave {option} out")
     with report_errors(debug):
-        from ..checkpoint.many import Job, Settings
         from ..methods import METHODS
 
-        settings = Settings(
-            sparsity,
-            shares,
-            scope or METHODS[method].scope,
-            normalize or METHODS[method].normalize,
-            random_init,
-            bitmask=form == "bitmask",
-        )
+        settings: dict[str, Any] = {
+            "sparsity": sparsity,
+            "shares": shares,
+            "scope": scope or METHODS[method].scope,
+            "normalize": normalize or METHODS[method].normalize,
+            "random_init": random_init,
+            "bitmask": form == "bitmask",
+            "key": key,
+            "all_copies": all_copies,
+            **grouping,
+        }
+        settings = {
+            k: v for k, v in settings.items() if v is not None and v is not False and v != {}
+        }
+        more: dict[str, Any] = {"timm_model": timm_model, "input_size": size}
         if out_dir is not None:
+            from ..checkpoint.many import Job
             from .prune_many import prune_many
 
-            job = Job(out_dir, settings, masks, report, timm_model, size, force, checksum, debug)
+            job = Job(out_dir, settings, more, masks, report, force, checksum, debug)
             prune_many(paths, job, jobs, as_json)
             return
-        from ..checkpoint import open_checkpoint
-        from ..checkpoint._prune_file import prune_file
         from ..distributed.launch import launched
+        from ..stream import prune_checkpoint
 
-        source, out, start = paths[0], Path(paths[1]), time.monotonic()
-        with (
-            launched() as ranks,
-            Bar("opening", wanted=ranks.rank == 0) as bar,
-            open_checkpoint(source, random_init=random_init) as checkpoint,
-        ):
-            built = prune_file(
-                checkpoint,
-                out,
-                sparsity,
-                shares,
-                scope=settings.scope,
-                normalize=settings.normalize,
-                masks=masks,
-                report=report,
-                bitmask=settings.bitmask,
-                force=force,
-                timm_model=timm_model,
-                input_size=size,
-                progress=bar,
-                ranks=ranks,
-            )
+        (source, out), start = paths, time.monotonic()
+        with launched() as ranks, Bar("opening", wanted=ranks.rank == 0) as bar:
+            more |= {"masks": masks, "report": report, "force": force}
+            done = prune_checkpoint(source, out, **settings, **more, progress=bar, group=ranks)
+            built = done.summary()
     if ranks.rank > 0:
         return  # the first one tells
     seconds = time.monotonic() - start
     if as_json:
-        files = {"in": source, "out": str(out), "masks": masks and str(masks)}
+        files = {"in": source, "out": out, "masks": masks and str(masks)}
         print_json({**files, "seconds": round(seconds, 3), "report": built.to_dict()})
         return
     from rich.console import Console

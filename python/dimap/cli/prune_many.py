@@ -18,14 +18,13 @@ from ..distributed.launch import launched
 from .common import print_error, print_json
 from .progress import Bar
 
-WAIT = 86400.0  # seconds that a rank waits for another's last checkpoint, unless that rank ends
 COLOURS: dict[State, str] = {"done": "green", "done before": "default", "failed": "red"}
 
 
 def prune_many(arguments: Sequence[str], job: Job, jobs: int, as_json: bool) -> None:
     """Prune the checkpoints that the arguments mean; ends with exit code 1 if any failed."""
     start = time.monotonic()
-    with launched(timeout=WAIT) as ranks:
+    with launched() as ranks:
         items: Sequence[Item] = ()
         if ranks.rank == 0:
             items = find_inputs(arguments, job.out_dir)
@@ -37,7 +36,7 @@ def prune_many(arguments: Sequence[str], job: Job, jobs: int, as_json: bool) -> 
         tasks = ((item, known.get(item.name)) for item in mine)
         outcomes: list[Outcome] = []
         sizes = {item.name: item.size for item in items}
-        with Bar("pruning") as bar:
+        with ranks.apart(), Bar("pruning") as bar:
             bar.step(f"pruning {len(items)} checkpoints", sum(sizes.values()))
             for outcome in prune_all(job, tasks, jobs):
                 outcomes.append(outcome)
@@ -67,7 +66,7 @@ def _to_dict(job: Job, outcomes: Sequence[Outcome], seconds: float) -> dict[str,
         "version": 1,
         "out_dir": str(job.out_dir),
         "manifest": str(Manifest(job.out_dir).path),
-        "settings": asdict(job.settings),
+        "settings": dict(job.settings),
         "done": counts["done"],
         "done_before": counts["done before"],
         "failed": counts["failed"],
@@ -82,11 +81,12 @@ def _print(job: Job, outcomes: Sequence[Outcome], seconds: float) -> None:
     from rich.text import Text
 
     console = Console(highlight=False)
-    table = Table(box=None, pad_edge=False, header_style="bold", show_edge=False)
-    table.add_column("OUT", overflow="fold")
+    table = Table("OUT", box=None, pad_edge=False, header_style="bold", show_edge=False)
     for name in ("weights", "removed", "seconds"):
         table.add_column(name, justify="right")
-    table.add_column("", overflow="fold")
+    table.add_column("")
+    for column in (table.columns[0], table.columns[-1]):
+        column.overflow = "fold"
     for outcome in outcomes:
         weights, removed = "", ""
         if outcome.weights is not None and outcome.kept is not None:
@@ -98,6 +98,9 @@ def _print(job: Job, outcomes: Sequence[Outcome], seconds: float) -> None:
         took = "" if outcome.state == "done before" else f"{outcome.seconds:.1f}"
         table.add_row(Text(outcome.out), weights, removed, took, state)
     console.print(table)
+    for outcome in outcomes:
+        for note in outcome.notes:
+            console.print(Text(f"{outcome.source}: {note}", style="yellow"), soft_wrap=True)
     counts = Counter(outcome.state for outcome in outcomes)
     told = ", ".join(f"{counts[state]} {state}" for state in COLOURS if counts[state])
     console.print(Text(f"{told}, in {seconds:.1f} s; {Manifest(job.out_dir).path}"), soft_wrap=True)

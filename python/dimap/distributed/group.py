@@ -8,9 +8,10 @@ group at the latest (gloo notices the end of a process at once).
 from __future__ import annotations
 
 import secrets
+import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import _get_default_store
 
-from .._files import _remove_leftovers
+from .._errors import sentence
+from .._files import remove_leftovers
 from .ranks import Ranks, T
 
+SILENCE = 180.0
 _SWEEPS = 20  # times that a killed rank's files are looked for, 0.1 s apart
 
 
@@ -31,6 +34,8 @@ class Group(Ranks):
 
     groups: one, or one for each dimension of a mesh: then an exchange goes through all of them.
     device: where the groups' backend wants its tensors.
+    silence: seconds after which a rank that gives no sign of life is taken for gone, while they work
+        apart.
 
     A context: an error inside it is told to the others, which raise RuntimeError with its message;
     where there is none, all leave it together. A rank that is gone raises ConnectionError, also in
@@ -45,6 +50,7 @@ class Group(Ranks):
         for group in self.groups:
             self.rank += self.size * dist.get_rank(group)
             self.size *= dist.get_world_size(group)
+        self.silence = SILENCE
         self._over = False  # an exchange has failed: no other can follow
         self._outputs: list[Path] = []
 
@@ -68,6 +74,47 @@ class Group(Ranks):
         counter, store = self.gather(secrets.token_hex(8))[0], _get_default_store()
         numbers = (store.add(counter, 1) - 1 for _ in range(len(items) + 1))
         return (items[i] for i in takewhile(lambda i: i < len(items), numbers))
+
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        # Every rank counts up a number of its own in the store, by a thread, so that one that is
+        # stopped or gone is told from one that works for long.
+        name, store = self.gather(secrets.token_hex(8))[0], _get_default_store()
+        over = threading.Event()
+
+        def beat() -> None:
+            with suppress(RuntimeError):  # the store ends with the program that has it
+                while not over.wait(self.silence / 10):
+                    store.add(f"{name}/{self.rank}", 1)
+
+        heart = threading.Thread(target=beat, daemon=True)
+        heart.start()
+        try:
+            try:
+                yield
+            except Exception:
+                self._outlast(name, store)
+                raise
+            self._outlast(name, store)
+        finally:
+            over.set()
+            heart.join()
+
+    def _outlast(self, name: str, store: Any) -> None:
+        """Wait until every rank is here, as long as the others are alive."""
+        here = f"{name}/here"
+        store.add(here, 1)
+        last = {rank: (0, time.monotonic()) for rank in range(self.size) if rank != self.rank}
+        with self._answered():
+            while store.add(here, 0) < self.size:
+                now = time.monotonic()
+                for rank, (count, since) in last.items():
+                    beats = store.add(f"{name}/{rank}", 0)
+                    if beats != count:
+                        last[rank] = beats, now
+                    elif now - since > self.silence:
+                        raise RuntimeError(f"rank {rank} has been silent for {now - since:.0f} s")
+                time.sleep(min(0.2, self.silence / 10))
 
     def outputs(self, *paths: Path) -> None:
         self._outputs += paths
@@ -115,9 +162,7 @@ class Group(Ranks):
         if self._over:
             return
         self._over = True
-        named = isinstance(error, OSError) and error.filename is not None
-        text = f"{error.filename}: {error.strerror}" if named else str(error)  # type: ignore[attr-defined]
-        text = text or type(error).__name__
+        text = sentence(error)
         try:
             self._any_stopped(True)
             self._gather(text)
@@ -167,5 +212,5 @@ class Group(Ranks):
             return
         for _ in range(_SWEEPS):
             for path in self._outputs:
-                _remove_leftovers(path)
+                remove_leftovers(path)
             time.sleep(0.1)  # the system takes a moment to end a process

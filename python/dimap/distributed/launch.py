@@ -33,20 +33,18 @@ def group_of(group: dist.ProcessGroup | None = None) -> Group:
 
 
 @contextmanager
-def launched(
-    environment: Mapping[str, str] = os.environ, timeout: float = TIMEOUT
-) -> Iterator[Ranks]:
+def launched(environment: Mapping[str, str] = os.environ) -> Iterator[Ranks]:
     """The ranks that torchrun, or another launcher that speaks as it does, started with this one.
 
     Alone where the environment says nothing, or of one process. They talk by gloo: weights that
     stream through files are on no GPU.
 
-    timeout: seconds that a rank waits for another, where DIMAP_RANK_TIMEOUT does not say it.
+    A rank waits `TIMEOUT` seconds for another, or as many as DIMAP_RANK_TIMEOUT says.
     """
     if any(name not in environment for name in LAUNCHED) or int(environment["WORLD_SIZE"]) < 2:
         yield Ranks()
         return
-    text = environment.get("DIMAP_RANK_TIMEOUT", str(timeout))
+    text = environment.get("DIMAP_RANK_TIMEOUT", str(TIMEOUT))
     try:
         most = timedelta(seconds=float(text))
     except (ValueError, OverflowError) as error:
@@ -60,6 +58,7 @@ def launched(
         raise ConnectionError(f"the ranks must find each other, got: {reason}") from error
     try:
         with group_of() as ranks:
+            ranks.silence = min(ranks.silence, most.total_seconds())
             yield ranks
     finally:
         # This ends the connections, and so the waiting of ranks that have not noticed an error yet.

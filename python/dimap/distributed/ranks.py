@@ -42,3 +42,7 @@ class Ranks:
     def stopping_together(self) -> AbstractContextManager[None]:
         """A block whose error ends it in every rank before any of them undoes what is around it."""
         return nullcontext()
+
+    def apart(self) -> AbstractContextManager[None]:
+        """A block, however long, in which each rank works by itself; they leave it together."""
+        return nullcontext()

@@ -1,4 +1,4 @@
-"""The model that is fine-tuned: built from its checkpoint, with what is known of its input."""
+"""The model that is fine-tuned: built from its checkpoint, its input, and the masks it holds."""
 
 from __future__ import annotations
 
@@ -14,10 +14,13 @@ from torch import Tensor, nn
 
 from .. import _timm
 from ..checkpoint import open_checkpoint
-from ..groups import AUX, find_modules
-from ..masks import check_masks, load_masks
-from .data import Input
+from ..groups import AUX, Choice, find_modules, wholes
+from ..masks import fit_masks, load_masks
 from .settings import Settings
+
+# What a checkpoint says of its model and that stays true. All else is of its weights, or of the run
+# that made them: accuracy, epochs, data.
+LASTING = ("format", "architecture", "config", "mean", "std")
 
 
 @dataclass
@@ -30,34 +33,25 @@ class Source:
 
 
 def open_model(
-    checkpoint: nn.Module | str | os.PathLike[str],
-    settings: Settings,
-    *,
-    timm_model: str | None,
-    classes: int | None = None,
+    checkpoint: nn.Module | str | os.PathLike[str], settings: Settings, classes: int | None = None
 ) -> Source:
     """The model in float32 on the CPU, with the weights of `checkpoint`.
 
-    timm_model: timm's name for it, where the checkpoint does not say it.
     classes: give it a new classifier of this size.
 
     Raises OSError where the checkpoint cannot be read; ValueError where it does not say which model
     it is, or is not that model's.
     """
-    architecture: str | None
-    config: dict[str, Any]
     if isinstance(checkpoint, nn.Module):
         source = Source(checkpoint, type(checkpoint).__name__)
-        architecture, config = _pretrained(checkpoint).get("architecture"), {}
+        architecture, config = _pretrained(checkpoint).get("architecture"), dict[str, Any]()
     else:
-        source, architecture, config = _read_model(os.fspath(checkpoint), settings, timm_model)
+        source, architecture, config = _read_model(os.fspath(checkpoint), settings)
     model = source.model
     if classes is not None:
         if not hasattr(model, "reset_classifier"):
             raise ValueError(f"{source.name} must have timm's reset_classifier for --reset-head")
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(settings.seed)
-            cast(Any, model).reset_classifier(classes)
+        _timm.seeded(settings.seed, lambda: cast(Any, model).reset_classifier(classes))
     if architecture is not None:
         source.metadata["architecture"] = architecture
         # Where it is not the architecture's own number of classes.
@@ -69,12 +63,12 @@ def open_model(
     return source
 
 
-def _read_model(
-    path: str, settings: Settings, timm_model: str | None
-) -> tuple[Source, str, dict[str, Any]]:
+def _read_model(path: str, settings: Settings) -> tuple[Source, str | None, dict[str, Any]]:
     """The model in a file, timm's name of it, and the arguments that it must be built with."""
     with open_checkpoint(path) as checkpoint:
-        found = (timm_model, {}) if timm_model else _timm.described(path, checkpoint.metadata)
+        found = _timm.described(path, checkpoint.metadata)
+        if settings.timm_model:
+            found = settings.timm_model, {}
         if found is None:
             raise ValueError(
                 f"{path} must say which timm model it is, or --timm-model NAME must, got neither"
@@ -85,7 +79,8 @@ def _read_model(
         drop = {} if settings.drop_path is None else {"drop_path_rate": settings.drop_path}
         state = {name: checkpoint.get(name) for name in checkpoint.tensors}
         model = _timm.with_all_weights(architecture, {**config, **drop}, state, path, settings.seed)
-        return Source(model, path, dict(checkpoint.metadata)), architecture, config
+        kept = {key: text for key, text in checkpoint.metadata.items() if key in LASTING}
+        return Source(model, path, kept), architecture, config
 
 
 def _pretrained(model: nn.Module) -> dict[str, Any]:
@@ -93,23 +88,22 @@ def _pretrained(model: nn.Module) -> dict[str, Any]:
     return dict(getattr(model, "pretrained_cfg", None) or {})
 
 
-def input_of(source: Source, settings: Settings) -> Input:
-    """What the model takes in: by the settings, else by the checkpoint, else as timm has it."""
+def input_of(source: Source, settings: Settings) -> dict[str, Any]:
+    """What the model takes in: by the settings, else by the checkpoint, else as timm has it.
+
+    Returns input_size (channels, height, width), mean, std, crop_pct and interpolation.
+    """
     from timm.data import resolve_data_config
 
-    model = source.model
+    model, pretrained = source.model, _pretrained(source.model)
     convolution = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
     channels = 3 if convolution is None else convolution.in_channels
     if channels not in (1, 3):
         raise ValueError(f"{source.name} must take images of 1 or 3 channels, got {channels}")
-    pretrained = _pretrained(model)
-    built_for = getattr(getattr(model, "patch_embed", None), "img_size", None)
-    side = settings.input_size
-    if side is not None:
-        sides = (side, side)
-    elif isinstance(built_for, tuple):
-        sides = built_for
-    else:
+    sides = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    if settings.input_size is not None:
+        sides = (settings.input_size,) * 2
+    elif not isinstance(sides, tuple):
         sides = tuple(pretrained.get("input_size", (3, 224, 224))[1:])
     given: dict[str, Any] = {
         "input_size": (channels, *sides),
@@ -125,8 +119,10 @@ def input_of(source: Source, settings: Settings) -> Input:
                 f"got {len(given[name])}"
             )
     found = resolve_data_config(given, pretrained_cfg=pretrained)
-    mean, std = (_fit(found[name], channels) for name in ("mean", "std"))
-    return Input((channels, *sides), mean, std, found["crop_pct"], found["interpolation"])
+    for name in ("mean", "std"):
+        if len(found[name]) != channels:  # of colours, for a gray image: their mean
+            found[name] = (sum(found[name]) / len(found[name]),) * channels
+    return {name: found[name] for name in given}
 
 
 def _numbers(text: str | None) -> tuple[float, ...] | None:
@@ -136,29 +132,20 @@ def _numbers(text: str | None) -> tuple[float, ...] | None:
         return None
 
 
-def _fit(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
-    """As many numbers as channels; of a gray image the mean of the three colours'."""
-    if len(values) == channels:
-        return tuple(values)
-    return (sum(values) / len(values),) * channels
+def outputs_of(source: Source, size: tuple[int, ...]) -> int:
+    """The classes that the model tells apart; one image of this size goes through it.
 
-
-def outputs_of(source: Source, given: Input) -> int:
-    """How many classes the model tells apart, by a trial with one black image.
-
-    Raises ValueError where it does not take such an image or does not give one row of numbers.
+    Raises ValueError where it does not take the image, or gives something else.
     """
-    device = next(source.model.parameters()).device
-    was_training = source.model.training
+    model = source.model
+    was_training = model.training
     try:
         with torch.no_grad():
-            out = source.model.eval()(torch.zeros(1, *given.size, device=device))
+            out = model.eval()(torch.zeros(1, *size, device=next(model.parameters()).device))
     except Exception as error:
-        raise ValueError(
-            f"{source.name} must take images {list(given.size)}, got: {error}"
-        ) from error
+        raise ValueError(f"{source.name} must take images {list(size)}, got: {error}") from error
     finally:
-        source.model.train(was_training)
+        model.train(was_training)
     if not isinstance(out, Tensor) or out.ndim != 2:
         got = list(out.shape) if isinstance(out, Tensor) else type(out).__name__
         raise ValueError(f"{source.name} must give one number for each class, got {got}")
@@ -166,29 +153,72 @@ def outputs_of(source: Source, given: Input) -> int:
 
 
 def masks_of(
-    source: Source, masks: Mapping[str, Tensor] | str | os.PathLike[str] | None
+    source: Source,
+    masks: Mapping[str, Tensor] | str | os.PathLike[str] | None,
+    settings: Settings,
+    choice: Choice = Choice(),  # noqa: B008 - frozen
 ) -> dict[str, Tensor]:
     """The masks that are held: those given, or the zeros of the prunable weights.
 
-    Raises as `apply_masks`, and ValueError where none are given and there is no zero.
+    None are where nothing is trained, so that no weight changes.
+
+    choice: which weights may be pruned.
+
+    Raises as `apply_masks`, and ValueError where none are given and there is no zero, or where those
+    given revive zeros or prune more and the settings do not allow it.
     """
+    if masks is None and not settings.epochs:
+        return {}
     weights = dict(source.model.named_parameters(remove_duplicate=False))
     if isinstance(masks, (str, os.PathLike)):
-        found = load_masks(masks)
+        given = load_masks(masks)
         try:
-            check_masks(found, weights)
+            found = fit_masks(given, weights)
         except ValueError as error:
             raise ValueError(f"{Path(masks)} must hold masks of {source.name}: {error}") from error
-        return found
-    if masks is not None:
-        check_masks(masks, weights)
-        return dict(masks)
-    modules = {n: layers for n, layers in find_modules(source.model).items() if n != AUX}
-    names = [p for layers in modules.values() for layer in layers for p in layer.parameters]
-    found = {name: weights[name].detach() != 0 for name in names}
-    if all(bool(mask.all()) for mask in found.values()):
+    elif masks is not None:
+        found = fit_masks(masks, weights)
+    else:
+        found = dict.fromkeys(_prunable(source.model, choice), torch.empty(0))
+    if masks is None or settings.masks_from_zeros:
+        found = {name: weights[name].detach() != 0 for name in found}
+        if found and all(bool(mask.all()) for mask in found.values()):
+            raise ValueError(
+                f"masks must be given, or {source.name} must be pruned, got weights without zeros "
+                "(--dense holds none)"
+            )
+    elif found and not settings.allow_mask_change:
+        _check_agreement(source, found, weights, choice)
+    return found if settings.epochs else {}
+
+
+def _prunable(model: nn.Module, choice: Choice) -> list[str]:
+    """The names of the weights that may be pruned."""
+    modules = {n: layers for n, layers in find_modules(model, choice).items() if n != AUX}
+    return wholes(p for layers in modules.values() for layer in layers for p in layer.parameters)
+
+
+def _check_agreement(
+    source: Source,
+    masks: Mapping[str, Tensor],
+    weights: Mapping[str, nn.Parameter],
+    choice: Choice,
+) -> None:
+    """Refuse masks that keep or drop other weights than the checkpoint does."""
+    held = {weights[name]: mask for name, mask in masks.items()}
+    try:  # what has no mask is free, its zeros too
+        names = _prunable(source.model, choice)
+    except ValueError:  # a model that dimap does not know
+        names = []
+    revived = pruned = 0
+    for weight in dict.fromkeys([*held, *(weights[name] for name in names)]):
+        zero = weight.detach() == 0
+        kept = held[weight].to(zero.device) if weight in held else torch.ones_like(zero)
+        revived += int((kept & zero).sum())
+        pruned += int((~kept & ~zero).sum())
+    if revived or pruned:
         raise ValueError(
-            f"masks must be given, or {source.name} must be pruned, got no masks and weights "
-            "without zeros (--dense holds none)"
+            f"masks must drop the zeros of {source.name} and nothing else, got masks that would "
+            f"revive {revived:,} of its zeros and prune {pruned:,} more of its weights "
+            "(--masks-from-zeros holds its own zeros, --allow-mask-change goes on with these masks)"
         )
-    return found

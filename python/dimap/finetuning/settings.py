@@ -6,10 +6,26 @@ these declarations.
 
 from __future__ import annotations
 
+import re
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from .._timm import near
+
+POLICIES = (
+    "rand",
+    "augmix",
+    "original",
+    "originalr",
+    "v0",
+    "v0r",
+    "3a",
+)  # timm's, by how they begin
+
+Pixels = Annotated[tuple[float, ...], Field(strict=False, min_length=1)] | None  # a channel each
+Resize = Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"]
 
 
 def _option(panel: str, default: Any, description: str, **limits: Any) -> Any:
@@ -17,8 +33,9 @@ def _option(panel: str, default: Any, description: str, **limits: Any) -> Any:
     return Field(default, description=description, json_schema_extra={"panel": panel}, **limits)
 
 
-_schedule, _optimizer, _images, _loss, _run = (
-    partial(_option, panel) for panel in ("Schedule", "Optimizer", "Images", "Loss", "Run")
+_schedule, _optimizer, _images, _loss, _run, _masks, _data = (
+    partial(_option, panel)
+    for panel in ("Schedule", "Optimizer", "Images", "Loss", "Run", "Masks", "Data and model")
 )
 
 
@@ -35,7 +52,7 @@ class Settings(BaseModel):
     lr: float = _schedule(2e-5, "Highest learning rate.", gt=0)
     min_lr: float = _schedule(2e-7, "Learning rate at the end.", ge=0)
     warmup_epochs: int | None = _schedule(
-        None, "Epochs in which the rate rises; half of all if not given.", ge=0
+        None, "Epochs of rising rate; half of all if not given.", ge=0
     )
     warmup_lr: float = _schedule(2e-8, "Learning rate at the start.", ge=0)
     # timm's schedules that are a function of the number of steps alone, so that runs can resume.
@@ -47,28 +64,24 @@ class Settings(BaseModel):
     weight_decay: float = _optimizer(1e-8, "Weight decay.", ge=0)
     momentum: float = _optimizer(0.9, "Momentum, where the optimizer has it.", ge=0, le=1)
     layer_decay: float | None = _optimizer(
-        None, "Factor of the learning rate from layer to layer.", gt=0, le=1
+        None, "Factor of the rate from layer to layer.", gt=0, le=1
     )
     clip_grad: float | None = _optimizer(5.0, "Limit for gradients; 0 for none.", ge=0)
     clip_mode: Literal["norm", "value", "agc"] = _optimizer("norm", "What is limited.")
     amp: Literal["bfloat16", "float16", "none"] = _optimizer("bfloat16", "Type of autocast.")
     ema: float | None = _optimizer(
-        None, "Decay of an average of the weights, which is then kept.", gt=0, le=1
+        None, "Decay of an average of weights, which is kept.", gt=0, le=1
     )
 
-    input_size: int | None = _images(
-        None, "Side of the images; the model's own (224 in the paper) if not given.", ge=1
-    )
-    mean: tuple[float, ...] | None = _images(
-        None, "Mean of the pixels; the model's if not given.", strict=False, min_length=1
-    )
-    std: tuple[float, ...] | None = _images(
-        None, "Their deviation; the model's if not given.", strict=False, min_length=1
-    )
+    input_size: int | None = _images(None, "Side of the images; the model's if not given.", ge=1)
+    mean: Pixels = _images(None, "Mean of the pixels; the model's if not given.")
+    std: Pixels = _images(None, "Their deviation; the model's if not given.")
     crop_pct: float | None = _images(
-        None, "Seen share of a validation image; the model's if not given.", gt=0, le=1
+        None, "Seen share of an image; the model's if not given.", gt=0, le=1
     )
-    interpolation: str | None = _images(None, "Of resizing; the model's if not given.")
+    interpolation: Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"] | None = (
+        _images(None, "Of resizing; the model's if not given.")
+    )
     pad: int = _images(0, "Black pixels put around every image before all else.", ge=0)
     augment: bool = _images(True, "Random crops, flips, colours, erasing; mixup apart.")
     scale_min: float = _images(0.08, "Smallest share of a training image.", gt=0, le=1)
@@ -93,18 +106,41 @@ class Settings(BaseModel):
     distill_alpha: float = _loss(0.5, "Share of the teacher in the loss.", ge=0, le=1)
     distill_temperature: float = _loss(1.0, "Temperature of both outputs.", gt=0)
 
-    drop_path: float | None = _run(
-        None, "Stochastic depth; the model's own if not given.", ge=0, le=1
-    )
+    drop_path: float | None = _run(None, "Stochastic depth; the model's if not given.", ge=0, le=1)
     seed: int = _run(42, "Of all that is random.", ge=0)
     workers: int = _run(4, "Processes that load images; 0 for none.", ge=0)
     compile: bool = _run(False, "Train through torch.compile.")
+
+    masks_from_zeros: bool = _masks(
+        False, "Hold the checkpoint's own zeros, whatever the masks say."
+    )
+    allow_mask_change: bool = _masks(
+        False, "Train masks that revive zeros of the checkpoint, or prune more of it."
+    )
+
+    timm_model: str | None = _data(None, "timm's name for the model, if the checkpoint lacks it.")
+    train_split: str = _data("train", "The split for training.")
+    val_split: str = _data("validation", "The split for validation.")
+    class_map: str | None = _data(None, "A file of class names to numbers, as timm has it.")
+    reset_head: bool = _data(False, "A new classifier, of as many classes as the data.")
 
     def __init__(self, **options: Any) -> None:
         try:
             super().__init__(**options)
         except ValidationError as error:
-            raise _in_words(error, options) from None
+            raise _in_words(error) from None
+
+    @field_validator("auto_augment")
+    @classmethod
+    def _check_policy(cls, policy: str | None) -> str | None:
+        if policy is None or policy == "none":
+            return None
+        if (kind := policy.split("-")[0]) not in POLICIES:
+            raise ValueError(
+                f"auto_augment must be none or begin with one of {', '.join(POLICIES)}, "
+                f"got {policy!r}{near(kind, (*POLICIES, 'none'))}"
+            )
+        return policy
 
     @model_validator(mode="after")
     def _check_together(self) -> Settings:
@@ -114,6 +150,8 @@ class Settings(BaseModel):
             )
         if self.mixes and self.batch_size % 2:
             raise ValueError(f"batch_size must be even for mixup, got {self.batch_size}")
+        if self.reset_head and not self.epochs:
+            raise ValueError("epochs must be at least 1 to train the head of reset_head, got 0")
         return self
 
     @property
@@ -121,43 +159,25 @@ class Settings(BaseModel):
         """Epochs of warm-up: in the paper 15 of 30."""
         return self.epochs // 2 if self.warmup_epochs is None else self.warmup_epochs
 
+    def named(self, *names: str) -> dict[str, Any]:
+        """Some of them by name: arguments of timm, which gave these their names."""
+        return {name: getattr(self, name) for name in names}
+
     @property
     def mixes(self) -> bool:
         """Whether images are mixed."""
         return self.mixup > 0 or self.cutmix > 0
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values by name."""
-        return self.model_dump(mode="json")
 
-
-_KINDS = {
-    "int_type": "an int",
-    "float_type": "a float",
-    "bool_type": "True or False",
-    "string_type": "a string",
-}
-_LIMITS = {"gt": "more than", "ge": "at least", "le": "at most"}
-
-
-def _in_words(invalid: ValidationError, options: dict[str, Any]) -> Exception:
-    """The first error in a sentence: what is required, then what was got."""
+def _in_words(invalid: ValidationError) -> Exception:
+    """pydantic's first error in a sentence: what is required, then what was got."""
     first = invalid.errors()[0]
-    if first["type"] == "value_error":  # of `_check_together`
+    if first["type"] == "value_error":  # of a validator above
         return ValueError(str(first["ctx"]["error"]))
     name = str(first["loc"][0])
     if first["type"] == "extra_forbidden":
-        return TypeError(f"options must be among {', '.join(Settings.model_fields)}, got {name}")
-    field, got = Settings.model_fields[name], options[name]
-    if name in ("mean", "std"):
-        return TypeError(f"{name} must be numbers, one for each channel, got {got!r}")
-    if kind := _KINDS.get(first["type"]):
-        return TypeError(f"{name} must be {kind}, got {got!r}")
-    if first["type"] == "literal_error":
-        wanted = f"one of {', '.join(get_args(field.annotation))}"
-    else:
-        limits = [
-            (text, getattr(m, n, None)) for m in field.metadata for n, text in _LIMITS.items()
-        ]
-        wanted = " and ".join(f"{text} {limit}" for text, limit in limits if limit is not None)
-    return ValueError(f"{name} must be {wanted}, got {got!r}")
+        known = list(Settings.model_fields)
+        return TypeError(f"options must be among {', '.join(known)}, got {name}{near(name, known)}")
+    wanted = re.sub(r"^\w+ should ", "must ", first["msg"])
+    kind = TypeError if first["type"].endswith("_type") else ValueError
+    return kind(f"{name} {wanted}, got {first['input']!r}")

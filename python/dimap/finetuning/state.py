@@ -19,22 +19,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .._files import replacing, save_safetensors
 
 BEST, LAST, HISTORY, STATE = "best.safetensors", "last.safetensors", "history.json", "state.pt"
-VERSION = 1
+VERSION = 2
 
 
 class Folder:
-    """The folder of a run."""
+    """The folder of a run. state: what the run to resume had; None where one begins."""
 
     def __init__(self, path: Path, *, resume: bool, force: bool) -> None:
         """Check that the folder is free for a new run, or read the state of one to resume.
 
-        Raises FileExistsError where another run is there, OSError where it is no folder, ValueError
-        where the state cannot be read.
+        Raises FileExistsError where another run is there, FileNotFoundError where a folder holds
+        none to resume, another OSError where it is no folder, ValueError where the state cannot be
+        read.
         """
         self.path = path
         self.state: dict[str, Any] | None = None
@@ -43,6 +44,14 @@ class Folder:
         there = [name for name in (STATE, BEST, LAST, HISTORY) if (path / name).exists()]
         if resume and STATE in there:
             self.state = _read(path / STATE)
+        elif resume and path.exists() and not there:
+            held = (
+                ", ".join(sorted(child.name for child in path.iterdir())[:6]) or "an empty folder"
+            )
+            problem = (
+                f"must hold a run for --resume ({STATE}), got {held}; without --resume one begins"
+            )
+            raise FileNotFoundError(errno.ENOENT, problem, str(path))
         elif there and not force and not resume:
             raise FileExistsError(
                 errno.EEXIST,
@@ -50,46 +59,42 @@ class Folder:
                 str(path / there[0]),
             )
 
-    def create(self) -> None:
-        """Make the folder; an older run's files make room."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        if self.state is None:
-            for name in (STATE, BEST, LAST, HISTORY):
-                (self.path / name).unlink(missing_ok=True)
+    def clear(self) -> None:
+        """Let an older run's files make room for one that begins."""
+        for name in (STATE, BEST, LAST, HISTORY) if self.state is None else ():
+            (self.path / name).unlink(missing_ok=True)
 
     def check_same(self, identity: Mapping[str, Any]) -> None:
         """Refuse to resume a run that was of other settings, data, weights or masks."""
-        assert self.state is not None
+        then = self.state["identity"] if self.state else identity
         for name, value in identity.items():
-            if self.state["identity"].get(name) != value:
-                then, now = self.state["identity"].get(name), value
+            if then.get(name) != value:
                 raise ValueError(
-                    f"{name} must be what it was to resume {self.path}: {then}, got {now}"
+                    f"{name} must be what it was to resume {self.path}: {then.get(name)}, got {value}"
                 )
 
     def save_epoch(
         self,
-        model: nn.Module,
+        weights: Mapping[str, Tensor],
         metadata: Mapping[str, str],
-        identity: Mapping[str, Any],
-        history: list[dict[str, Any]],
         state: Mapping[str, Any],
         *,
         best: bool,
     ) -> None:
         """Write all files of an epoch; metadata goes into those of the weights.
 
-        state: what `resume` reads. best: whether no earlier epoch was better.
+        state: what `resume` reads, "identity" and "history" of the run in it. best: whether no
+        earlier epoch was better.
         """
+        self.path.mkdir(parents=True, exist_ok=True)
         for name in (BEST, LAST) if best else (LAST,):
             with replacing(self.path / name, force=True) as temporary:
-                save_safetensors(temporary, model.state_dict(), metadata)
+                save_safetensors(temporary, weights, metadata)
         with replacing(self.path / HISTORY, force=True) as temporary:
-            text = json.dumps({"settings": dict(identity), "epochs": history}, indent=1)
-            temporary.write_text(text + "\n", encoding="utf-8")
-        state = {"dimap_finetune": VERSION, **state, "identity": identity, "history": history}
+            told = {"settings": state["identity"], "epochs": state["history"]}
+            temporary.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
         with replacing(self.path / STATE, force=True) as temporary, open(temporary, "wb") as file:
-            torch.save(state, file)
+            torch.save({"dimap_finetune": VERSION, **state}, file)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+import random
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from itertools import islice
 from typing import Any, cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import IterableDataset
 
+from .._timm import near
 from ..distributed.ranks import Ranks
 from ..holding import hold_masks
-from .data import own_images
 from .settings import Settings
+
+# Settings that have timm's own names.
+OPTIMIZER = ("opt", "lr", "weight_decay", "momentum", "layer_decay")
+SCHEDULE = ("sched", "warmup_lr", "min_lr")
 
 LOOK = 20  # steps from one look at the loss to the next: a look waits for the device
 
@@ -45,34 +52,27 @@ class Trainer:
         from timm.scheduler import create_scheduler_v2
         from timm.utils import ModelEmaV3
 
-        if settings.opt not in list_optimizers():
-            raise ValueError(f"opt must be an optimizer of timm, got {settings.opt!r}")
+        if settings.opt not in (known := cast(list[str], list_optimizers())):
+            raise ValueError(
+                f"opt must be an optimizer of timm, got {settings.opt!r}{near(settings.opt, known)}"
+            )
         self.model, self.teacher = model.to(device), teacher
         self.classes, self.ranks, self.device = classes, ranks, device
         self.settings = settings
         self.updates = 0  # steps of the optimizer so far
         if teacher is not None:
             teacher.to(device).eval().requires_grad_(False)
-        self.optimizer = create_optimizer_v2(
-            model,
-            opt=settings.opt,
-            lr=settings.lr,
-            weight_decay=settings.weight_decay,
-            momentum=settings.momentum,
-            layer_decay=settings.layer_decay,
-        )
+        self.optimizer = create_optimizer_v2(model, **settings.named(*OPTIMIZER))
         self.holding = hold_masks(model, masks, self.optimizer)
         self.scheduler: Any = None
         if settings.epochs:
             self.scheduler, _ = create_scheduler_v2(
                 self.optimizer,
-                sched=settings.sched,
+                **settings.named(*SCHEDULE),
                 # Rising first, then the whole of the schedule: the rate does not jump between them.
                 num_epochs=settings.epochs - settings.warmup,
                 warmup_prefix=True,
                 warmup_epochs=settings.warmup,
-                warmup_lr=settings.warmup_lr,
-                min_lr=settings.min_lr,
                 step_on_epochs=False,
                 updates_per_epoch=-(-batches // settings.accumulate),
             )
@@ -116,23 +116,30 @@ class Trainer:
 
         Raises FloatingPointError where the loss is not finite.
         """
+        from timm.utils import distribute_bn
+
+        for each in (loader.dataset, getattr(loader, "sampler", None)):
+            if set_epoch := getattr(each, "set_epoch", None):
+                set_epoch(epoch)
         self.forward.train()
         mixup = make_mixup(self.settings, self.classes, epoch)
         loss_of = make_loss(self.settings, soft=mixup is not None)
         total = torch.zeros((), device=self.device)
         count, seen, lr = 0, 0.0, 0.0
         self.optimizer.zero_grad()
-        for number, batches in enumerate(grouped(loader, self.settings.accumulate), 1):
+        batches = iter(loader)
+        steps = iter(lambda: list(islice(batches, self.settings.accumulate)), [])
+        for number, step in enumerate(steps, 1):
             lr = max(group["lr"] for group in self.optimizer.param_groups)
-            for i, (images, labels) in enumerate(batches):
+            for i, (images, labels) in enumerate(step):
                 if mixup is not None:
                     images, labels = mixup(images, labels)
                 # Gradients are averaged over processes once a step.
-                last = i + 1 == len(batches)
+                last = i + 1 == len(step)
                 no_sync = None if last else getattr(self.forward, "no_sync", None)
                 with no_sync() if no_sync else nullcontext():
                     loss = self._loss(images, labels, loss_of)
-                    self.scaler.scale(loss / len(batches)).backward()
+                    self.scaler.scale(loss / len(step)).backward()
                 total += loss.detach() * len(images)
                 count += len(images)
             self._step()
@@ -140,8 +147,9 @@ class Trainer:
                 seen = _finite_mean(total, count, epoch)
             tell(seen)
         _finite_mean(total, count, epoch)
-        summed, images_seen = self._sum([float(total), count])
-        return {"train_loss": summed / max(1.0, images_seen), "lr": lr}
+        if self.ranks.size > 1:
+            distribute_bn(self.evaluated, self.ranks.size, reduce=True)
+        return {"train_loss": self._means([float(total)], count)[0], "lr": lr}
 
     def _autocast(self) -> Any:
         if self.settings.amp == "none":
@@ -186,30 +194,39 @@ class Trainer:
         model = self.evaluated.eval()
         k = min(5, self.classes)
         sums = torch.zeros(4, dtype=torch.float64)  # of loss, top-1, top-k, and the images
-        left = own_images(loader, self.ranks)
+        left: float = math.inf  # images of this process, without those that fill up the last batch
+        if not isinstance(loader.dataset, IterableDataset):
+            left = (len(loader.dataset) - self.ranks.rank + self.ranks.size - 1) // self.ranks.size
         for images, labels in loader:
-            if left is not None:
-                images, labels = images[:left], labels[:left]
-                left -= len(images)
-            if not len(images):
+            count = min(len(images), left)
+            images, labels = images[: int(count)], labels[: int(count)]
+            left -= count
+            if not count:
                 break
             with self._autocast():
                 output = model(images).float()
             means = F.cross_entropy(output, labels), *accuracy(output, labels, topk=(1, k))
             sums += len(images) * torch.tensor([*map(float, means), 1.0], dtype=torch.float64)
-        *totals, count = self._sum(sums.tolist())
-        loss, top1, topk = (total / max(1.0, count) for total in totals)
+        *totals, count = sums.tolist()
+        loss, top1, topk = self._means(totals, count)
         return {"loss": loss, "top1": top1, "topk": topk, "k": k}
 
-    def average_buffers(self) -> None:
-        """Average the running statistics (of batch norms) of what is evaluated over all processes."""
-        for buffer in self.evaluated.buffers():
-            if self.ranks.size > 1 and buffer.is_floating_point():
-                buffer.copy_(self.ranks.sum(buffer) / self.ranks.size)
+    def _means(self, totals: list[float], count: float) -> list[float]:
+        """Totals of this many images, as means over the images of all processes."""
+        sums = self.ranks.sum(torch.tensor([*totals, count], dtype=torch.float64))
+        return list((sums[:-1] / sums[-1].clamp_min(1)).tolist())
 
-    def _sum(self, numbers: list[float]) -> list[float]:
-        """Each number summed over all processes."""
-        return list(self.ranks.sum(torch.tensor(numbers, dtype=torch.float64)).tolist())
+
+def seed_epoch(seed: int, epoch: int, rank: int) -> None:
+    """Seed all that is random for one epoch.
+
+    Every epoch begins from its own number alone, so that a resumed run draws what one that was
+    never interrupted does; and each process draws its own.
+    """
+    words = np.random.SeedSequence([seed, epoch, rank]).generate_state(3)
+    random.seed(int(words[0]))
+    np.random.seed(int(words[1]))
+    torch.manual_seed(int(words[2]))
 
 
 def _finite_mean(total: Tensor, count: int, epoch: int) -> float:
@@ -221,13 +238,6 @@ def _finite_mean(total: Tensor, count: int, epoch: int) -> float:
     return loss
 
 
-def grouped(loader: Any, size: int) -> Iterator[list[Any]]:
-    """Batches in lists of `size`; the last list may be shorter."""
-    batches = iter(loader)
-    while group := list(islice(batches, size)):
-        yield group
-
-
 def make_mixup(settings: Settings, classes: int, epoch: int) -> Any:
     """timm's Mixup, or None where images stay apart."""
     from timm.data import Mixup
@@ -236,8 +246,8 @@ def make_mixup(settings: Settings, classes: int, epoch: int) -> Any:
     if not settings.mixes or off:
         return None
     return Mixup(
-        mixup_alpha=settings.mixup,
-        cutmix_alpha=settings.cutmix,
+        settings.mixup,
+        settings.cutmix,
         prob=settings.mixup_prob,
         switch_prob=settings.mixup_switch_prob,
         mode=settings.mixup_mode,

@@ -8,6 +8,7 @@ ending. Nothing global is changed, and matplotlib is imported only when a pictur
 >>> plots.mask_picture(pruning, "layers.2.blocks.5.attn.qkv", "mask.png")
 >>> plots.write_report(pruning, "report/")
 >>> plots.accuracy_curves(rows, "accuracy.svg")
+>>> plots.bench_times(dimap.bench.bench(quick=True), "times.png")
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ from .histograms import weight_histograms
 from .kept import kept_ratios
 from .mask import mask_picture
 from .style import check_path
+from .timings import bench_times
 
 __all__ = [
     "accuracy_curves",
+    "bench_times",
     "check_path",
     "kept_ratios",
     "load_rows",

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import cycle, groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
+from ..report.report import check_schema
 from . import style
 
 if TYPE_CHECKING:
@@ -18,8 +20,10 @@ if TYPE_CHECKING:
 SCHEMA, VERSION = "dimap.accuracy", 1
 DENSE = "dense"
 
-# (colour, marker, dashes) of the methods that dimap knows, the same in every picture.
-METHODS: dict[str, tuple[str, str, Any]] = {
+Look: TypeAlias = "tuple[str, str, Any]"  # colour, marker, dashes
+
+# Of the methods that dimap knows, the same in every picture.
+METHODS: dict[str, Look] = {
     "dimap": (style.VERMILLION, "o", "-"),
     "lamp": (style.BLUE, "s", (0, (5, 1.5))),
     "uniform": (style.GREEN, "^", (0, (1, 1))),
@@ -28,7 +32,7 @@ METHODS: dict[str, tuple[str, str, Any]] = {
     "snip": (style.SKY, "P", (0, (2.5, 1.5))),
     "random": (style.GREY, "x", (0, (1, 2))),
 }
-SPARE = ((style.BLACK, "*", "-"), (style.BLACK, "h", (0, (3, 1))), (style.GREY, "d", "-"))
+SPARE = ((style.INK, "*", "-"), (style.INK, "h", (0, (3, 1))), (style.GREY, "d", "-"))
 
 
 class Point(NamedTuple):
@@ -39,6 +43,7 @@ class Point(NamedTuple):
     spread: float
 
 
+@style.looking()
 def accuracy_curves(
     rows: Sequence[Mapping[str, Any]] | Mapping[str, Any],
     path: str | os.PathLike[str] | None = None,
@@ -68,59 +73,48 @@ def accuracy_curves(
     Returns the matplotlib Figure. Raises ValueError or TypeError that name the row and the entry.
     """
     style.check_path(path)
+    from matplotlib.figure import Figure
+
     panels = read_rows(rows)
-    count = max(1, len(panels))
-    figure = style.new_figure(style.WIDTH if count > 1 else 0.8 * style.WIDTH, 3.6)
-    cells = figure.subplots(1, count, sharex=True, sharey=True, squeeze=False)[0]
-    names = list(dict.fromkeys(name for curves in panels.values() for name in curves))
+    looks = choose_looks(dict.fromkeys(name for curves in panels.values() for name in curves))
+    figure = Figure(figsize=(style.WIDTH if len(panels) > 1 else 0.8 * style.WIDTH, 3.6))
+    cells = figure.subplots(1, len(panels), sharex=True, sharey=True, squeeze=False)[0]
     for axes, (panel, curves) in zip(cells, panels.items(), strict=True):
-        level = dense
-        if level is None and DENSE in curves:
-            level = curves[DENSE][0].accuracy
+        level = curves[DENSE][0].accuracy if dense is None and DENSE in curves else dense
         if level is not None:
             axes.axhline(level, color=style.GREY, linewidth=1, zorder=1, label=DENSE)
-        for name in (name for name in names if name in curves and name != DENSE):
-            _draw(axes, name, curves[name], names)
+        for name in (name for name in looks if name in curves):
+            _draw(axes, name, curves[name], looks[name])
         axes.set_xlabel("weights removed, %")
-        axes.set_title(style.plain(panel), loc="left", fontsize=style.TEXT, color=style.INK)
-        style.dress(axes)
-    cells[0].set_ylabel(style.plain(ylabel))
-    style.head(figure, title)
-    handles: dict[str, Any] = {}
-    for axes in cells:
-        handles |= {label: h for h, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-    figure.legend(
-        handles.values(), handles.keys(), loc="outside right center", frameon=False,
-        fontsize=style.TEXT - 0.5, handlelength=3.2, labelcolor=style.INK,
-    )  # fmt: skip
+        axes.set_title(panel, loc="left")
+        axes.grid(axis="y")
+    cells[0].set_ylabel(ylabel)
+    if title:
+        figure.suptitle(title)
+    drawn = [zip(*axes.get_legend_handles_labels(), strict=True) for axes in cells]
+    handles = {label: handle for pairs in drawn for handle, label in pairs}
+    figure.legend(handles.values(), handles.keys(), loc="outside right center")
     return style.finish(figure, path)
 
 
-def _draw(axes: Axes, name: str, points: list[Point], names: list[str]) -> None:
-    color, marker, dashes = _look(name, names)
+def _draw(axes: Axes, name: str, points: list[Point], look: Look) -> None:
+    color, marker, dashes = look
     x, y = [100 * point.sparsity for point in points], [point.accuracy for point in points]
     if any(point.spread for point in points):
         low, high = ([p.accuracy + sign * p.spread for p in points] for sign in (-1, 1))
         axes.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
-    first = name.lower() == "dimap"
+    width, above = (2.0, 4) if name.lower() == "dimap" else (1.4, 3)
     axes.plot(
-        x, y, color=color, marker=marker, linestyle=dashes, label=style.plain(name), markersize=4.5,
-        linewidth=2.0 if first else 1.4, zorder=4 if first else 3,
+        x, y, color=color, marker=marker, linestyle=dashes, label=name, linewidth=width, zorder=above
     )  # fmt: skip
 
 
-def _look(name: str, names: list[str]) -> tuple[str, str, Any]:
-    """Colour, marker and dashes; a method that is not in METHODS gets a look that is left over."""
-    if _key(name) in METHODS:
-        return METHODS[_key(name)]
-    used = {_key(other) for other in names}
-    free = [*SPARE, *(look for method, look in METHODS.items() if method not in used)]
-    others = [other for other in names if other != DENSE and _key(other) not in METHODS]
-    return free[others.index(name) % len(free)]
-
-
-def _key(name: str) -> str:
-    return name.lower().replace(" ", "_").replace("-", "_")
+def choose_looks(names: Iterable[str]) -> dict[str, Look]:
+    """How each method looks; one that is not in METHODS gets a look that is left over."""
+    keys = {n: n.lower().replace(" ", "_").replace("-", "_") for n in names if n != DENSE}
+    left = (look for method, look in METHODS.items() if method not in keys.values())
+    free = cycle([*SPARE, *left])
+    return {name: METHODS.get(key) or next(free) for name, key in keys.items()}
 
 
 def read_rows(
@@ -130,7 +124,7 @@ def read_rows(
 
     Raises as `accuracy_curves`.
     """
-    found: dict[str, dict[str, dict[float, list[tuple[float, float]]]]] = {}
+    found: dict[str, dict[str, list[Point]]] = {}
     for number, row in enumerate(_list(rows)):
         where = f"rows[{number}]"
         if not isinstance(row, Mapping):
@@ -140,47 +134,47 @@ def read_rows(
             raise ValueError(f"{where}['method'] must be the method's name, got {method!r}")
         if not isinstance(panel, str):
             raise ValueError(f"{where}['panel'] must be a string, got {panel!r}")
-        dense = method == DENSE
-        sparsity = _number(where, "sparsity", row.get("sparsity", 0.0 if dense else None), 1)
-        accuracy = _number(where, "accuracy", row.get("accuracy"), 100)
-        spread = row.get("spread")
-        spread = 0.0 if spread is None else _number(where, "spread", spread, 100)
-        points = found.setdefault(panel, {}).setdefault(method, {})
-        points.setdefault(0.0 if dense else sparsity, []).append((accuracy, spread))
+        point = Point(*(_number(where, row, key) for key in Point._fields))
+        if method == DENSE:
+            point = point._replace(sparsity=0.0)
+        found.setdefault(panel, {}).setdefault(method, []).append(point)
     if not found:
         raise ValueError("rows must hold at least one measurement, got none")
     return {
-        panel: {name: [_point(s, points[s]) for s in sorted(points)] for name, points in ms.items()}
-        for panel, ms in found.items()
+        panel: {name: _means(points) for name, points in curves.items()}
+        for panel, curves in found.items()
     }
 
 
-def _point(sparsity: float, values: list[tuple[float, float]]) -> Point:
-    if len(values) == 1:
-        return Point(sparsity, *values[0])
-    accuracies = [accuracy for accuracy, _ in values]
-    return Point(sparsity, statistics.fmean(accuracies), statistics.stdev(accuracies))
+def _means(points: list[Point]) -> list[Point]:
+    """One point for each sparsity."""
+    means = []
+    for sparsity, group in groupby(sorted(points), lambda point: point.sparsity):
+        seeds = list(group)
+        if len(seeds) > 1:
+            values = [point.accuracy for point in seeds]
+            seeds = [Point(sparsity, statistics.fmean(values), statistics.stdev(values))]
+        means += seeds
+    return means
 
 
 def _list(rows: Any) -> Sequence[Any]:
     if isinstance(rows, Mapping):
-        got = (rows.get("schema"), rows.get("version"))
-        if got != (SCHEMA, VERSION):
-            raise ValueError(
-                f"results must have schema {SCHEMA!r} and version {VERSION}, "
-                f"got {got[0]!r} and {got[1]!r}"
-            )
+        check_schema("results", rows, SCHEMA, VERSION)
         rows = rows.get("rows")
     if not isinstance(rows, Sequence) or isinstance(rows, (str, bytes)):
         raise TypeError(f"rows must be a list of mappings, got {type(rows).__name__}")
     return rows
 
 
-def _number(where: str, key: str, value: object, most: float) -> float:
+def _number(where: str, row: Mapping[str, Any], key: str) -> float:
+    value, most = row.get(key), 1 if key == "sparsity" else 100
+    if value is None and (key == "spread" or (key == "sparsity" and row["method"] == DENSE)):
+        return 0.0
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ValueError(f"{where}[{key!r}] must be a number, got {value!r}")
     if not 0 <= value <= most:  # nor a NaN
-        raise ValueError(f"{where}[{key!r}] must be in [0, {most:g}], got {value}")
+        raise ValueError(f"{where}[{key!r}] must be in [0, {most}], got {value}")
     return float(value)
 
 

@@ -1,32 +1,41 @@
-"""A report as a folder: report.json, index.html, and the pictures that are in the page."""
+"""A report as a folder: report.json, the pictures, and a page with tables that holds them too."""
 
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from html import escape
+from itertools import groupby, islice
 from pathlib import Path
+from string import Template
 from typing import TYPE_CHECKING, Any
 
 from .._files import replacing
-from ..groups import Layer
-from ..report import Pruned, Report
+from ..groups import Layer, part_of, position
+from ..report import LayerReport, ModuleReport, Pruned, Report
+from ..report.report import LAYERS, MODULES, columns, note_lines, summary_lines
+from ..report.text import Column, filled
 from . import style
 from .histograms import block_of, choose_blocks, weight_histograms
 from .kept import kept_ratios
 from .mask import mask_picture
-from .page import page
-from .source import Source, prunable, source_of
+from .source import place_name, prunable, source_of, spread
 
 if TYPE_CHECKING:
     import os
 
+    from matplotlib.figure import Figure
     from torch import Tensor
 
-    from ..checkpoint import Checkpoint
-
 MASKS = 3  # how many layers' masks are drawn
-PathOf = Callable[[str], Path]  # from a file's name to where it is to be written
+# What the page has in its reader's light or dark colours.
+THEME = {
+    style.INK: "currentColor", style.PAPER: "var(--back)", style.FAINT: "var(--faint)",
+    style.BLUE: "var(--blue)",
+}  # fmt: skip
 
 
 def write_report(
@@ -34,16 +43,18 @@ def write_report(
 ) -> Report:
     """Write report.json, index.html and pictures of a `dimap.Pruning` into the folder `path`.
 
-    path: created if need be; a folder that is there keeps its other files.
+    path: created if need be; a folder that is there keeps its other files. Where it ends in .json or
+        is a file already, it gets the JSON alone.
     model: the nn.Module, to count its FLOPs.
     force: replace files of these names; else they are a FileExistsError.
 
     The page needs no other file and loads nothing. Files appear complete or not at all. Raises
     ModuleNotFoundError without matplotlib, OSError where the folder cannot be written.
     """
-    with _report_folder(Path(path), pruning.modules, force=force) as path_of:
+    with report_output(Path(path), pruning.modules, force=force) as output:
         report: Report = pruning.report(model)
-        _fill(path_of, report, source_of(pruning))
+        output.before(pruning)
+        output.write(report, pruning)
     return report
 
 
@@ -53,52 +64,72 @@ def report_output(
 ) -> Iterator[ReportOutput]:
     """Where the report of a checkpoint's pruning goes: complete when the block ends, or not there.
 
-    path: a JSON file where it ends in .json or is a file already, else a folder as of `write_report`.
-    modules: the layers that will be pruned. Raises as `write_report`; for a JSON file there need not
-    be matplotlib.
+    path, force: as in `write_report`, which says what is raised; for JSON there need not be matplotlib.
+    modules: the layers that will be pruned.
     """
-    if (path.suffix == ".json" or path.is_file()) and not path.is_dir():
-        with replacing(path, force=force) as temporary:
-            yield ReportOutput(lambda _: temporary, None)
-    else:
-        with _report_folder(path, modules, force=force) as path_of:
-            yield ReportOutput(path_of, prunable(modules))
+    with ExitStack() as outputs:
+        layers = prunable(modules)
+        if (path.suffix == ".json" or path.is_file()) and not path.is_dir():
+            temporary = outputs.enter_context(replacing(path, force=force))
+            yield ReportOutput([], lambda _: temporary)
+            return
+        style.check_path(None)
+        if path.is_dir():
+            pictures = ["kept", "weights", *_masked(layers)]
+            names = ["report.json", "index.html", *(f"{name}.png" for name in pictures)]
+            files = {n: outputs.enter_context(replacing(path / n, force=force)) for n in names}
+            yield ReportOutput(layers, files.__getitem__)
+        else:
+            yield ReportOutput(layers, outputs.enter_context(replacing(path, folder=True)).joinpath)
 
 
+@dataclass
 class ReportOutput:
     """Takes what a report needs of a pruning in memory, or from file to file.
 
+    layers: those to draw, block after block; of none, there are no pictures.
     path_of: from a file's name to where it is to be written.
-    layers: those to draw, block after block; None draws nothing.
     """
 
-    def __init__(self, path_of: PathOf, layers: list[Layer] | None) -> None:
-        self._path_of, self._layers = path_of, layers
+    layers: list[Layer]
+    path_of: Callable[[str], Path]
 
-    def before(self, checkpoint: Checkpoint) -> None:
-        """Look at the dense weights before they are pruned."""
-        if self._layers is None:
+    def before(self, model: Any) -> None:
+        """Look at the weights of an open checkpoint before they are pruned, or at a Pruning."""
+        if not self.layers:
             return
-        self._dense = source_of(checkpoint)
-        if checkpoint.form not in ("safetensors", "folder"):  # pruned in place: keep what is drawn
-            blocks = choose_blocks(self._layers)
-            drawn = [layer for layer in self._layers if block_of(layer) in blocks]
-            names = {p for layer in [*drawn, *_masked(self._layers)] for p in layer.parameters}
-            self._dense.weight = {n: checkpoint.get(n).clone() for n in names}.__getitem__
+        self._source = source_of(model)
+        if getattr(model, "form", "") in ("pickled", "timm"):  # pruned in place: keep what is drawn
+            blocks = choose_blocks(self.layers)
+            drawn = [layer for layer in self.layers if block_of(layer) in blocks]
+            names = {p for x in [*drawn, *_masked(self.layers).values()] for p in x.parameters}
+            weight = self._source.weight
+            self._source.weight = {n: weight(n).clone() for n in names}.__getitem__
 
     def write(self, report: Report, pruning: Pruned) -> None:
         """Write all files."""
-        if self._layers is None:
-            report.to_json(self._path_of("report.json"))
+        self.path_of("report.json").write_text(report.to_json(), encoding="utf-8")
+        if not self.layers:
             return
-        masks = getattr(pruning, "masks", None)  # of what was pruned in memory
-        weight = self._dense.weight
+        weight = self._source.weight
+        held = getattr(pruning, "masks", None)  # of what was pruned in memory
 
         def mask(name: str) -> Tensor:
-            found: Tensor = masks[name] if masks else kept_mask(weight(name), pruning.kept[name])
+            if not held:
+                return kept_mask(weight(name), pruning.kept[name])
+            found: Tensor = part_of(held, name)
             return found
 
-        _fill(self._path_of, report, Source(self._layers, weight, mask, self._dense.family))
+        self._source.mask = mask
+        figures = {"kept": kept_ratios(report), "weights": weight_histograms(self._source)}
+        figures["kept"].set_label("kept share of every layer")
+        figures["weights"].set_label("histograms of weights")
+        for name, layer in _masked(self.layers).items():
+            figures[name] = mask_picture(self._source, layer.name)
+            figures[name].set_label(f"mask of {layer.name}")
+        for name, figure in figures.items():
+            style.write(figure, self.path_of(f"{name}.png"), ".png")
+        self.path_of("index.html").write_text(_page(report, figures), encoding="utf-8")
 
 
 def kept_mask(weight: Tensor, kept: int) -> Tensor:
@@ -106,55 +137,84 @@ def kept_mask(weight: Tensor, kept: int) -> Tensor:
 
     Within a tensor every scope and normalization orders by magnitude, so that the count is enough.
     """
-    magnitude = weight.detach().abs().flatten()
-    if kept == 0:
-        return magnitude.bool().zero_().view(weight.shape)
-    cut = magnitude.float().kthvalue(magnitude.numel() - kept + 1).values.to(magnitude.dtype)
-    mask = magnitude > cut
-    ties = (magnitude == cut).nonzero().flatten()
-    mask[ties[: kept - int(mask.count_nonzero())]] = True
-    return mask.view(weight.shape)
+    from ..ops import select
+
+    return select([weight], [0], [0], [kept])[0]
 
 
-@contextmanager
-def _report_folder(
-    path: Path, modules: Mapping[str, Sequence[Layer]], *, force: bool
-) -> Iterator[PathOf]:
-    """All files appear when the block ends: in a new folder, or in the one that is there."""
-    style.check_path(None)
-    with ExitStack() as outputs:
-        if not path.is_dir():
-            folder = outputs.enter_context(replacing(path, folder=True))
-            yield lambda name: folder / name
-        else:
-            names = ["report.json", "index.html", "kept.png", "weights.png"]
-            names += [_mask_file(number) for number in range(len(_masked(prunable(modules))))]
-            files = {n: outputs.enter_context(replacing(path / n, force=force)) for n in names}
-            yield files.__getitem__
+def _masked(layers: Sequence[Layer]) -> dict[str, Layer]:
+    """Layers whose masks are drawn: of qkv, or of the first module, one early, in between, late.
 
-
-def _fill(path_of: PathOf, report: Report, source: Source) -> None:
-    """Draw the pictures and write all files."""
-    path_of("report.json").write_text(report.to_json(), encoding="utf-8")
-    kept, weights = kept_ratios(report), weight_histograms(source)
-    style.write(kept, path_of("kept.png"), ".png")
-    style.write(weights, path_of("weights.png"), ".png")
-    masks = {}
-    for number, layer in enumerate(_masked(source.layers)):
-        picture = io.BytesIO()
-        style.write(mask_picture(source, layer.name), picture, ".png")
-        masks[layer.name] = picture.getvalue()
-        path_of(_mask_file(number)).write_bytes(masks[layer.name])
-    path_of("index.html").write_text(page(report, kept, weights, masks), encoding="utf-8")
-
-
-def _masked(layers: Sequence[Layer]) -> list[Layer]:
-    """Layers whose masks are drawn: of qkv, or of the first module, one early, in between, late."""
+    Under the names of their pictures.
+    """
     first = next((x.module for x in layers if x.module == "qkv"), layers[0].module)
-    layers = [layer for layer in layers if layer.module == first]
-    steps = range(MASKS)
-    return [layers[i] for i in sorted({round(k * (len(layers) - 1) / (MASKS - 1)) for k in steps})]
+    chosen = spread([layer for layer in layers if layer.module == first], MASKS)
+    return {f"mask-{number}": layer for number, layer in enumerate(chosen, 1)}
 
 
-def _mask_file(number: int) -> str:
-    return f"mask-{number + 1}.png"
+# The page
+
+
+def _page(report: Report, figures: Mapping[str, Figure]) -> str:
+    summary = [f"<p>{escape(line.replace('->', '→'))}</p>" for line in summary_lines(report)]
+    summary += [f'<p class="soft">{escape(line)}</p>' for line in note_lines(report)]
+    kept, weights, *masks = (_inline_svg(name, figure) for name, figure in figures.items())
+    return Template(Path(__file__).with_name("page.html").read_text(encoding="utf-8")).substitute(
+        title=escape(f"Pruning report{': ' + report.model if report.model else ''}"),
+        summary="\n".join(summary),
+        kept=kept,
+        weights=weights,
+        masks="\n".join(f"<figure>{mask}</figure>" for mask in masks),
+        **_tables(report),
+    )
+
+
+def _inline_svg(name: str, figure: Figure) -> str:
+    """An <svg> element in the page's own font and colours; `name` keeps its ids apart from others."""
+    buffer = io.BytesIO()
+    style.write(figure, buffer, ".svg", inline=True)
+    text = buffer.getvalue().decode()
+    text = text[text.index("<svg ") :].strip()
+    text = re.sub(r'\bid="', f'id="{name}-', text)
+    text = re.sub(r'(xlink:href="#|href="#|url\(#)(?=\w)', rf"\g<1>{name}-", text)
+    for color, themed in THEME.items():
+        text = text.replace(color.lower(), themed)
+    wide = round(figure.get_figwidth() * style.DPI)
+    alt = f'role="img" aria-label="{escape(figure.get_label())}"'
+    return text.replace("<svg ", f'<svg {alt} style="width: {wide}px" ', 1)
+
+
+def _tables(report: Report) -> dict[str, str]:
+    """Of modules, and of layers block after block; both with what is in no module, and the sum."""
+    parts, names = report.parts(), Column("module", lambda part: part.name)
+    heads = columns(names, MODULES, "{:,}".format, digits=2)
+    modules = _table("modules", heads, [parts[:-1], parts[-1:]])
+    heads = columns(
+        Column("layer", names.say), ("module", "weights", "kept", *LAYERS[1:]), "{:,}".format
+    )
+    blocks = groupby(sorted(report.layers, key=position), key=position)
+    beside = parts[len(report.modules) - 1 :]  # from "aux" on
+    layers = _table("layers", heads, [*(list(block) for _, block in blocks), beside])
+    return {"modules": modules, "layers": layers}
+
+
+def _table(
+    name: str, columns: Sequence[Column], groups: Sequence[Sequence[LayerReport | ModuleReport]]
+) -> str:
+    """A table with a body for each group of rows, without the columns that say nothing."""
+    used, lines = filled(columns, [row for group in groups for row in group])
+    left = iter(lines)
+    head = "".join(f"<th>{escape(column.title)}</th>" for column in used)
+    bodies = []
+    for group in groups:
+        place = place_name(group[0]) if isinstance(group[0], LayerReport) else ""
+        rows = ["<tr>" + "".join(map(_cell, line)) + "</tr>" for line in islice(left, len(group))]
+        bodies.append("\n".join([f'<tbody title="{place}">', *rows, "</tbody>"]))
+    table = f'<table id="{name}">\n<thead><tr>{head}</tr></thead>\n' + "\n".join(bodies)
+    return f'<div class="wide">{table}\n</table></div>'
+
+
+def _cell(cell: str | float) -> str:
+    if isinstance(cell, str):
+        return f"<td>{escape(cell)}</td>"
+    return f'<td class="bar"><div style="width: {100 * cell:.1f}%"></div></td>'

@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..groups import Layer, Patterns
+from ..groups import Choice, Layer, Patterns
 from . import style
 from .source import Source, source_of
 
@@ -30,7 +30,7 @@ MIXED = ("coatnet", "convit", "efficientformer", "focalnet", "levit", "maxvit")
 ACROSS, TALL = 880, 460  # pixels that matrices may take, all of them side by side
 LARGEST = 16  # pixels a weight
 EDGE, GAP, LINE, BOTTOM = 34, 16, 24, 32  # pixels around them; a line of words above
-NARROWEST = 480  # pixels of a picture, for its words
+NARROWEST = 480  # pixels of a picture, for the words below
 
 
 class Part(NamedTuple):
@@ -39,14 +39,18 @@ class Part(NamedTuple):
     name: str
     mask: Tensor  # bool, [rows, columns] as drawn
 
+    def words(self) -> str:
+        return f"{self.name} {_percent([self])} kept"
 
+
+@style.looking()
 def mask_picture(
     model: Any,
     layer: str,
     path: str | os.PathLike[str] | None = None,
     *,
     masks: Mapping[str, Tensor] | None = None,
-    patterns: Patterns | None = None,
+    patterns: Patterns | Choice | None = None,
     title: str | None = None,
 ) -> Figure:
     """Draw a layer's mask: kept weights in colour, pruned ones in grey.
@@ -65,56 +69,57 @@ def mask_picture(
     """
     style.check_path(path)
     from matplotlib.colors import LinearSegmentedColormap
+    from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
-    colors = LinearSegmentedColormap.from_list("kept", [PRUNED, KEPT])
     source = source_of(model, masks, patterns)
     found = find_layer(source, layer)
     parts = [part for name in found.parameters for part in _parts(source, name)]
-    upright = all(part.mask.shape[0] <= 1.2 * part.mask.shape[1] for part in parts)
-    if not upright:
+    rows, columns = "output feature", "input feature"
+    if any(part.mask.shape[0] > 1.2 * part.mask.shape[1] for part in parts):
         parts = [Part(part.name, part.mask.T) for part in parts]
+        rows, columns = columns, rows
+    weights = sum(part.mask.numel() for part in parts)
+    words = title or f"{found.name}: {_percent(parts)} of {weights:,} kept"
+    names = [part.words() if len(parts) > 1 else "" for part in parts]
+
+    # On whole pixels, as many as an image has: nothing is sampled twice or left out.
     images = _scaled([part.mask for part in parts])
-    across = sum(image.shape[1] for image in images) + GAP * (len(images) - 1)
+    spaces = [
+        max(image.shape[1], round(style.DPI * style.width_of(name)))
+        for image, name in zip(images, names, strict=True)
+    ]
+    across = max(sum(spaces) + GAP * (len(parts) - 1), round(style.DPI * style.width_of(words)))
     wide = max(across + 2 * EDGE, NARROWEST)
     top = LINE * (2 if len(parts) > 1 else 1)
     high = top + max(image.shape[0] for image in images) + BOTTOM
-    figure = style.new_figure(wide / style.DPI, high / style.DPI, layout=None)
-    left = (wide - across) // 2
-    for number, (part, image) in enumerate(zip(parts, images, strict=True)):
+    figure = Figure(figsize=(wide / style.DPI, high / style.DPI), layout="none")
+    # Kept weights lie on the colour of pruned ones: a page may change that alone.
+    tints = LinearSegmentedColormap.from_list("kept", [f"{KEPT}00", KEPT])
+    left = EDGE
+    for image, space, name in zip(images, spaces, names, strict=True):
         h, w = image.shape
-        # On whole pixels, as many as the image has: nothing is sampled twice or left out.
-        axes = figure.add_axes((left / wide, (high - top - h) / high, w / wide, h / high))
-        axes.imshow(image.numpy(), cmap=colors, vmin=0, vmax=1, aspect="auto", interpolation="none")
-        axes.set_xticks([])
-        axes.set_yticks([])
+        place = (left / wide, (high - top - h) / high, w / wide, h / high)
+        axes = figure.add_axes(place, facecolor=PRUNED, xticks=[], yticks=[])
+        axes.imshow(image.numpy(), cmap=tints, vmin=0, vmax=1, aspect="auto", interpolation="none")
         axes.spines[:].set_visible(False)
-        if len(parts) > 1:
-            words = f"{part.name} {_percent([part.mask])} kept"
-            axes.set_title(style.plain(words), fontsize=style.TEXT, color=style.INK, pad=4)
-        if number == 0:
-            rows, columns = ("output", "input") if upright else ("input", "output")
-            axes.set_ylabel(f"{rows} feature", fontsize=style.TEXT - 1, color=style.INK)
-            axes.set_xlabel(f"{columns} feature", fontsize=style.TEXT - 1, color=style.INK)
-        left += w + GAP
-    masks_drawn = [part.mask for part in parts]
-    weights = sum(mask.numel() for mask in masks_drawn)
-    words = title or f"{found.name}: {_percent(masks_drawn)} of {weights:,} kept"
-    figure.text(
-        EDGE / wide, 1 - 6 / high, style.plain(words),
-        ha="left", va="top", fontsize=style.TEXT, color=style.INK,
-    )  # fmt: skip
+        axes.set_title(name, loc="left", pad=4)
+        left += space + GAP
+    first = figure.axes[0]
+    first.set_xlabel(columns, fontsize=style.TEXT - 1)
+    first.set_ylabel(rows, fontsize=style.TEXT - 1)
+    figure.text(EDGE / wide, 1 - 6 / high, words, va="top")
     figure.legend(
         handles=[Patch(color=KEPT, label="kept"), Patch(color=PRUNED, label="pruned")],
-        loc="lower right", ncols=2, frameon=False, fontsize=style.TEXT - 1,
-        labelcolor=style.INK, handlelength=1, borderaxespad=0.2,
+        loc="lower right", ncols=2, fontsize=style.TEXT - 1, handlelength=1, borderaxespad=0.2,
     )  # fmt: skip
     return style.finish(figure, path)
 
 
-def _percent(masks: Sequence[Tensor]) -> str:
+def _percent(parts: Sequence[Part]) -> str:
     """How much is kept of all weights, "55.0 %"."""
-    weights, kept = sum(m.numel() for m in masks), sum(int(m.count_nonzero()) for m in masks)
+    weights = sum(part.mask.numel() for part in parts)
+    kept = sum(int(part.mask.sum()) for part in parts)
     return f"{100 * kept / weights if weights else 100:.1f} %"
 
 
@@ -130,31 +135,24 @@ def find_layer(source: Source, name: str) -> Layer:
 
 def _parts(source: Source, name: str) -> list[Part]:
     mask = source.mask(name).cpu().flatten(1)
-    words = name.removesuffix(".weight").split(".")
-    roles: Sequence[str] = STACKED.get(words[-1], ())
-    if words[-2:-1] and words[-1] == "conv":  # attn.q.conv.weight
-        roles = STACKED.get(words[-2], ())
-    if (source.family or "").startswith(MIXED) or (roles and mask.shape[0] % len(roles)):
-        roles = ()
-    if not roles:
+    words = name.removesuffix(".weight").removesuffix(".conv").split(".")  # attn.q.conv.weight
+    roles = STACKED.get(words[-1], ())
+    if (source.family or "").startswith(MIXED) or not roles or mask.shape[0] % len(roles):
         return [Part(words[-1], mask)]
     return [Part(*part) for part in zip(roles, mask.chunk(len(roles)), strict=True)]
 
 
 def _scaled(masks: Sequence[Tensor]) -> list[Tensor]:
     """All masks at one scale, that of the room there is: float32 [rows, columns], one a pixel."""
-    columns = sum(mask.shape[1] for mask in masks)
-    rows = max(mask.shape[0] for mask in masks)
+    columns, rows = sum(mask.shape[1] for mask in masks), max(mask.shape[0] for mask in masks)
     room = ACROSS - GAP * (len(masks) - 1)
     scale = min(room / max(columns, 1), TALL / max(rows, 1), LARGEST)
-    if scale >= 1:
-        n = int(scale)
-        return [m.float().repeat_interleave(n, 0).repeat_interleave(n, 1) for m in masks]
+    scale = int(scale) if scale >= 1 else scale
     return [average(m, *(max(1, round(n * scale)) for n in m.shape)) for m in masks]
 
 
 def average(mask: Tensor, rows: int, columns: int) -> Tensor:
-    """Kept share in each cell of a coarser grid: float32 [rows, columns], of the same mean.
+    """Kept share in each cell of another grid: float32 [rows, columns], of the same mean.
 
     A weight that lies across a line of the grid counts for both sides, by its area.
     """

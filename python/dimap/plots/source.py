@@ -4,15 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from ..groups import AUX, Layer, Patterns, family_of, group_names, position, shapes_of
+from ..groups import (
+    AUX,
+    Choice,
+    Layer,
+    Patterns,
+    Slice,
+    choose,
+    family_of,
+    group_names,
+    position,
+    shapes_of,
+    whole,
+)
+from ..groups.plan import parameters_of
 from ..report import LayerReport, Pruned, Report
-from ..report.text import leaves
+from ..report.text import names_in_blocks
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+Item = TypeVar("Item")
 
 
 @dataclass
@@ -28,9 +42,20 @@ class Source:
     mask: Callable[[str], Tensor] = field(repr=False)
     family: str | None = None
 
+    def counts(self) -> list[LayerReport]:
+        """What each layer keeps."""
+        rows = []
+        for layer in self.layers:
+            masks = [self.mask(name) for name in layer.parameters]
+            weights, kept = sum(m.numel() for m in masks), sum(int(m.sum()) for m in masks)
+            place = (layer.name, layer.module, layer.stage, layer.block, layer.parameters)
+            row = LayerReport(*place, weights, kept, kept, threshold=None, tower=layer.tower)
+            rows.append(row)
+        return rows
+
 
 def source_of(
-    model: Any, masks: Mapping[str, Tensor] | None = None, patterns: Patterns | None = None
+    model: Any, masks: Mapping[str, Tensor] | None = None, patterns: Patterns | Choice | None = None
 ) -> Source:
     """Make a Source of a Pruning, a checkpoint that is open, a model or a state dict.
 
@@ -44,21 +69,36 @@ def source_of(
         return model
     import torch
 
-    modules, shapes, get = _read(model, patterns)
-    if isinstance(model, Pruned) and masks is None:
-        masks = getattr(model, "masks", None)
+    get: Callable[[str], Tensor]
+    choice = choose(patterns)
+    if isinstance(model, Pruned):
+        if not hasattr(model, "masks"):
+            raise TypeError("model must hold its masks, got what was pruned from file to file")
+        shapes, get = model.shapes, model.parameters.__getitem__  # type: ignore[attr-defined]
+        masks = model.masks if masks is None else masks
+    elif hasattr(model, "tensors") and hasattr(model, "get"):  # an open checkpoint
+        shapes, get = model.shapes(), model.get
+        choice = choice or getattr(model, "choice", choice)
+    else:
+        shapes, get = shapes_of(model), parameters_of(model).__getitem__
+    modules = model.modules if isinstance(model, Pruned) else group_names(shapes, choice)
     layers = prunable(modules)
-    if masks is not None:
-        known = {parameter for layer in layers for parameter in layer.parameters}
-        if odd := [name for name in masks if name not in known]:
-            more = f" and {len(odd) - 1} more" if len(odd) > 1 else ""
-            raise ValueError(
-                f"masks must be of this model's prunable weights, got one of {odd[0]}{more}"
-            )
+    known = {whole(parameter) for layer in layers for parameter in layer.parameters}
+    if odd := [name for name in masks or () if name not in known]:
+        more = f" and {len(odd) - 1} more" if len(odd) > 1 else ""
+        raise ValueError(
+            f"masks must be of this model's prunable weights, got one of {odd[0]}{more}"
+        )
+
+    def weight(name: str) -> Tensor:
+        found = get(whole(name)).detach()
+        return found[name.at] if isinstance(name, Slice) else found
 
     def mask(name: str) -> Tensor:
         if masks is None:
-            return get(name) != 0
+            return weight(name) != 0
+        if isinstance(name, Slice):
+            return mask(name.parameter)[name.at]
         if name not in masks:  # of a pruning that left this layer out
             return torch.ones(shapes[name], dtype=torch.bool)
         found, shape = masks[name], tuple(shapes[name])
@@ -68,51 +108,19 @@ def source_of(
             )
         return found
 
-    family = None if patterns is not None else family_of(shapes)
-    return Source(layers, get, mask, family.name if family else None)
-
-
-def _read(
-    model: Any, patterns: Patterns | None
-) -> tuple[Mapping[str, Sequence[Layer]], Mapping[str, tuple[int, ...]], Callable[[str], Tensor]]:
-    """Modules, shapes of the parameters, and what gives a weight."""
-    if isinstance(model, Pruned):
-        if not hasattr(model, "parameters"):
-            raise TypeError("model must hold its masks, got what was pruned from file to file")
-        return model.modules, model.shapes, lambda name: model.parameters[name].detach()
-    from torch import nn
-
-    if isinstance(model, (nn.Module, Mapping)):
-        tensors = model.state_dict() if isinstance(model, nn.Module) else model
-        shapes = shapes_of(tensors)
-        return group_names(shapes, patterns), shapes, lambda name: tensors[name].detach()
-    if hasattr(model, "tensors") and hasattr(model, "get"):  # an open checkpoint
-        shapes = model.shapes() if hasattr(model, "shapes") else shapes_of(model.tensors)
-        return group_names(shapes, patterns), shapes, model.get
-    raise TypeError(
-        "model must be a Pruning, an open checkpoint, an nn.Module or a state dict, "
-        f"got {type(model).__name__}"
-    )
+    family = None if choice else family_of(shapes)
+    return Source(layers, weight, mask, family.name if family else None)
 
 
 def counts_of(
-    model: Any, masks: Mapping[str, Tensor] | None = None, patterns: Patterns | None = None
+    model: Any, masks: Mapping[str, Tensor] | None = None, patterns: Patterns | Choice | None = None
 ) -> list[LayerReport]:
-    """Count what each layer keeps, block after block: from a Report, or as `source_of`."""
+    """What each layer keeps, block after block: of a Report, or counted as `source_of`."""
     if isinstance(model, Pruned) and masks is None:
         model = model.report()
     if isinstance(model, Report):
         return sorted(model.layers, key=position)
-    source = source_of(model, masks, patterns)
-    rows = []
-    for layer in source.layers:
-        weights = kept = 0
-        for mask in map(source.mask, layer.parameters):
-            weights += mask.numel()
-            kept += int(mask.count_nonzero())
-        place = (layer.name, layer.module, layer.stage, layer.block, layer.parameters)
-        rows.append(LayerReport(*place, weights, kept, nonzero=kept, threshold=None))
-    return rows
+    return source_of(model, masks, patterns).counts()
 
 
 def prunable(modules: Mapping[str, Sequence[Layer]]) -> list[Layer]:
@@ -121,22 +129,23 @@ def prunable(modules: Mapping[str, Sequence[Layer]]) -> list[Layer]:
     return sorted(layers, key=position)
 
 
-def place_name(layer: Layer | LayerReport) -> str:
+def spread(items: Sequence[Item], count: int) -> list[Item]:
+    """Of many, as many as `count`: the first, the last, and those evenly between."""
+    steps = {round(k * (len(items) - 1) / (count - 1)) for k in range(count)}
+    return [items[i] for i in sorted(steps)]
+
+
+def place_name(layer: Layer | LayerReport, between: str = ", ") -> str:
     """ "stage 2, block 5" """
     named = [("stage", layer.stage), ("block", layer.block)]
-    return ", ".join(f"{kind} {number}" for kind, number in named if number is not None)
+    numbers = [f"{kind} {number}" for kind, number in named if number is not None]
+    return between.join([layer.tower, *numbers] if layer.tower else numbers)
 
 
-def kinds(layers: Sequence[Any]) -> dict[str, str]:
+def kinds(layers: Sequence[Layer | LayerReport]) -> dict[str, str]:
     """Layer name -> what it is in its block ("attn.qkv"); outside blocks, its module.
 
     layers: those of a Source or a Report, block after block.
     """
-    found: dict[str, str] = {}
-    for _, members in groupby(layers, key=position):
-        block = list(members)
-        names = [layer.name for layer in block]
-        inside = block[0].block is not None
-        kind = leaves(names) if inside else [layer.module for layer in block]
-        found |= dict(zip(names, kind, strict=True))
-    return found
+    names = names_in_blocks(layers)
+    return {x.name: x.module if x.block is None else names[x.name] for x in layers}

@@ -1,70 +1,77 @@
 """How all pictures look: size, fonts, colours; and how they are written.
 
 Colours are Okabe and Ito's (https://jfly.uni-koeln.de/color/), told apart with any colour vision; no
-picture tells things apart by colour alone. Figures are made without pyplot: nothing global changes,
-and no window or display is needed.
+picture tells things apart by colour alone. Figures are made without pyplot: no window or display is
+needed, and matplotlib's settings are as before when a picture is there.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import cycle
 from pathlib import Path
+from threading import RLock
 from typing import TYPE_CHECKING, Any
 
 from .._files import replacing
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
+ORANGE, SKY, GREEN = "#E69F00", "#56B4E9", "#009E73"
 BLUE, VERMILLION, PURPLE = "#0072B2", "#D55E00", "#CC79A7"
-INK, FAINT, GREY = "#262626", "#D9D9D9", "#8C8C8C"
+INK, FAINT, GREY, PAPER = "#262626", "#D9D9D9", "#8C8C8C", "#FFFFFF"
 
 MODULES = {"qkv": BLUE, "proj": ORANGE, "mlp": GREEN}
-OTHERS = (VERMILLION, PURPLE, SKY, BLACK)  # for modules of a caller's own
+OTHERS = (VERMILLION, PURPLE, SKY, INK)  # for modules of a caller's own
 FORMATS = (".png", ".svg")
 DPI = 120  # 8 inches are 960 pixels: sharp in a README, which shows some 830
 WIDTH = 8.0  # inches
 TEXT = 9.0  # points
 
-
-def module_color(module: str, modules: list[str]) -> str:
-    """The colour of a module among all `modules` of a picture."""
-    if module in MODULES:
-        return MODULES[module]
-    others = [name for name in modules if name not in MODULES]
-    return OTHERS[others.index(module) % len(OTHERS)]
-
-
-def new_figure(width: float, height: float, *, layout: str | None = "constrained") -> Figure:
-    """An empty figure of this size in inches."""
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), dpi=DPI, layout=layout, facecolor="white")
-
-
-def dress(axes: Axes, *, grid: str | None = "y") -> None:
-    """Quiet axes: no box, thin ticks, a faint grid behind the data along "x", "y" or "both"."""
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(INK)
-    axes.tick_params(labelsize=TEXT - 1, colors=INK, width=0.8, length=3)
-    axes.set_axisbelow(True)
-    if grid:
-        axes.grid(axis=grid, color=GREY, alpha=0.25, linewidth=0.6)
-    for text in (axes.xaxis.label, axes.yaxis.label):
-        text.set(color=INK, fontsize=TEXT)
+# Quiet axes: no box, thin ticks, a faint grid where it is asked for. Words stand as they are: a pair
+# of dollar signs is no mathematics.
+LOOK = {
+    "figure.dpi": DPI, "figure.facecolor": PAPER, "figure.constrained_layout.use": True,
+    "font.size": TEXT, "figure.titlesize": TEXT + 1, "axes.titlesize": TEXT,
+    "axes.labelsize": TEXT, "xtick.labelsize": TEXT - 1, "ytick.labelsize": TEXT - 1,
+    "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK, "xtick.color": INK,
+    "ytick.color": INK, "text.parse_math": False,
+    "axes.facecolor": "none", "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True,
+    "xtick.major.size": 3, "ytick.major.size": 3, "lines.linewidth": 1.4, "lines.markersize": 4.5,
+    "grid.color": GREY, "grid.alpha": 0.25, "grid.linewidth": 0.6,
+    "legend.frameon": False, "legend.fontsize": TEXT - 0.5, "legend.handlelength": 3,
+    "svg.hashsalt": "dimap",
+}  # fmt: skip
+_DRAWING = RLock()  # two threads would put back each other's settings
 
 
-def head(figure: Figure, title: str | None) -> None:
-    """Words above all of a picture."""
-    if title:
-        figure.suptitle(plain(title), fontsize=TEXT + 1, color=INK)
+@contextmanager
+def looking() -> Iterator[None]:
+    """While a picture is drawn, matplotlib's settings are LOOK. Also decorates what draws one.
+
+    Raises ModuleNotFoundError without matplotlib.
+    """
+    check_path(None)
+    import matplotlib
+
+    with _DRAWING, matplotlib.rc_context(LOOK):
+        yield
 
 
-def plain(text: str) -> str:
-    """`text` as it stands: a pair of dollar signs would be taken for mathematics."""
-    return text.replace("$", r"\$")
+def module_colors(modules: Iterable[str]) -> dict[str, str]:
+    """The colour of every module of a picture."""
+    spare = cycle(OTHERS)
+    return {name: MODULES.get(name) or next(spare) for name in dict.fromkeys(modules)}
+
+
+def width_of(words: str, size: float = TEXT) -> float:
+    """How wide words of `size` points are, in inches."""
+    from matplotlib.textpath import TextPath
+
+    return float(TextPath((0, 0), words, size=size).get_extents().x1) / 72 if words else 0.0
 
 
 def check_path(path: str | os.PathLike[str] | None) -> None:
@@ -84,6 +91,7 @@ def check_path(path: str | os.PathLike[str] | None) -> None:
 
 def finish(figure: Figure, path: str | os.PathLike[str] | None) -> Figure:
     """Write the figure where a path is given, complete or not at all; a file there is replaced."""
+    figure.draw_without_rendering()  # ticks are made when they are drawn: now, in our look
     if path is not None:
         with replacing(Path(path), force=True) as temporary:
             write(figure, temporary, Path(path).suffix.lower())
@@ -101,10 +109,10 @@ def write(figure: Figure, target: Any, ending: str, *, inline: bool = False) -> 
         return
     import matplotlib
 
-    options = {"svg.fonttype": "none" if inline else "path", "svg.hashsalt": "dimap"}
     undated = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-    with matplotlib.rc_context(options):
-        figure.savefig(target, format="svg", metadata=undated, transparent=inline)
+    with looking(), matplotlib.rc_context({"svg.fonttype": "none" if inline else "path"}):
+        back = "none" if inline else "auto"
+        figure.savefig(target, format="svg", metadata=undated, facecolor=back)
 
 
 def _write_png(figure: Figure, target: Any) -> None:
@@ -114,8 +122,8 @@ def _write_png(figure: Figure, target: Any) -> None:
 
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
-    pixels = bytes(canvas.buffer_rgba())
-    picture = Image.frombytes("RGBA", canvas.get_width_height(), pixels).convert("RGB")
+    size, pixels = canvas.get_width_height(), canvas.buffer_rgba()
+    picture = Image.frombytes("RGBA", size, bytes(pixels)).convert("RGB")
     picture.quantize(256, dither=Image.Dither.NONE).save(
         target, format="png", optimize=True, dpi=(figure.dpi, figure.dpi)
     )

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
-from ..groups import AUX
+from ..groups import AUX, part_shape, whole
+from ..groups.identity import addresses
 from ..groups.plan import scope_names
 from .report import LayerReport, ModuleReport, Report
 
@@ -31,12 +34,14 @@ class Pruned:
             "stage 0 block 1", "stage 0"; NaN where nothing is kept.
         scope, normalize: what the ranking used, given or the method's.
         sparsity: module name -> the ratio asked for.
+        grouping_notes: what the user should know of the grouping, one sentence each.
         saliency: what was ranked: "magnitude", "given", or the method's name ("taylor", "snip").
 
     A subclass has, as attributes or properties, by parameter name:
         shapes: of every parameter, "aux" included.
         kept: how many weights the masks keep, of every pruned parameter.
         nonzero: how many weights are not zero after pruning, of every parameter, "aux" included.
+            Of a parameter that stacks layers, all of these of its slices, too: "down_proj[3]".
         smallest: the smallest kept magnitude of the parameter or of its layer; none where nothing
             is kept.
     """
@@ -47,6 +52,7 @@ class Pruned:
     normalize: Normalize
     sparsity: dict[str, float]
     saliency: str = "magnitude"
+    grouping_notes: tuple[str, ...] = ()
 
     if TYPE_CHECKING:  # a dataclass would take a property of its base for a field's default
 
@@ -58,6 +64,18 @@ class Pruned:
         def nonzero(self) -> Mapping[str, int]: ...
         @property
         def smallest(self) -> Mapping[str, float]: ...
+
+    def mask_metadata(self) -> dict[str, str]:
+        """What a file of its masks says beside them: the settings, and where each layer stands."""
+        found: dict[str, str] = {"scope": self.scope, "normalize": self.normalize}
+        if self.saliency != "magnitude":
+            found["saliency"] = self.saliency
+        found |= {f"sparsity.{name}": repr(s) for name, s in self.sparsity.items()}
+        places: dict[str, list[Any]] = {}
+        for address, layer in addresses(self.modules).items():
+            for name in layer.parameters:  # of slices, the first one's: the others follow
+                places.setdefault(whole(name), list(address))
+        return found | {"addresses": json.dumps(places)}
 
     def report(
         self,
@@ -89,98 +107,80 @@ def build_report(
     """
     _check_same(pruning, model)
     flops, notes = _flops(model, input_size)
-    counter = _Counter(pruning, flops.parameters if flops else None)
-    layers: list[LayerReport] = []
+    # Of a pruning in memory each of these is counted when it is asked for: once.
+    nonzero, smallest = pruning.nonzero, pruning.smallest
+    weights = {name: math.prod(shape) for name, shape in pruning.shapes.items()}
+    kept = {**weights, **pruning.kept}
+    scopes = scope_names(pruning.modules, pruning.scope)
+    every = (p for layers in pruning.modules.values() for x in layers for p in x.parameters)
+    pieces = Counter(map(whole, every))  # slices of each parameter; 1 where it is whole
+
+    def count(layer: Layer, density: Fraction) -> LayerReport:
+        """density: kept share of the layer's module."""
+        names = layer.parameters
+        dense = (
+            [flops.parameters.get(p, 0) // pieces[p] for p in map(whole, names)] if flops else []
+        )
+        left = dense
+        if layer.module != AUX:
+            # Every weight of a matrix or a kernel meets equally many tokens: count / weights.
+            left = [n and n * nonzero[p] // weights[p] for n, p in zip(dense, names, strict=False)]
+        threshold = pruning.thresholds.get(scopes.get(layer.name, ""), math.nan)
+        return LayerReport(
+            name=layer.name,
+            module=layer.module,
+            stage=layer.stage,
+            block=layer.block,
+            parameters=tuple(map(str, names)),
+            weights=sum(weights[p] for p in names),
+            kept=sum(kept[p] for p in names),
+            nonzero=sum(nonzero[p] for p in names),
+            threshold=None if math.isnan(threshold) else threshold,
+            smallest_kept=min((smallest[p] for p in names if p in smallest), default=None),
+            flops_dense=sum(dense) if flops else None,
+            flops_nominal=round(sum(dense) * density) if flops else None,
+            flops=sum(left) if flops else None,
+            tower=layer.tower,
+        )
+
+    rows: list[LayerReport] = []
     modules: list[ModuleReport] = []
-    for name, members in pruning.modules.items():
-        rows = counter.layers(members)
-        modules.append(counter.module(name, rows))
-        if name != AUX:
-            layers += rows
-    modules.sort(key=lambda module: module.name == AUX)
-    if flops and (unused := [row.name for row in layers if row.weights and not row.flops_dense]):
+    for name in sorted(pruning.modules, key=AUX.__eq__):  # that one last
+        names = [p for layer in pruning.modules[name] for p in layer.parameters]
+        all_of_it, left = (sum(counts[p] for p in names) for counts in (weights, kept))
+        density = Fraction(left, all_of_it) if all_of_it else Fraction(1)
+        layers = [count(layer, density) for layer in pruning.modules[name]]
+        rows += layers if name != AUX else []
+        thresholds = {row.threshold for row in layers}
+        shared = pruning.scope in ("module", "global") and len(thresholds) == 1
+        threshold = thresholds.pop() if shared else None
+        sums = _sums(layers, 0 if flops else None)
+        modules.append(ModuleReport(name, len(layers), threshold=threshold, **sums))
+    if flops and (unused := [row.name for row in rows if row.weights and not row.flops_dense]):
         notes.append(f"no FLOPs were seen of {len(unused)} layers, {unused[0]} is the first")
     return Report(
         scope=pruning.scope,
         normalize=pruning.normalize,
         sparsity=dict(pruning.sparsity),
         modules=tuple(modules),
-        layers=tuple(layers),
+        layers=tuple(rows),
         model=None if model is None or isinstance(model, Mapping) else type(model).__name__,
         input_size=flops.input_size if flops else None,
         flops_other=flops.other if flops else None,
-        notes=tuple(notes),
-        **counter.sums(modules, flops.other if flops else 0),
+        notes=(*notes, *pruning.grouping_notes),
+        **_sums(modules, flops.other if flops else None),
     )
 
 
-class _Counter:
-    """Adds up the counts of parameters to those of layers and modules."""
-
-    def __init__(self, pruning: Pruned, flops: Mapping[str, int] | None) -> None:
-        self.pruning = pruning
-        self.flops = flops  # parameter name -> multiply-adds; None: not counted
-        # Of a pruning in memory each of these is counted when it is asked for: once.
-        self.nonzero, self.smallest = pruning.nonzero, pruning.smallest
-        self.weights = {name: math.prod(shape) for name, shape in pruning.shapes.items()}
-        self.kept = {**self.weights, **pruning.kept}
-        self.scopes = scope_names(
-            pruning.modules, pruning.scope
-        )  # of each layer but those of "aux"
-
-    def sums(self, parts: Sequence[LayerReport | ModuleReport], other: int = 0) -> dict[str, Any]:
-        """The counts of all parts together, and FLOPs with `other` that are of none of them."""
-        names = ["weights", "kept", "nonzero"]
-        sums = {name: sum(getattr(part, name) for part in parts) for name in names}
-        for name in ("flops_dense", "flops_nominal", "flops") if self.flops is not None else ():
+def _sums(parts: Sequence[LayerReport | ModuleReport], other: int | None) -> dict[str, Any]:
+    """The counts of all parts together, and FLOPs with `other` that are of none; None: no FLOPs."""
+    sums: dict[str, Any] = {
+        name: sum(getattr(part, name) for part in parts) for name in ("weights", "kept", "nonzero")
+    }
+    if other is not None:
+        for name in ("flops_dense", "flops_nominal", "flops"):
             sums[name] = other + sum(getattr(part, name) for part in parts)
-        return sums
-
-    def layers(self, layers: Sequence[Layer]) -> list[LayerReport]:
-        """The rows of one module's layers."""
-        names = [p for layer in layers for p in layer.parameters]
-        weights, kept = (sum(count[p] for p in names) for count in (self.weights, self.kept))
-        density = Fraction(kept, weights) if weights else Fraction(1)
-        return [self.layer(layer, density) for layer in layers]
-
-    def layer(self, layer: Layer, density: Fraction) -> LayerReport:
-        """density: kept share of the layer's module."""
-        names = layer.parameters
-        dense = nominal = pruned = None
-        if self.flops is not None:
-            dense = pruned = 0
-            for p in names:
-                count = self.flops.get(p, 0)
-                dense += count
-                # Every weight of a matrix or a kernel meets equally many tokens: count / weights.
-                if count and layer.module != AUX:
-                    count = count * self.nonzero[p] // self.weights[p]
-                pruned += count
-            nominal = round(dense * density)
-        threshold = self.pruning.thresholds.get(self.scopes.get(layer.name, ""), math.nan)
-        return LayerReport(
-            name=layer.name,
-            module=layer.module,
-            stage=layer.stage,
-            block=layer.block,
-            parameters=tuple(names),
-            weights=sum(self.weights[p] for p in names),
-            kept=sum(self.kept[p] for p in names),
-            nonzero=sum(self.nonzero[p] for p in names),
-            threshold=None if math.isnan(threshold) else threshold,
-            smallest_kept=min(
-                (self.smallest[p] for p in names if p in self.smallest), default=None
-            ),
-            flops_dense=dense,
-            flops_nominal=nominal,
-            flops=pruned,
-        )
-
-    def module(self, name: str, rows: Sequence[LayerReport]) -> ModuleReport:
-        shared = self.pruning.scope in ("module", "global")
-        thresholds = {row.threshold for row in rows} if shared else set()
-        threshold = thresholds.pop() if len(thresholds) == 1 else None
-        return ModuleReport(name=name, layers=len(rows), threshold=threshold, **self.sums(rows))
+    return sums
 
 
 def _check_same(pruning: Pruned, model: nn.Module | Mapping[str, Tensor] | None) -> None:
@@ -194,8 +194,8 @@ def _check_same(pruning: Pruned, model: nn.Module | Mapping[str, Tensor] | None)
     )
     shapes = pruning.shapes
     for name in (p for layers in pruning.modules.values() for x in layers for p in x.parameters):
-        shape = tuple(shapes[name])
-        got = tuple(tensors[name].shape) if name in tensors else "no such parameter"
+        shape, there = tuple(shapes[name]), tensors.get(whole(name))
+        got = "no such parameter" if there is None else part_shape({whole(name): there.shape}, name)
         if got != shape:
             raise ValueError(
                 f"model must be the one that was pruned: {name} must have shape {shape}, got {got}"

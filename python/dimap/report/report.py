@@ -11,13 +11,13 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, fields
-from itertools import groupby, pairwise
+from dataclasses import MISSING, dataclass, fields
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..groups import position
-from .text import Bar, leaves, plain, short, table, tiny
+from .text import Column, names_in_blocks, plain, short, table, tiny
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -35,6 +35,7 @@ class _Counts:
 
     weights: int
     kept: int
+    nonzero: int
     flops_dense: int | None
     flops_nominal: int | None
     flops: int | None
@@ -60,8 +61,11 @@ class _Counts:
     def flops_nominal_removed_percent(self) -> float | None:
         return _removed_percent(self.flops_dense, self.flops_nominal)
 
-
-_DERIVED = [name for name, value in vars(_Counts).items() if isinstance(value, property)]
+    def _entries(self) -> dict[str, Any]:
+        """Every field and every derived figure, for JSON."""
+        derived = [name for name, value in vars(_Counts).items() if isinstance(value, property)]
+        names = [field.name for field in fields(self)]  # type: ignore[arg-type]
+        return {name: getattr(self, name) for name in names + derived}
 
 
 def _removed_percent(dense: int | None, left: int | None) -> float | None:
@@ -75,7 +79,7 @@ class LayerReport(_Counts):
     """One prunable layer.
 
     Attributes:
-        name, module, stage, block, parameters: as in `groups.Layer`.
+        name, module, stage, block, parameters, tower: as in `groups.Layer`.
         weights: how many the layer has.
         kept: how many the masks keep.
         nonzero: how many are not zero; less than `kept` where kept weights were zero already.
@@ -101,6 +105,7 @@ class LayerReport(_Counts):
     flops_dense: int | None = None
     flops_nominal: int | None = None
     flops: int | None = None
+    tower: str = ""
 
 
 @dataclass(frozen=True)
@@ -161,11 +166,9 @@ class Report(_Counts):
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists, strings and numbers, in a stable order (schema: see the module)."""
         head = {"schema": SCHEMA, "version": VERSION, "flops_unit": "multiply-adds, batch 1"}
-        body = {f.name: getattr(self, f.name) for f in fields(self)}
-        body["modules"] = [asdict(module) | _derived(module) for module in self.modules]
-        body["layers"] = [asdict(layer) | _derived(layer) for layer in self.layers]
         # Lists for tuples, so that a report read back compares equal to the one written.
-        plain: dict[str, Any] = json.loads(json.dumps(head | body | _derived(self)))
+        text = json.dumps(head | self._entries(), default=_Counts._entries)
+        plain: dict[str, Any] = json.loads(text)
         return plain
 
     def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
@@ -189,12 +192,7 @@ class Report(_Counts):
         Raises:
             ValueError: another schema or version, or a field is missing.
         """
-        found = (data.get("schema"), data.get("version"))
-        if found != (SCHEMA, VERSION):
-            raise ValueError(
-                f"report must have schema {SCHEMA!r} and version {VERSION}, "
-                f"got {found[0]!r} and {found[1]!r}"
-            )
+        check_schema("report", data, SCHEMA, VERSION)
         return _build(
             cls,
             data,
@@ -213,12 +211,22 @@ class Report(_Counts):
         """The summary in plain text."""
         return plain(self)
 
+    def parts(self) -> list[ModuleReport]:
+        """What adds up to the whole: the modules, and "other", of no parameter; last the sum, "all"."""
+        parts = list(self.modules)
+        if self.flops_other is not None:  # products of activations read no weight
+            parts.append(ModuleReport("other", 0, 0, 0, 0, None, *[self.flops_other] * 3))
+        layers = sum(module.layers for module in self.modules)
+        counts = {name: getattr(self, name) for name in _Counts.__annotations__}
+        return [*parts, ModuleReport("all", layers, threshold=None, **counts)]
+
     def __rich__(self) -> Group:
         """Whole model and modules."""
         from rich.console import Group
         from rich.text import Text
 
-        modules = table(MODULES, module_rows(self), left=(0,))
+        names = Column("module", lambda part: part.name, left=True)
+        modules = table(columns(names, MODULES), self.parts())
         modules.rows[-1].style = "bold"
         modules.rows[-2].end_section = True
         lines = [Text(line, no_wrap=True, overflow="ellipsis") for line in summary_lines(self)]
@@ -230,7 +238,18 @@ class Report(_Counts):
     def layer_table(self) -> Table:
         """For rich: one line for each prunable layer, block after block, with a bar of its density."""
         layers = sorted(self.layers, key=position)
-        made = table(LAYERS, _layer_rows(layers), left=(1, 4))
+        names = names_in_blocks(layers)
+
+        def name(layer: LayerReport) -> str:
+            name = names[layer.name]
+            return name if len(name) <= NAME else ".." + name[2 - NAME :]
+
+        def place(layer: LayerReport) -> str:
+            numbers = (str(n) for n in (layer.stage, layer.block) if n is not None)
+            return " ".join(filter(None, (layer.tower, ".".join(numbers))))
+
+        block = Column("block", place)
+        made = table([block, *columns(Column("layer", name, left=True), LAYERS)], layers)
         for line, (layer, after) in zip(made.rows, pairwise(layers), strict=False):
             line.end_section = layer.stage != after.stage
         return made
@@ -244,8 +263,14 @@ class Report(_Counts):
             rich.print(self.layer_table())
 
 
-def _derived(counts: _Counts) -> dict[str, Any]:
-    return {name: getattr(counts, name) for name in _DERIVED}
+def check_schema(what: str, data: Mapping[str, Any], schema: str, version: int) -> None:
+    """Refuse JSON of another schema or version. what: it is, for the error."""
+    found = (data.get("schema"), data.get("version"))
+    if found != (schema, version):
+        raise ValueError(
+            f"{what} must have schema {schema!r} and version {version}, "
+            f"got {found[0]!r} and {found[1]!r}"
+        )
 
 
 def _build(kind: type[_Built], data: Mapping[str, Any], **ready: Any) -> _Built:
@@ -261,11 +286,6 @@ def _build(kind: type[_Built], data: Mapping[str, Any], **ready: Any) -> _Built:
 
 
 # What the tables say
-
-MODULES = (
-    "module", "layers", "weights", "kept", "removed", "threshold", "dense", "FLOPs", "nominal",
-)  # fmt: skip
-LAYERS = ("block", "layer", "weights", "density", "", "min |w|", "FLOPs")
 
 
 def summary_lines(report: Report) -> list[str]:
@@ -303,38 +323,30 @@ def note_lines(report: Report) -> list[str]:
     ]
 
 
-def module_rows(
-    report: Report, count: Callable[[int], str] = short, digits: int = 1
-) -> list[tuple[str, ...]]:
-    """Rows under `MODULES`, the last being the total. count: how numbers of weights are written."""
-
-    def row(part: ModuleReport | Report, *first: str, threshold: str = "") -> tuple[str, ...]:
-        removed = f"{part.removed_percent:.{digits}f} %"
-        flops = (short(part.flops_dense), short(part.flops), short(part.flops_nominal))
-        return (*first, count(part.weights), count(part.kept), removed, threshold, *flops)
-
-    rows = [row(m, m.name, str(m.layers), threshold=tiny(m.threshold)) for m in report.modules]
-    if report.flops_other is not None:  # products of activations read no weight
-        rows.append(("other", "", "", "", "", "", *[short(report.flops_other)] * 3))
-    layers = sum(module.layers for module in report.modules)
-    return [*rows, row(report, "all", str(layers))]
+MODULES = ("layers", "weights", "kept", "removed", "threshold", "dense", "FLOPs", "nominal")
+LAYERS = ("weights", "density", "", "min |w|", "FLOPs")
 
 
-def _layer_rows(layers: Sequence[LayerReport]) -> list[tuple[Any, ...]]:
-    """Rows of the layer table; `layers` stand block after block."""
-    rows = []
-    for _, members in groupby(layers, key=position):
-        block = list(members)
-        for layer, name in zip(block, leaves([layer.name for layer in block]), strict=True):
-            rows.append(
-                (
-                    ".".join(str(n) for n in (layer.stage, layer.block) if n is not None),
-                    name if len(name) <= NAME else ".." + name[2 - NAME :],
-                    short(layer.weights),
-                    f"{100 * layer.density:.1f} %",
-                    Bar(layer.density),
-                    tiny(layer.smallest_kept),
-                    short(layer.flops),
-                )
-            )
-    return rows
+def columns(
+    names: Column, titles: Sequence[str], count: Callable[[int], str] = short, digits: int = 1
+) -> list[Column]:
+    """What a table says of layers or of `Report.parts`, of which "other" has no weights.
+
+    names: the first column. titles: of the others. count: how numbers of weights are written.
+    digits: of how much is removed.
+    """
+    say: dict[str, Callable[[Any], str | float]] = {
+        "layers": lambda part: part.layers and str(part.layers),
+        "weights": lambda part: part.weights and count(part.weights),
+        "kept": lambda part: part.weights and count(part.kept),
+        "removed": lambda part: part.weights and f"{part.removed_percent:.{digits}f} %",
+        "density": lambda part: part.weights and f"{100 * part.density:.1f} %",
+        "": lambda part: part.weights and part.density,
+        "threshold": lambda part: tiny(part.threshold),
+        "min |w|": lambda part: tiny(getattr(part, "smallest_kept", None)),
+        "module": lambda part: getattr(part, "module", ""),
+        "dense": lambda part: short(part.flops_dense),
+        "FLOPs": lambda part: short(part.flops),
+        "nominal": lambda part: short(part.flops_nominal),
+    }
+    return [names, *(Column(title, say[title]) for title in titles)]

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import groupby
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ..groups import Located, position
 
 if TYPE_CHECKING:
-    from rich.console import Console, ConsoleOptions
-    from rich.measure import Measurement
     from rich.table import Table
-    from rich.text import Text
 
 BAR = 10  # cells
 
@@ -41,40 +42,52 @@ def leaves(names: Sequence[str]) -> list[str]:
     return [".".join(parts[shared:]) for parts in split]
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[Any]], left: tuple[int, ...]) -> Table:
-    """A table of `rows` without its empty columns; `left`: columns aligned to the left."""
+def names_in_blocks(layers: Sequence[Located]) -> dict[str, str]:
+    """Layer name -> its name in its block. The layers stand block after block."""
+    found: dict[str, str] = {}
+    for _, members in groupby(layers, key=position):
+        names = [layer.name for layer in members]
+        found |= dict(zip(names, leaves(names), strict=True))
+    return found
+
+
+class Column(NamedTuple):
+    """Of a table: its heading, and what it says of the object of a row.
+
+    say: gives the text; or a share in [0, 1], which is drawn as a bar. False is said as "".
+    """
+
+    title: str
+    say: Callable[[Any], str | float]
+    left: bool = False  # where it is aligned
+
+    def cells(self, rows: Sequence[Any]) -> list[str | float]:
+        return [self.say(row) or "" for row in rows]
+
+
+def filled(
+    columns: Sequence[Column], rows: Sequence[Any]
+) -> tuple[list[Column], list[tuple[str | float, ...]]]:
+    """The columns that say anything of the rows, and all cells row by row."""
+    used = {column: cells for column in columns if any(cells := column.cells(rows))}
+    return list(used), list(zip(*used.values(), strict=True))
+
+
+def table(columns: Sequence[Column], rows: Sequence[Any]) -> Table:
+    """A table for rich, without the columns that say nothing."""
     from rich import box
+    from rich.progress_bar import ProgressBar
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, collapse_padding=True)
-    used = [place for place in range(len(header)) if any(row[place] for row in rows)]
-    for place in used:
-        justify: Any = "left" if place in left else "right"
-        table.add_column(header[place], justify=justify, no_wrap=True)
-    for row in rows:
-        table.add_row(*(row[place] for place in used))
+    used, lines = filled(columns, rows)
+    for column in used:
+        justify: Any = "left" if column.left else "right"
+        table.add_column(column.title, justify=justify, no_wrap=True)
+    bar = partial(ProgressBar, 1, width=BAR, complete_style="cyan", finished_style="cyan")
+    for line in lines:
+        table.add_row(*(cell if isinstance(cell, str) else bar(cell) for cell in line))
     return table
-
-
-class Bar:
-    """A density in [0, 1] as a bar: eighths of a cell where the terminal has them, else ASCII."""
-
-    def __init__(self, density: float) -> None:
-        self.density = density
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Text]:
-        from rich.text import Text
-
-        whole, eighths = divmod(round(self.density * BAR * 8), 8)
-        bar = ("█" * whole + (" ▏▎▍▌▋▊▉"[eighths] if eighths else "")).ljust(BAR)
-        if options.ascii_only:
-            bar = ("#" * round(self.density * BAR)).ljust(BAR, ".")
-        yield Text(bar, style="cyan")
-
-    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
-        from rich.measure import Measurement
-
-        return Measurement(BAR, BAR)
 
 
 def plain(renderable: Any) -> str:

@@ -26,9 +26,11 @@ def score(weights: Sequence[Tensor]) -> list[Tensor]:
 def select(weights: Sequence[Tensor], modules: Sequence[int], keep: Sequence[int]) -> list[Tensor]:
     """The masks: the `keep` highest scores of each module, by topk and compare."""
     scores = score(weights)
-    masks: list[Tensor] = [torch.empty(0)] * len(weights)
+    masks = [torch.zeros_like(w, dtype=torch.bool) for w in weights]
     for module, count in enumerate(keep):
         members = [i for i, m in enumerate(modules) if m == module]
+        if count == 0:
+            continue
         flat = torch.cat([scores[i].flatten() for i in members])
         threshold = torch.topk(flat, count, sorted=False).values.min()
         for i in members:

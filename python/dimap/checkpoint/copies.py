@@ -1,0 +1,74 @@
+"""Other copies of the weights: averages, teachers, earlier checkpoints. They can be given the same masks."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from ..groups.known import bare
+from ..masks import apply_masks, load_masks
+
+if TYPE_CHECKING:
+    from .base import Checkpoint
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def tensors_of(state: Mapping[Any, Any]) -> dict[str, Tensor]:
+    """What is a tensor under a name, among whatever else lies beside it."""
+    return {n: v for n, v in state.items() if isinstance(n, str) and isinstance(v, Tensor)}
+
+
+def matrices(state: Mapping[Any, Any]) -> dict[str, tuple[int, ...]]:
+    """The shapes of what could be pruned: tensors of two or more dimensions."""
+    return {name: tuple(t.shape) for name, t in tensors_of(state).items() if t.ndim > 1}
+
+
+def alike(mine: Shapes, theirs: Shapes) -> bool:
+    """Whether two are copies: most of the matrices have the same shapes and ends of names.
+
+    What stands before a name may differ, as in a teacher, and so may a head.
+    """
+    ends = [
+        Counter((*bare(name).split(".")[-4:], shape) for name, shape in shapes.items())
+        for shapes in (mine, theirs)
+    ]
+    return 2 * (ends[0] & ends[1]).total() > len(mine)
+
+
+def mask_others(checkpoint: Checkpoint, output: Path, masks: Path) -> list[str]:
+    """Mask what among the other files of a folder is a copy of the weights, in the folder `output`.
+
+    masks: the file of masks. Returns a note for each of `checkpoint.others`.
+    """
+    from . import open_checkpoint
+
+    folder, kept = checkpoint.files[0].parent, load_masks(masks)
+    shapes = {name: tuple(mask.shape) for name, mask in kept.items()}
+    notes: list[str] = []
+    done: set[Path] = set()
+    for name in checkpoint.others:
+        path = folder / name
+        if path in done:
+            continue
+        sharded = path.parent != folder and list(path.parent.glob("*.index*.json"))
+        try:
+            copy = open_checkpoint(path.parent if sharded else path, all_copies=True)
+            if not alike(shapes, {n: spec.torch_shape for n, spec in copy.tensors.items()}):
+                raise ValueError("they are no copy of these")
+            state = {n: copy.get(n) for n in copy.tensors}
+            apply_masks(state, kept)
+        except (ValueError, OSError) as error:
+            notes.append(f"{name} is kept as it is: its weights are not pruned ({error})")
+            continue
+        done.update(copy.files)
+        targets = [output / file.relative_to(folder) for file in copy.files]
+        for target in targets:
+            target.unlink()  # it may be read-only like the original
+        copy.rewrite(targets, state, kept)
+        notes.append(f"{name}, a copy of these weights, is given the same masks")
+    return notes

@@ -1,0 +1,124 @@
+"""`dimap bench`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from .common import Debug, Json, print_json, print_wrote, report_errors
+from .progress import Bar
+
+if TYPE_CHECKING:
+    from ..bench import Bench, Row
+
+COLUMNS = ("job", "time", "ns/weight", "GB/s", "× copy", "range", "× plain", "faults")
+
+SOURCE = (
+    "swin_t, swin_s, swin_b or swin_l: random weights of those shapes. Or a checkpoint, or "
+    "timm:NAME with fresh weights: its prunable weights."
+)
+
+
+def bench(
+    source: Annotated[str, typer.Argument(metavar="[IN]", help=SOURCE)] = "swin_b",
+    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Where to run.")] = "cpu",
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"] | None,
+        typer.Option(help="Convert the weights first.", show_default=False),
+    ] = None,
+    sparsity: Annotated[
+        float, typer.Option("--sparsity", "-s", help="The share of weights to drop.")
+    ] = 0.55,
+    scope: Annotated[
+        Literal["module", "global", "layer"], typer.Option(help="Where one threshold holds.")
+    ] = "module",
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Of the CPU; all by default.", show_default=False)
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds of each job.")] = 11,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Few rounds; plain PyTorch on a part of the weights.")
+    ] = False,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw the times into this file.", show_default=False)
+    ] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Time score, select and prune_ beside a copy, plain PyTorch and torch.nn.utils.prune."""
+    with report_errors(debug), Bar("preparing") as bar:
+        from ..bench import bench as measure
+
+        if plot is not None:
+            from ..plots import bench_times, check_path
+
+            check_path(plot)
+        found = measure(
+            source, dtype=dtype, device=device, sparsity=sparsity, scope=scope, threads=threads,
+            rounds=rounds, quick=quick, progress=bar,
+        )  # fmt: skip
+        if plot is not None:
+            bench_times(found, plot)
+    if as_json:
+        print_json(found.to_dict())
+    else:
+        _print(found)
+    if plot is not None and not as_json:
+        print_wrote(str(plot))
+
+
+def _print(found: Bench) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    machine = found.machine
+    weights = found.rows[0].weights
+    title = (
+        f"{found.source}: {weights / 1e6:.1f} M weights, {found.dtype}, in {found.tensors} tensors"
+    )
+    where = machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} threads"
+    table = Table(
+        title=title,
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        show_edge=False,
+    )
+    for column in COLUMNS:
+        left = column == "job"
+        table.add_column(column, justify="left" if left else "right", no_wrap=True)
+    for row in found.rows:
+        table.add_row(*_cells(row, weights))
+    note = (
+        f"{where}, torch {machine['torch']}, load {machine['load_before']:.1f}. Medians of "
+        f"{len(found.rows[0].timing.seconds)} rounds, all in turns. × copy: the time over that of a "
+        "copy of the weights, and the range of eight in ten rounds. × plain: how many times as fast as "
+        "sort, cumsum, divide, scatter, topk and compare. Torch prune is global_unstructured by "
+        "magnitude. Faults: fresh pages of memory."
+    )
+    if any(row.weights < weights for row in found.rows):
+        note += " A * was timed on a part of the weights and compared by the weight."
+    Console().print(table, note, sep="")
+
+
+def _cells(row: Row, weights: int) -> tuple[str, ...]:
+    seconds = row.timing.median
+    median, low, high = row.beside_copy
+    return (
+        row.job + ("*" if row.weights < weights else ""),
+        f"{seconds * 1e3:.1f} ms" if seconds < 1 else f"{seconds:.1f} s",
+        _short(row.nanoseconds),
+        _short(row.nbytes / seconds / 1e9),
+        "" if row.job == "copy" else _short(median),
+        f"{_short(low)}-{_short(high)}" if low < high else "",
+        "" if row.faster is None or row.job.startswith("plain") else _short(row.faster),
+        f"{row.timing.faults:,}",
+    )
+
+
+def _short(number: float) -> str:
+    """Two figures, or all before the point."""
+    return f"{number:.0f}" if number >= 10 else f"{number:.1f}" if number >= 1 else f"{number:.2g}"

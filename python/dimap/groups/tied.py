@@ -1,0 +1,89 @@
+"""Tied weights: a weight is its storage, not its name. Each is ranked and counted once."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+from .layers import AUX, Layer
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+def named_tensors(model: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The parameters of a model, or the entries of a state dict, by name.
+
+    A module that is used several times is one, under its first name; a parameter that several
+    modules share is under the name that it has in each.
+    """
+    if isinstance(model, Mapping):
+        return dict(model)
+    return {
+        f"{module}.{name}" if module else name: parameter
+        for module, owner in model.named_modules()
+        for name, parameter in owner.named_parameters(recurse=False)
+    }
+
+
+def ties_of(tensors: Mapping[str, Tensor]) -> list[tuple[str, ...]]:
+    """The names of each set of tensors that are the same weights: one object, or one view of one
+    storage. What is alone is left out.
+
+    Raises ValueError for two contiguous ones that share a part of their memory.
+    """
+    same: dict[object, list[str]] = defaultdict(list)
+    extents: list[tuple[int, int, str]] = []  # bytes [begin, end) of the first of each
+    for name, tensor in tensors.items():
+        view = _view(tensor)
+        key = id(tensor) if view is None else (*view, tuple(tensor.shape), tensor.stride())
+        if key not in same and view is not None and tensor.is_contiguous():
+            extents.append((*view, name))
+        same[key].append(name)
+    extents.sort()
+    for (_, end, name), (begin, _, other) in pairwise(extents):
+        if begin < end:
+            raise ValueError(
+                f"{name} and {other} must be the same weights or share no memory, got two that "
+                "overlap: clone() one of them"
+            )
+    return [tuple(names) for names in same.values() if len(names) > 1]
+
+
+def _view(tensor: Tensor) -> tuple[int, int] | None:
+    """The bytes [begin, end) in which a tensor lies; None where there are none to speak of."""
+    import torch
+
+    plain = type(tensor) in (torch.Tensor, torch.nn.Parameter)
+    if not plain or tensor.layout != torch.strided or tensor.is_meta or not tensor.numel():
+        return None
+    last = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+    begin = tensor.data_ptr()
+    return begin, begin + (last + 1) * tensor.element_size()
+
+
+def untie(
+    modules: Mapping[str, Sequence[Layer]], ties: Sequence[tuple[str, ...]]
+) -> dict[str, list[Layer]]:
+    """The modules with each weight under one name: the first, or one that is never pruned.
+
+    What shares its storage with a weight that is never pruned, is never pruned itself.
+    """
+    where = {p: m for m, layers in modules.items() for x in layers for p in x.parameters}
+    dropped = set()
+    for names in ties:
+        known = [name for name in names if name in where]
+        if known:
+            kept = next((name for name in known if where[name] == AUX), known[0])
+            dropped |= {name for name in known if name != kept}
+    return {module: list(_without(layers, dropped)) for module, layers in modules.items()}
+
+
+def _without(layers: Sequence[Layer], dropped: set[str]) -> Iterator[Layer]:
+    for layer in layers:
+        left = tuple(name for name in layer.parameters if name not in dropped)
+        if left:
+            yield layer if left == layer.parameters else replace(layer, parameters=left)
