@@ -84,9 +84,8 @@ __global__ void __launch_bounds__(kThreads) group_kernel(const __grid_constant__
     for (int i = from; i < to && i < kIntervals - 1; ++i) mine += layer.count(i), energy += layer.energy(i);
     int64_t all;
     double sum;
-    int64_t before = block_scan<kWarps>(mine, all) - mine;
-    double above = block_scan<kWarps>(energy, sum) - energy;
-    if (threadIdx.x != 0 && above < 0) above = 0;  // rounding
+    int64_t before = block_scan<kWarps>(mine, all);
+    double above = block_scan<kWarps>(energy, sum);
     int64_t group = before / size;
     int64_t previous = from > 0 && from < to ? (before - layer.count(from - 1)) / size : -1;
     for (int i = from; i < to; ++i) {
@@ -176,7 +175,7 @@ __global__ void __launch_bounds__(kThreads) partition_kernel(const __grid_consta
         counts[k] = b < kMostBuckets ? static_cast<int32_t>(s.count[b]) : 0;
         mine += counts[k];
       }
-      int32_t at = block_scan<kWarps>(mine, tile) - mine;
+      int32_t at = block_scan<kWarps>(mine, tile);
 #pragma unroll
       for (int k = 0; k < kSums; ++k) {
         const int b = me * kSums + k;
@@ -303,7 +302,7 @@ __device__ inline void sort_keys(SortShared& s, int rows, int bits) {
     int32_t mine = 0, all;
     if (me < kDigits)
       for (int w = 0; w < kSorterWarps; ++w) mine += static_cast<int32_t>(s.counters[w * kDigits + me]);
-    auto before = static_cast<uint32_t>(block_scan<kSorterWarps>(mine, all) - mine);
+    auto before = static_cast<uint32_t>(block_scan<kSorterWarps>(mine, all));
     if (me < kDigits)
       for (int w = 0; w < kSorterWarps; ++w) {
         uint32_t& counter = s.counters[w * kDigits + me];
@@ -342,7 +341,7 @@ __device__ double score_range(const Weights& weights, const Scores& scores, uint
   const int each = rows | 1, from = me * each, to = from + each < count ? from + each : count;
   double mine = 0, energy;
   for (int i = from; i < to; ++i) mine += squared_value(last - s.keys[i]);
-  double sum = above + (block_scan<kSorterWarps>(mine, energy) - mine);
+  double sum = above + block_scan<kSorterWarps>(mine, energy);
   for (int i = from; i < to; ++i) {
     const uint32_t key = last - s.keys[i];
     sum += squared_value(key);

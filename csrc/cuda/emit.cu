@@ -161,7 +161,7 @@ __global__ void __launch_bounds__(kThreads) share_kernel(const __grid_constant__
         }
       }
       int64_t total;
-      int64_t here = left - (block_scan<kWarps>(mine, total) - mine);
+      int64_t here = left - block_scan<kWarps>(mine, total);
 #pragma unroll
       for (int i = 0; i < kEach; ++i) {
         if (ties[i] == 0) continue;
@@ -206,7 +206,7 @@ __device__ void settle_in_order(const Piece& p, int64_t quota) {
   const int to = from + each < p.n ? from + each : p.n;
   int64_t mine = 0, total;
   for (int i = from; i < to; ++i) mine += key_of<kType>(weights[i]) == p.tie;
-  int64_t place = block_scan<kWarps>(mine, total) - mine;
+  int64_t place = block_scan<kWarps>(mine, total);
   for (int i = from; mine > 0 && i < to; ++i) {
     if (key_of<kType>(weights[i]) != p.tie) continue;
     if constexpr (kZero) {
