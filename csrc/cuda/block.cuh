@@ -83,8 +83,8 @@ __device__ inline Word warp_sum(Word value) {
   return value;
 }
 
-// Sums over the threads before, of a block of kCount warps, in a fixed order. total: of all. Never a difference: what comes
-// before may be far less than a thread's own.
+// Sums over the threads before, of a block of kCount warps, in a fixed order. total: of all. Never a difference: what
+// comes before may be far less than a thread's own.
 template <int kCount, typename T>
 __device__ T block_scan(T value, T& total) {
   __shared__ T warps[kCount];
