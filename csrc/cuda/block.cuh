@@ -109,6 +109,6 @@ __device__ T block_scan(T value, T& total) {
   return warps_before + before;
 }
 
-extern __shared__ uint32_t dynamic_shared[];
+alignas(16) extern __shared__ uint32_t dynamic_shared[];
 
 }  // namespace dimap::cuda
