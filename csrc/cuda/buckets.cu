@@ -23,7 +23,7 @@ static_assert(kSorters >= kDigits && kRows * kSorters == kBucketSize && kRows % 
 static_assert(kChunk % kTile == 0 && kTile % kThreads == 0);
 
 // Where the histogram's window lies: around the median exponent of a sample, 128 bins for each power of two.
-__global__ void __launch_bounds__(kThreads) center_kernel(const __grid_constant__ BucketArgs a) {
+__global__ void __launch_bounds__(kThreads, 1) center_kernel(const __grid_constant__ BucketArgs a) {
   constexpr int kSamples = 8;  // of a thread
   __shared__ uint32_t count[256];
   for (int32_t l = static_cast<int32_t>(blockIdx.x); l < a.plan.layer_count; l += static_cast<int32_t>(gridDim.x)) {
@@ -55,7 +55,7 @@ __global__ void __launch_bounds__(kThreads) center_kernel(const __grid_constant_
   }
 }
 
-__global__ void __launch_bounds__(kThreads) histogram_kernel(const __grid_constant__ SurveyArgs a) {
+__global__ void __launch_bounds__(kThreads, 2) histogram_kernel(const __grid_constant__ SurveyArgs a) {
   __shared__ SurveyShared<kBucketBins> shared;
   survey<Reads::kAll>(a, shared);
 }
@@ -70,7 +70,7 @@ __device__ inline solver::Layer intervals_of(const BucketArgs& a, int32_t l) {
 }
 
 // Joins intervals to buckets that a block can hold, in order from the largest magnitudes: a block for a layer.
-__global__ void __launch_bounds__(kThreads) group_kernel(const __grid_constant__ BucketArgs a) {
+__global__ void __launch_bounds__(kThreads, 1) group_kernel(const __grid_constant__ BucketArgs a) {
   constexpr int kEach = (kIntervals + kThreads - 1) / kThreads;
   if (*a.bad != 0) return;
   for (int32_t l = static_cast<int32_t>(blockIdx.x); l < a.plan.layer_count; l += static_cast<int32_t>(gridDim.x)) {
@@ -127,7 +127,7 @@ struct PartitionShared {
 static_assert(sizeof(PartitionShared) <= 48 << 10);
 
 // Moves keys and places to their buckets, a tile at a time. Zeros score 0 at once.
-__global__ void __launch_bounds__(kThreads) partition_kernel(const __grid_constant__ BucketArgs a) {
+__global__ void __launch_bounds__(kThreads, 2) partition_kernel(const __grid_constant__ BucketArgs a) {
   constexpr int kEach = kTile / kThreads, kSums = (kMostBuckets + kThreads - 1) / kThreads;
   if (*a.bad != 0) return;
   __shared__ PartitionShared s;
@@ -453,7 +453,7 @@ __global__ void __launch_bounds__(kSorters, 2) small_kernel(const __grid_constan
 }
 
 // NaN everywhere, where a weight was not finite.
-__global__ void __launch_bounds__(kThreads) spoil_kernel(const __grid_constant__ Plan plan, const int32_t* bad) {
+__global__ void __launch_bounds__(kThreads, 2) spoil_kernel(const __grid_constant__ Plan plan, const int32_t* bad) {
   if (*bad == 0) return;
   for (int64_t c = blockIdx.x; c < plan.chunks; c += gridDim.x) {
     const TensorEntry& tensor = plan.tensors[tensor_of(plan, c)];
