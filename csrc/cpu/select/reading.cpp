@@ -17,7 +17,7 @@ constexpr int64_t kStreamFrom = int64_t{1} << 23;
 // Of more magnitudes in a bracket than this the weights are not counted: most counts would be 0.
 constexpr int64_t kMagnitudesMost = 1024;
 
-// Nor where positions are kept too, and there is not a count for so many weights of a chunk.
+// Nor, where positions are kept too, of more than one for so many weights of a chunk.
 constexpr int64_t kWeightsPerCount = 64;
 
 // Sums the weights beyond a grid, on grids of their own: one more pass each over weights that are in the cache.
@@ -102,7 +102,7 @@ bool Reading::read(std::span<const uint8_t> wanted, std::span<uint8_t* const> ma
         aside.load(std::memory_order_relaxed) > budget)
       return;
     Aside& buffer = aside_[worker];
-    uint32_t* numbers = buffer.numbers.room(chunk.n + Decided::kSlack);
+    uint32_t* numbers = buffer.numbers.room(std::max(chunk.n, kMagnitudesMost) + Decided::kSlack);
     uint16_t* places = positions ? buffer.positions.room(chunk.n + Decided::kSlack) : nullptr;
     const DType dtype = problem_.tensors[chunk.tensor].dtype;
     const auto& [bracket, expected, ladder] = guesses[chunk.layer];
