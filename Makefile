@@ -104,7 +104,7 @@ bench: $(VENV)/.dimap  ## Measure, and write benchmarks/results/
 	@$(BIN)/python benchmarks/bench_select.py --save
 	@$(BIN)/python benchmarks/bench_score.py --save
 	@$(BIN)/python benchmarks/bench_engine.py --save
-	@$(BIN)/python benchmarks/table.py --write README.md
+	@$(BIN)/python benchmarks/table.py --write
 
 BENCH_FOLDER ?= .
 BENCH_SIZE ?= 12
@@ -113,6 +113,8 @@ bench-files: $(VENV)/.dimap  ## Measure streams and bitmask files (BENCH_FOLDER 
 	@$(BIN)/python benchmarks/bench_stream.py --save --folder $(BENCH_FOLDER) --dtype bfloat16
 	@$(BIN)/python benchmarks/bench_stream.py --save --folder $(BENCH_FOLDER) --dtype bfloat16 --size $(BENCH_SIZE) --rounds 3
 	@$(BIN)/python benchmarks/bench_bitmask.py --save --folder $(BENCH_FOLDER)
+	@$(BIN)/python benchmarks/bench_commands.py --save
+	@$(BIN)/python benchmarks/table.py --write
 
 clean:  ## Remove what was built (.venv too)
 	rm -rf build dist $(VENV) $(VENV)-second demo-out

@@ -1,9 +1,8 @@
-"""The README's tables of measurements, from benchmarks/results/*.json.
+"""The tables of measurements in README.md and docs/, from benchmarks/results/*.json.
 
-    python benchmarks/table.py [--write README.md]
+    python benchmarks/table.py [--write]
 
-Replaces what stands between the markers <!-- measured --> and <!-- /measured -->, and between those
-named "measured on a GPU".
+Replaces what stands between a pair of markers, <!-- measured --> and <!-- /measured -->, say.
 """
 
 from __future__ import annotations
@@ -84,6 +83,53 @@ def gpu_table() -> str:
     return "\n".join([*lines, "", note])
 
 
+def files_table() -> str:
+    """Checkpoints pruned from file to file, beside cp."""
+    lines = [
+        "| checkpoint | `cp -r` | `cp -r`, `sync` | dimap | beside `cp -r` | beside `cp -r`, `sync` | memory |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name in ("bfloat16_12GB", "bfloat16_1.2GB", "float32_1.2GB"):
+        result = json.loads((RESULTS / f"stream_{name}.json").read_text())
+        seconds = result["seconds"]
+        times = " | ".join(f"{seconds[job]:.2f} s" for job in ("cp", "cp and sync", "dimap"))
+        lines.append(
+            f"| {result['gigabytes']:g} GB {result['dtype']}, {result['shards']} shards | {times} "
+            f"| {result['ratio_to_cp']:.1f} × | {result['ratio_to_cp_and_sync']:.1f} × "
+            f"| {result['memory_above_import_mb']:.0f} MB |"
+        )
+    return "\n".join([*lines, "", f"{about(result['machine'])}."])
+
+
+def commands_table() -> str:
+    """Commands from their start to their end, beside `import torch`."""
+    result = json.loads((RESULTS / "commands.json").read_text())
+    what = {
+        "import torch": '`python -c "import torch"`',
+        "dimap --help": "`dimap --help`",
+        "dimap inspect": f"`dimap inspect` of a Swin-T, {result['megabytes']:.0f} MB",
+        "dimap prune": "`dimap prune` of it",
+    }
+    lines = ["| command | seconds | beside `import torch` |", "|---|---|---|"]
+    for name, seconds in result["seconds"].items():
+        beside = result["beside_import_torch"][name]
+        lines.append(f"| {what[name]} | {seconds:.2f} | {beside:.2f} × |")
+    return "\n".join([*lines, "", f"{about(result['machine'])}."])
+
+
+def about(machine: dict) -> str:
+    cpu, cores, load = machine["cpu"], machine["cores"], machine["load_before"]
+    return f"{cpu}, {cores} cores, load {load:.1f} before, commit {machine['commit']}"
+
+
+ROOT = RESULTS.parent.parent
+TABLES = {  # file -> marker -> what makes the table
+    "README.md": {"measured": table, "measured on a GPU": gpu_table},
+    "docs/streaming.md": {"measured": files_table},
+    "docs/performance.md": {"commands": commands_table},
+}
+
+
 def replace(text: str, marker: str, table: str, where: Path) -> str:
     new, count = re.subn(
         rf"(<!-- {marker} -->\n).*?(<!-- /{marker} -->)",
@@ -102,16 +148,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--write", type=Path, metavar="FILE")
+    parser.add_argument("--write", action="store_true", help="into the files")
     args = parser.parse_args()
-    tables = {"measured": table(), "measured on a GPU": gpu_table()}
-    if args.write is None:
-        print("\n\n".join(tables.values()))
-        return
-    text = args.write.read_text()
-    for marker, new in tables.items():
-        text = replace(text, marker, new, args.write)
-    args.write.write_text(text)
+    for name, tables in TABLES.items():
+        path = ROOT / name
+        text = path.read_text()
+        for marker, make in tables.items():
+            new = make()
+            text = replace(text, marker, new, path)
+            if not args.write:
+                print(new, end="\n\n")
+        if args.write:
+            path.write_text(text)
 
 
 if __name__ == "__main__":

@@ -1,30 +1,36 @@
-// score on CUDA: layers of one 16-bit type by histogram and table, the others by a sort of their keys.
+// score on CUDA: small layers by a block for each, those of one 16-bit type by histogram and table, the others by
+// buckets.
 #include <torch/csrc/stable/library.h>
 
-#include <array>
-#include <tuple>
+#include <algorithm>
+#include <utility>
 
 #include "bindings/cuda_common.h"
 
 namespace dimap::cuda {
 namespace {
 
-constexpr int64_t kTableLayers = 128;  // at a time: 256 KiB of workspace each
+constexpr int64_t kTableLayers = 128;                 // at a time: 256 KiB of workspace each
+constexpr size_t kBucketLayers = 256;                 // at a time: 100 KB each, and
+constexpr int64_t kBucketWeights = int64_t{1} << 25;  // 8 bytes each
 
-// The layers of `members` only, numbered anew.
+// The layers of `members` only, numbered anew: each a module, its tensors side by side.
 Problem part_of(const Problem& problem, std::span<const int32_t> members, std::span<void* const> scores,
                 std::vector<void*>& outs) {
   std::vector<int32_t> number(problem.layers(), -1);
   for (size_t i = 0; i < members.size(); ++i) number[static_cast<size_t>(members[i])] = static_cast<int32_t>(i);
+  std::vector<std::pair<int32_t, size_t>> order;
+  for (size_t t = 0; t < problem.tensors.size(); ++t)
+    if (const int32_t layer = number[static_cast<size_t>(problem.tensors[t].layer)]; layer >= 0)
+      order.emplace_back(layer, t);
+  std::sort(order.begin(), order.end());
   Problem part;
-  part.layer_module.assign(members.size(), 0);
-  part.keep.assign(1, 0);
+  for (size_t i = 0; i < members.size(); ++i) part.layer_module.push_back(static_cast<int32_t>(i));
+  part.keep.assign(members.size(), 0);
   outs.clear();
-  for (size_t t = 0; t < problem.tensors.size(); ++t) {
-    TensorView view = problem.tensors[t];
-    if (number[static_cast<size_t>(view.layer)] < 0) continue;
-    view.layer = number[static_cast<size_t>(view.layer)];
-    part.tensors.push_back(view);
+  for (const auto& [layer, t] : order) {
+    part.tensors.push_back(problem.tensors[t]);
+    part.tensors.back().layer = layer;
     outs.push_back(scores[t]);
   }
   part.count();
@@ -58,50 +64,42 @@ void score_tables(const Device& device, const Problem& problem, std::span<const 
   }
 }
 
-// torch's own sort: on CUDA a radix sort, where CUB's headers would add minutes to the build.
-std::tuple<Tensor, Tensor> sort_largest_first(const Tensor& keys) {
-  std::array<StableIValue, 3> stack{torch::stable::detail::from(keys), torch::stable::detail::from(int64_t{0}),
-                                    torch::stable::detail::from(true)};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::sort", "", stack.data(), TORCH_ABI_VERSION));
-  return {torch::stable::detail::to<Tensor>(stack[0]), torch::stable::detail::to<Tensor>(stack[1])};
-}
-
-void score_sorted(const Device& device, const Problem& problem, int32_t layer, std::span<void* const> scores,
-                  int32_t* bad) {
-  const int64_t n = problem.layer_total[static_cast<size_t>(layer)];
-  if (n == 0) return;
-  STD_TORCH_CHECK(n < int64_t{1} << 31, "a float32 layer scored on CUDA must have fewer than 2^31 weights, got ", n);
-  Tensor keys = device.empty({n}, ScalarType::Int);
-  auto* key = static_cast<int32_t*>(keys.mutable_data_ptr());
-  std::vector<std::pair<int64_t, size_t>> members;  // where in the layer a tensor starts
-  int64_t start = 0;
-  for (size_t t = 0; t < problem.tensors.size(); ++t) {
-    const TensorView& view = problem.tensors[t];
-    if (view.layer != layer || view.numel == 0) continue;
-    check(write_keys(view.data, view.dtype, view.numel, key + start, device.stream));
-    members.emplace_back(start, t);
-    start += view.numel;
-  }
-  const auto [sorted, positions] = sort_largest_first(keys);
+void score_buckets(const Device& device, const Problem& part, std::span<void* const> outs, int32_t* bad) {
+  const HostPlan host(part, outs);
+  const auto count = static_cast<int64_t>(part.layers());
+  Ints starts{0};
+  for (const int64_t total : part.layer_total) starts.push_back(starts.back() + total);
   Workspace space;
-  SortedArgs args{};
-  const bool one = members.size() == 1;
+  BucketArgs args{};
+  char* blob = nullptr;
+  int64_t* there = nullptr;
   for (int pass = 0; pass < 2; ++pass) {
     if (pass) space.allocate(device);
-    args.sums = space.take<double>(n);
-    args.tiles = space.take<double>(tiles_of(n));
-    args.scores = space.take<float>(one ? 0 : n);
+    blob = space.take<char>(host.bytes());
+    there = space.take<int64_t>(count + 1);
+    args.layers = space.take<LayerState>(count);
+    args.table = space.take<Word>(count * (kHead + 3 * kBucketBins));
+    args.bucket_of = space.take<uint16_t>(count * (kBucketBins + 2));
+    args.buckets = space.take<Bucket>(count * kMostBuckets);
+    args.list = space.take<uint32_t>(1 + count * kMostBuckets);
+    args.keys = space.take<uint32_t>(starts.back());
+    args.places = space.take<uint32_t>(starts.back());
   }
-  if (one) args.scores = static_cast<float*>(scores[members[0].second]);
-  args.keys = static_cast<const int32_t*>(sorted.const_data_ptr());
-  args.positions = static_cast<const int64_t*>(positions.const_data_ptr());
-  args.n = n;
+  args.plan = host.send(blob, device.stream);
+  check(upload(there, starts.data(), static_cast<int64_t>(starts.size() * sizeof(int64_t)), device.stream));
+  args.starts = there;
   args.bad = bad;
-  check(scores_of_sorted(args, device.stream));
-  if (one) return;
-  for (const auto& [at, t] : members)
-    check(cudaMemcpyAsync(scores[t], args.scores + at, static_cast<size_t>(problem.tensors[t].numel) * sizeof(float),
-                          cudaMemcpyDeviceToDevice, device.stream));
+  check(score_by_buckets(args, device.stream));
+}
+
+// With a plan of its own on the device: f(plan).
+template <typename F>
+void with_plan(const Device& device, const Problem& problem, std::span<void* const> outs, F&& f) {
+  const HostPlan host(problem, outs);
+  Workspace space;
+  space.take<char>(host.bytes());
+  space.allocate(device);
+  f(host.send(space.take<char>(host.bytes()), device.stream));
 }
 
 std::vector<Tensor> score_op(std::vector<Tensor> weights, Ints layers) {
@@ -115,22 +113,42 @@ std::vector<Tensor> score_op(std::vector<Tensor> weights, Ints layers) {
   check(cudaMemsetAsync(bad, 0, sizeof(int32_t), device.stream));
 
   std::vector<int32_t> types(problem.layers(), -1);  // a DType, or kMixed
+  std::vector<int64_t> places(problem.layers());     // weights, each tensor's last chunk in full
   constexpr int32_t kMixed = 3;
   for (const TensorView& t : problem.tensors) {
-    int32_t& type = types[static_cast<size_t>(t.layer)];
-    type = type < 0 || type == static_cast<int32_t>(t.dtype) ? static_cast<int32_t>(t.dtype) : kMixed;
+    const auto l = static_cast<size_t>(t.layer);
+    types[l] = types[l] < 0 || types[l] == static_cast<int32_t>(t.dtype) ? static_cast<int32_t>(t.dtype) : kMixed;
+    places[l] += (t.numel + kChunk - 1) / kChunk * kChunk;
   }
-  for (const DType dtype : {DType::kBFloat16, DType::kFloat16}) {
-    std::vector<int32_t> members;
-    for (size_t l = 0; l < types.size(); ++l)
-      if (types[l] == static_cast<int32_t>(dtype)) members.push_back(static_cast<int32_t>(l));
-    if (!members.empty()) score_tables(device, problem, members, dtype, outs, bad);
+  std::vector<int32_t> small, tables[2], large;
+  for (size_t l = 0; l < types.size(); ++l) {
+    STD_TORCH_CHECK(places[l] <= kMostPlaces, "a layer scored on CUDA must have at most 2^33 weights, got ",
+                    problem.layer_total[l]);
+    const bool half =
+        types[l] == static_cast<int32_t>(DType::kBFloat16) || types[l] == static_cast<int32_t>(DType::kFloat16);
+    (problem.layer_total[l] <= kBucketSize ? small
+     : half                                ? tables[types[l] == static_cast<int32_t>(DType::kFloat16)]
+                                           : large)
+        .push_back(static_cast<int32_t>(l));
   }
-  for (size_t l = 0; l < types.size(); ++l)
-    if (types[l] == static_cast<int32_t>(DType::kFloat32) || types[l] == kMixed)
-      score_sorted(device, problem, static_cast<int32_t>(l), outs, bad);
-  for (size_t t = 0; t < outs.size(); ++t)
-    check(spoil(static_cast<float*>(outs[t]), problem.tensors[t].numel, bad, device.stream));
+  std::vector<void*> some;
+  if (!small.empty()) {
+    const Problem part = part_of(problem, small, outs, some);
+    with_plan(device, part, some, [&](const Plan& plan) { check(score_small(plan, bad, device.stream)); });
+  }
+  for (const DType dtype : {DType::kBFloat16, DType::kFloat16})
+    score_tables(device, problem, tables[dtype == DType::kFloat16], dtype, outs, bad);
+  for (size_t first = 0; first < large.size();) {  // as many as fit the workspace, at least one
+    size_t last = first;
+    int64_t weights = 0;
+    while (last < large.size() && last - first < kBucketLayers &&
+           (last == first || weights + problem.layer_total[static_cast<size_t>(large[last])] <= kBucketWeights))
+      weights += problem.layer_total[static_cast<size_t>(large[last++])];
+    const Problem part = part_of(problem, std::span(large).subspan(first, last - first), outs, some);
+    score_buckets(device, part, some, bad);
+    first = last;
+  }
+  with_plan(device, problem, outs, [&](const Plan& plan) { check(spoil(plan, bad, device.stream)); });
   return scores;
 }
 

@@ -83,4 +83,29 @@ __device__ inline Word warp_sum(Word value) {
   return value;
 }
 
+// Inclusive sums over a block of kCount warps, in order of threads. total: of all.
+template <int kCount, typename T>
+__device__ T block_scan(T value, T& total) {
+  __shared__ T warps[kCount];
+  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+#pragma unroll
+  for (int offset = 1; offset < 32; offset *= 2) {
+    const T other = __shfl_up_sync(0xFFFFFFFFu, value, offset);
+    if (lane >= offset) value += other;
+  }
+  __syncthreads();  // of an earlier call
+  if (lane == 31) warps[warp] = value;
+  __syncthreads();
+  T before{};
+  total = T{};
+#pragma unroll
+  for (int w = 0; w < kCount; ++w) {
+    if (w < warp) before += warps[w];
+    total += warps[w];
+  }
+  return before + value;
+}
+
+extern __shared__ uint32_t dynamic_shared[];
+
 }  // namespace dimap::cuda

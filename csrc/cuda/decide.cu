@@ -10,7 +10,7 @@ namespace {
 
 struct Shared {
   union {
-    SurveyShared survey;
+    SurveyShared<> survey;
     SolverShared solver;
   };
 };
@@ -177,7 +177,7 @@ __global__ void __launch_bounds__(kThreads, 1) finish_kernel(const __grid_consta
 }
 
 __global__ void __launch_bounds__(kThreads, 1) survey_kernel(const __grid_constant__ SurveyArgs a) {
-  __shared__ SurveyShared shared;
+  __shared__ SurveyShared<> shared;
   survey<Reads::kAll>(a, shared);
 }
 
@@ -188,8 +188,8 @@ cudaError_t launch_resident(Kernel kernel, const DecideArgs& args, cudaStream_t 
   if (const cudaError_t error = resident(kernel, &most); error != cudaSuccess) return error;
   const Plan& plan = args.solve.plan;
   const int64_t wanted = plan.chunks > plan.layer_count ? plan.chunks : plan.layer_count;
-  return launch_with(true, 0, kernel, blocks_for(wanted > plan.module_count ? wanted : plan.module_count, most), stream,
-                     args);
+  return launch_with({.cooperative = true}, kernel,
+                     blocks_for(wanted > plan.module_count ? wanted : plan.module_count, most), stream, args);
 }
 
 }  // namespace

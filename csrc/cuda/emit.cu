@@ -138,28 +138,6 @@ __global__ void __launch_bounds__(kThreads, kOccupancy.blocks) emit_kernel(const
   }
 }
 
-// Inclusive sums over the block, in order of threads. total: of all.
-__device__ int64_t block_scan(int64_t value, int64_t& total) {
-  __shared__ int64_t warps[kThreads / 32];
-  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
-#pragma unroll
-  for (int offset = 1; offset < 32; offset *= 2) {
-    const int64_t other = __shfl_up_sync(0xFFFFFFFFu, value, offset);
-    if (lane >= offset) value += other;
-  }
-  __syncthreads();  // of an earlier call
-  if (lane == 31) warps[warp] = value;
-  __syncthreads();
-  int64_t before = 0;
-  total = 0;
-#pragma unroll
-  for (int w = 0; w < kThreads / 32; ++w) {
-    if (w < warp) before += warps[w];
-    total += warps[w];
-  }
-  return before + value;
-}
-
 // Shares each module's quota among its chunks, in order: a block for a module. No chunk keeps ties before.
 __global__ void __launch_bounds__(kThreads) share_kernel(const __grid_constant__ EmitArgs a) {
   constexpr int kEach = 8;  // consecutive chunks of a thread
@@ -183,7 +161,7 @@ __global__ void __launch_bounds__(kThreads) share_kernel(const __grid_constant__
         }
       }
       int64_t total;
-      int64_t here = left - (block_scan(mine, total) - mine);
+      int64_t here = left - (block_scan<kWarps>(mine, total) - mine);
 #pragma unroll
       for (int i = 0; i < kEach; ++i) {
         if (ties[i] == 0) continue;
@@ -228,7 +206,7 @@ __device__ void settle_in_order(const Piece& p, int64_t quota) {
   const int to = from + each < p.n ? from + each : p.n;
   int64_t mine = 0, total;
   for (int i = from; i < to; ++i) mine += key_of<kType>(weights[i]) == p.tie;
-  int64_t place = block_scan(mine, total) - mine;
+  int64_t place = block_scan<kWarps>(mine, total) - mine;
   for (int i = from; mine > 0 && i < to; ++i) {
     if (key_of<kType>(weights[i]) != p.tie) continue;
     if constexpr (kZero) {

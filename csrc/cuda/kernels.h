@@ -71,23 +71,34 @@ struct TableArgs {
 };
 cudaError_t score_by_table(const TableArgs& args, cudaStream_t stream);
 
-// Scores of one layer by its sorted keys: write_keys for each tensor of it, a sort by somebody else (largest first,
-// with positions), then scores_of_sorted.
-constexpr int kTile = 4096;
-inline int64_t tiles_of(int64_t n) { return (n + kTile - 1) / kTile; }
-cudaError_t write_keys(const void* data, DType dtype, int64_t n, int32_t* keys, cudaStream_t stream);
-struct SortedArgs {
-  const int32_t* keys;       // [n], largest first
-  const int64_t* positions;  // [n] in the layer
-  int64_t n;
-  double* sums;   // [n] room for running sums
-  double* tiles;  // [tiles_of(n)] room
-  float* scores;  // [n] in the layer's order
-  int32_t* bad;   // raised where a weight is not finite
+// Some neighbouring magnitudes of a layer, and where its weights are in the buffer.
+struct Bucket {
+  Word begin, end;       // in `keys` and `places`; while it is filled, `end` is where the next weight goes
+  double above;          // energy of the weights above it
+  uint32_t first, last;  // keys
+  int32_t layer, reserved;
 };
-cudaError_t scores_of_sorted(const SortedArgs& args, cudaStream_t stream);
 
-// Fills scores with NaN where *bad is nonzero.
-cudaError_t spoil(float* scores, int64_t n, const int32_t* bad, cudaStream_t stream);
+// Scores of layers of any type and length by buckets (buckets.cu). In the plan each layer is a module of its own, and
+// its tensors stand together. Tensors' `out`: scores, float32.
+struct BucketArgs {
+  Plan plan;
+  LayerState* layers;       // [layers] room for windows
+  Word* table;              // [layers, kHead + 3 * kBucketBins] room
+  const int64_t* starts;    // [layers] weights of the layers before
+  uint16_t* bucket_of;      // [layers, kBucketBins + 2] room
+  Bucket* buckets;          // [layers, kMostBuckets] room
+  uint32_t* list;           // [1 + layers * kMostBuckets] room for those that there are
+  uint32_t *keys, *places;  // [weights] room
+  int32_t* bad;             // raised where a weight is not finite; must be 0 before
+};
+cudaError_t score_by_buckets(const BucketArgs& args, cudaStream_t stream);
+constexpr int64_t kMostPlaces = int64_t{1} << 33;  // chunks of a layer, times weights of a chunk
+
+// Scores of layers of at most kBucketSize weights.
+cudaError_t score_small(const Plan& plan, int32_t* bad, cudaStream_t stream);
+
+// Fills the tensors' `out` with NaN where *bad is nonzero.
+cudaError_t spoil(const Plan& plan, const int32_t* bad, cudaStream_t stream);
 
 }  // namespace dimap::cuda

@@ -14,36 +14,40 @@ inline unsigned blocks_for(int64_t work, int64_t most) {
   return static_cast<unsigned>(work < 1 ? 1 : work < most ? work : most);
 }
 
-// A grid of `blocks` blocks of kThreads threads, with `shared` bytes of dynamic shared memory each. cooperative: all
-// blocks are resident at the same time and may wait for each other; the launch fails where that cannot be.
+struct Shape {
+  int threads = kThreads;    // in a block
+  size_t shared = 0;         // bytes of dynamic shared memory of a block
+  bool cooperative = false;  // all blocks are resident at the same time and may wait for each other, or none starts
+};
+
 template <typename... Parameters, typename... Arguments>
-cudaError_t launch_with(bool cooperative, size_t shared, void (*kernel)(Parameters...), unsigned blocks,
-                        cudaStream_t stream, const Arguments&... arguments) {
+cudaError_t launch_with(const Shape& shape, void (*kernel)(Parameters...), unsigned blocks, cudaStream_t stream,
+                        const Arguments&... arguments) {
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeCooperative;
   attribute.val.cooperative = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(blocks);
-  config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = shared;
+  config.blockDim = dim3(static_cast<unsigned>(shape.threads));
+  config.dynamicSmemBytes = shape.shared;
   config.stream = stream;
   config.attrs = &attribute;
-  config.numAttrs = cooperative ? 1 : 0;
+  config.numAttrs = shape.cooperative ? 1 : 0;
   return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), unsigned blocks, cudaStream_t stream, const Arguments&... arguments) {
-  return launch_with(false, 0, kernel, blocks, stream, arguments...);
+  return launch_with({}, kernel, blocks, stream, arguments...);
 }
 
 // How many blocks of a kernel the current device holds at a time.
 template <typename Kernel>
-cudaError_t resident(Kernel kernel, int64_t* blocks) {
+cudaError_t resident(Kernel kernel, int64_t* blocks, int threads = kThreads, size_t shared = 0) {
   int device = 0, processors = 0, each = 0;
   cudaError_t error = cudaGetDevice(&device);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-  if (error == cudaSuccess) error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, kThreads, 0);
+  if (error == cudaSuccess) error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, threads, shared);
   *blocks = int64_t{processors} * each > 0 ? int64_t{processors} * each : 1;
   return error;
 }

@@ -20,6 +20,9 @@ struct Tuning {
   int most_aside = 12 << 10;    // at most: one weight in eight of a float32 chunk
   int aside_budget = 15 << 20;  // bytes for all chunks, and
   int aside_share = 24;         // the weights' bytes over this
+  int sorters = 512;            // threads of a block that sorts a bucket of scores, and
+  int sorted = 15;              // keys of each, an odd number
+  int most_buckets = 960;       // of a layer
 };
 #if defined(DIMAP_TUNING)
 constexpr Tuning kTuning = DIMAP_TUNING;  // of tests: small pieces, so that small problems take every path
@@ -56,7 +59,10 @@ constexpr Occupancy kOccupancy = occupancy_of(0);
 constexpr int kThreads = kTuning.threads;
 constexpr int kWarps = kThreads / 32;
 constexpr int kChunk = kTuning.chunk;
-constexpr int kLeastBins = 256;  // one window over all keys at shift 23
+constexpr int kLeastBins = 256;                                // one window over all keys at shift 23
+constexpr int kBucketBins = 2048;                              // of the window that buckets of scores are told apart by
+constexpr int kBucketSize = kTuning.sorters * kTuning.sorted;  // weights that a block sorts
+constexpr int kMostBuckets = kTuning.most_buckets;
 static_assert(kTuning.most_bins >= kLeastBins);
 static_assert(kChunk <= 1 << 14, "the shared sums hold 2^16 weights: four chunks; positions in a chunk 16 bits");
 

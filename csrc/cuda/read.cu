@@ -59,7 +59,7 @@ __device__ __forceinline__ void read_chunk(const storage_t<kType>* weights, int 
 // Each block reads the chunks of one range, in order.
 template <bool kMask>
 __global__ void __launch_bounds__(kThreads, kOccupancy.read_blocks) read_kernel(const __grid_constant__ ReadArgs a) {
-  __shared__ SurveyShared s;
+  __shared__ SurveyShared<> s;
   const int64_t first = a.plan.chunks * blockIdx.x / gridDim.x, last = a.plan.chunks * (blockIdx.x + 1) / gridDim.x;
   clear_bins(s);
   if (first >= last) return;

@@ -5,11 +5,13 @@
 
 namespace dimap::cuda {
 
+template <int kBins = kTuning.most_bins>
 struct SurveyShared {
-  uint32_t count[kTuning.most_bins];
-  uint32_t low[kTuning.most_bins], high[kTuning.most_bins];  // of the sum of squares, 64 bits
-  uint32_t inside;                                           // weights in the bins since they were last flushed
-  uint32_t aside[3];                                         // of a chunk: see read.cu
+  static constexpr int bins = kBins;
+  uint32_t count[kBins];
+  uint32_t low[kBins], high[kBins];  // of the sum of squares, 64 bits
+  uint32_t inside;                   // weights in the bins since they were last flushed
+  uint32_t aside[3];                 // of a chunk: see read.cu
 };
 
 struct SurveyArgs {
@@ -65,7 +67,8 @@ __device__ __forceinline__ void see_above(uint32_t key, Above& t, Word* row) {
 }
 
 // Adds a key inside the window to the block's bins.
-__device__ __forceinline__ void see_inside(uint32_t key, const Above& t, SurveyShared& s) {
+template <typename Shared>
+__device__ __forceinline__ void see_inside(uint32_t key, const Above& t, Shared& s) {
   const uint32_t bin = (key - t.base) >> t.shift;
   const uint64_t energy = square(key);
   const auto low = static_cast<uint32_t>(energy);
@@ -74,7 +77,8 @@ __device__ __forceinline__ void see_inside(uint32_t key, const Above& t, SurveyS
   atomicAdd(&s.high[bin], static_cast<uint32_t>(energy >> 32) + (old + low < old ? 1u : 0u));
 }
 
-__device__ __forceinline__ void see(uint32_t key, Above& t, SurveyShared& s, Word* row) {
+template <typename Shared>
+__device__ __forceinline__ void see(uint32_t key, Above& t, Shared& s, Word* row) {
   t.largest = key > t.largest ? key : t.largest;
   if (key >= t.end) {
     see_above(key, t, row);
@@ -84,15 +88,16 @@ __device__ __forceinline__ void see(uint32_t key, Above& t, SurveyShared& s, Wor
   }
 }
 
-__device__ inline void clear_bins(SurveyShared& s) {
-  for (int b = static_cast<int>(threadIdx.x); b < kTuning.most_bins; b += kThreads)
-    s.count[b] = s.low[b] = s.high[b] = 0;
+template <typename Shared>
+__device__ inline void clear_bins(Shared& s) {
+  for (int b = static_cast<int>(threadIdx.x); b < Shared::bins; b += kThreads) s.count[b] = s.low[b] = s.high[b] = 0;
   if (threadIdx.x == 0) s.inside = s.aside[0] = s.aside[1] = s.aside[2] = 0;
   __syncthreads();
 }
 
 // The bins of the block go to the table, from bin `first` of the row on. All threads, with the same arguments.
-__device__ inline void flush_bins(SurveyShared& s, Word* row, int bins, int first = 0) {
+template <typename Shared>
+__device__ inline void flush_bins(Shared& s, Word* row, int bins, int first = 0) {
   __syncthreads();
   for (int b = static_cast<int>(threadIdx.x); b < bins; b += kThreads) {
     const uint32_t count = s.count[b];
@@ -127,17 +132,17 @@ __device__ inline uint32_t mix(uint32_t x) {  // a finaliser of 32 bits: where i
   return x ^ x >> 16;
 }
 
-template <DType kType>
-__device__ __forceinline__ void survey_chunk(const TensorEntry& tensor, int64_t offset, int n, Above& t,
-                                             SurveyShared& s, Word* row) {
+template <DType kType, typename Shared>
+__device__ __forceinline__ void survey_chunk(const TensorEntry& tensor, int64_t offset, int n, Above& t, Shared& s,
+                                             Word* row) {
   const void* data = static_cast<const storage_t<kType>*>(tensor.data) + offset;
   for_each_key<kType, kOccupancy.unroll>(data, n, [&](uint32_t key, int) { see(key, t, s, row); });
 }
 
 // ... of one run of 32 neighbours in `ratio`.
-template <DType kType>
+template <DType kType, typename Shared>
 __device__ __forceinline__ void sample_chunk(const TensorEntry& tensor, int64_t offset, int n, uint32_t ratio,
-                                             uint32_t seed, Above& t, SurveyShared& s, Word* row) {
+                                             uint32_t seed, Above& t, Shared& s, Word* row) {
   const auto* weights = static_cast<const storage_t<kType>*>(tensor.data) + offset;
   for (int i = static_cast<int>(threadIdx.x); i / 32 * 32 * static_cast<int>(ratio) < n; i += kThreads) {
     const uint32_t run = static_cast<uint32_t>(i) / 32;
@@ -150,8 +155,8 @@ __device__ __forceinline__ void sample_chunk(const TensorEntry& tensor, int64_t 
 enum class Reads { kSample, kAll, kEscaped };
 
 // All blocks of the grid: each reads the chunks of one range, in order.
-template <Reads kReads>
-__device__ __forceinline__ void survey(const SurveyArgs& a, SurveyShared& s) {
+template <Reads kReads, typename Shared>
+__device__ __forceinline__ void survey(const SurveyArgs& a, Shared& s) {
   const int64_t first = a.plan.chunks * blockIdx.x / gridDim.x, last = a.plan.chunks * (blockIdx.x + 1) / gridDim.x;
   clear_bins(s);
   if (first >= last) return;

@@ -176,6 +176,12 @@ def fit_masks(masks: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> dic
         mask = masks[given[0]] if len(given) == 1 else torch.cat([masks[name] for name in given])
         rows = [wanted[name][0] for name in names] if len(names) > 1 else []
         whole = (sum(rows), *wanted[names[0]][1:]) if rows else wanted[names[0]]
+        if (
+            mask.ndim != len(whole)
+            and mask.shape[-1:] == whole[-1:]
+            and mask.numel() == math.prod(whole)
+        ):
+            mask = mask.reshape(whole)  # experts stacked in one tensor, or one below the other
         if tuple(mask.shape) != whole:
             got = tuple(mask.shape)
             where = f"the mask of {' and '.join(given)}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from . import ops
 from .distributed import check_whole, is_sharded
-from .groups import Model, Patterns
+from .groups import AUX, Choice, Model, Patterns, Slice, choose, part_of, part_shape
 from .groups.plan import Normalize, Plan, Scope, check_choice, parameters_of, renamed
 from .masks import save_masks
 from .methods import METHODS
@@ -23,24 +23,29 @@ __all__ = ["Normalize", "Pruning", "Scope", "prune", "score", "select"]
 
 
 def score(
-    model: Model, *, normalize: Normalize = "layer", patterns: Patterns | None = None
+    model: Model,
+    *,
+    normalize: Normalize = "layer",
+    patterns: Patterns | Choice | None = None,
+    family: str | None = None,
+    ignore: str | Sequence[str] | None = None,
 ) -> dict[str, Tensor]:
     """Score every prunable weight of a model (Eq. 10 of the DIMAP paper).
 
     model: an nn.Module or a state dict; float32, bfloat16 or float16 weights on one device.
     normalize: where the squares are summed: over a layer (the paper), or over the layers of one
         module that stand in the same block, in the same stage, or all of them.
-    patterns: see `find_modules`.
+    patterns, family, ignore: see `find_modules`.
 
     Returns parameter name -> float32 tensor of the parameter's shape.
     """
     check_choice("normalize", normalize, ("layer", "block", "stage", "module"))
-    plan = Plan.of(model, "module", normalize, patterns)
+    plan = Plan.of(model, "module", normalize, choose(patterns, family, ignore))
     _check_dense(plan)
     check_whole(plan.tensors, "score")
     with renamed(plan.names):
         scores = ops.score(plan.tensors, plan.layers)
-    return dict(zip(plan.names, scores, strict=True))
+    return plan.merged(scores)
 
 
 def select(
@@ -53,7 +58,9 @@ def select(
     saliency: Mapping[str, Tensor] | None = None,
     data: Batches | None = None,
     loss: Loss | None = None,
-    patterns: Patterns | None = None,
+    patterns: Patterns | Choice | None = None,
+    family: str | None = None,
+    ignore: str | Sequence[str] | None = None,
 ) -> dict[str, Tensor]:
     """Return the masks that prune a model, without changing it.
 
@@ -73,7 +80,7 @@ def select(
         as it is (normalize="scope") unless `normalize` is given: then by s²/S(s), as weights are.
         What it says of other parameters is left out.
     data, loss: batches and loss for the methods that need them, as in `dimap.saliency.taylor`.
-    patterns: see `find_modules`.
+    patterns, family, ignore: see `find_modules`.
 
     A model may be sharded: parameters that are DTensors (FSDP2). Then all processes of its mesh call
     this together, no weight is gathered, and the masks are DTensors with the same placements; the
@@ -83,7 +90,8 @@ def select(
     exactly ``N - round(sparsity * N)`` are kept; ties go to the earlier parameter, then to the lower
     flat index. Parameters of "aux" are not in it.
     """
-    pruning = _decide(model, sparsity, method, scope, normalize, saliency, data, loss, patterns)
+    choice = choose(patterns, family, ignore)
+    pruning = _decide(model, sparsity, method, scope, normalize, saliency, data, loss, choice)
     return pruning.masks
 
 
@@ -97,13 +105,16 @@ def prune(
     saliency: Mapping[str, Tensor] | None = None,
     data: Batches | None = None,
     loss: Loss | None = None,
-    patterns: Patterns | None = None,
+    patterns: Patterns | Choice | None = None,
+    family: str | None = None,
+    ignore: str | Sequence[str] | None = None,
 ) -> Pruning:
     """Prune a model in place: what `select` drops becomes zero. Arguments as in `select`.
 
     Nothing is changed when an error is raised.
     """
-    pruning = _decide(model, sparsity, method, scope, normalize, saliency, data, loss, patterns)
+    choice = choose(patterns, family, ignore)
+    pruning = _decide(model, sparsity, method, scope, normalize, saliency, data, loss, choice)
     weights = [pruning.parameters[name].detach() for name in pruning.masks]
     masks = list(pruning.masks.values())
     if is_sharded(weights):
@@ -125,7 +136,7 @@ def _decide(
     saliency: Mapping[str, Tensor] | None,
     data: Batches | None,
     loss: Loss | None,
-    patterns: Patterns | None,
+    choice: Choice,
 ) -> Pruning:
     """The masks and cuts of a pruning; the model is as it was, all checked before data are read."""
     check_choice("method", method, tuple(METHODS))
@@ -142,7 +153,7 @@ def _decide(
     scope = scope or chosen.scope
     # A saliency of the caller's own is an order already: it is normalised only on request.
     normalize = normalize or ("scope" if saliency is not None else chosen.normalize)
-    plan = Plan.of(model, scope, normalize, patterns)
+    plan = Plan.of(model, scope, normalize, choice)
     _check_dense(plan)
     parameters = parameters_of(model)
     if saliency is not None or data is not None:  # only magnitudes are ranked on several processes
@@ -150,7 +161,7 @@ def _decide(
     keep = plan.keep(sparsity)
     source, tensors, labels = "magnitude", plan.tensors, plan.names
     if chosen.saliency is not None:
-        source, saliency = method, chosen.saliency(model, data, loss, patterns=patterns)
+        source, saliency = method, chosen.saliency(model, data, loss, patterns=choice)
     elif saliency is not None:
         source = "given"
     if saliency is not None:
@@ -169,8 +180,9 @@ def _decide(
         normalize=normalize,
         sparsity=plan.ratios(sparsity),
         saliency=source,
-        masks=dict(zip(plan.names, masks, strict=True)),
+        masks=plan.merged(masks),
         parameters=parameters,
+        grouping_notes=plan.notes,
     )
 
 
@@ -190,31 +202,39 @@ class Pruning(Pruned):
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every parameter."""
-        return {name: tuple(p.shape) for name, p in self.parameters.items()}
+        shapes = {name: tuple(p.shape) for name, p in self.parameters.items()}
+        return shapes | {name: part_shape(shapes, name) for name in self._slices()}
 
     @property
     def kept(self) -> dict[str, int]:
         """How many weights of every pruned parameter the masks keep."""
         check_whole(self.masks.values(), "kept")
-        return {name: int(mask.count_nonzero()) for name, mask in self.masks.items()}
+        kept = {name: int(mask.count_nonzero()) for name, mask in self.masks.items()}
+        return kept | {n: int(part_of(self.masks, n).count_nonzero()) for n in self._slices()}
 
     @property
     def nonzero(self) -> dict[str, int]:
         """How many weights of every parameter are not zero now."""
         check_whole(self.parameters.values(), "nonzero")
-        return {name: count_nonzero(p) for name, p in self.parameters.items()}
+        counts = {name: count_nonzero(p) for name, p in self.parameters.items()}
+        return counts | {n: count_nonzero(part_of(self.parameters, n)) for n in self._slices()}
 
     @property
     def smallest(self) -> dict[str, float]:
         """The smallest kept magnitude of every pruned parameter of which anything is kept."""
         check_whole(self.parameters.values(), "smallest")
         found = {}
-        for name, mask in self.masks.items():
-            weight = self.parameters[name].detach()
+        for name in [*self.masks, *self._slices()]:
+            weight, mask = (part_of(x, name).detach() for x in (self.parameters, self.masks))
             magnitude = torch.where(mask.to(weight.device), weight.abs(), math.inf)
             if magnitude.numel() and math.isfinite(least := float(magnitude.amin())):
                 found[name] = least
         return found
+
+    def _slices(self) -> list[str]:
+        """The slices that are layers: they are told beside their parameters."""
+        layers = (x for name, found in self.modules.items() if name != AUX for x in found)
+        return [p for layer in layers for p in layer.parameters if isinstance(p, Slice)]
 
     def save_masks(self, path: str | os.PathLike[str]) -> None:
         """Write the masks to a safetensors file, one bit a weight (see `dimap.load_masks`)."""

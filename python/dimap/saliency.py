@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .groups import Model, Patterns, shapes_of
+from .groups import Choice, Model, Patterns, shapes_of, wholes
 from .groups.plan import Plan, parameters_of
 
 Loss: TypeAlias = Callable[[Any, Any], Tensor]
@@ -26,7 +26,7 @@ Batches: TypeAlias = Iterable[tuple[Any, Any]]
 __all__ = ["Batches", "Loss", "magnitude", "random", "snip", "taylor"]
 
 
-def magnitude(model: Model, *, patterns: Patterns | None = None) -> dict[str, Tensor]:
+def magnitude(model: Model, *, patterns: Patterns | Choice | None = None) -> dict[str, Tensor]:
     """The magnitudes of the weights, |w|: what `dimap.select` ranks by where no saliency is given.
 
     model, patterns: as in `dimap.find_modules`.
@@ -34,7 +34,9 @@ def magnitude(model: Model, *, patterns: Patterns | None = None) -> dict[str, Te
     return {name: w.detach().float().abs() for name, w in _prunable(model, patterns).items()}
 
 
-def random(model: Model, seed: int = 0, *, patterns: Patterns | None = None) -> dict[str, Tensor]:
+def random(
+    model: Model, seed: int = 0, *, patterns: Patterns | Choice | None = None
+) -> dict[str, Tensor]:
     """Uniform random numbers in [0, 1), the same for the same seed and shapes on every device.
 
     model, patterns: as in `dimap.find_modules`.
@@ -51,7 +53,7 @@ def taylor(
     data: Batches,
     loss: Loss | None = None,
     *,
-    patterns: Patterns | None = None,
+    patterns: Patterns | Choice | None = None,
 ) -> dict[str, Tensor]:
     """First-order change of the loss when a weight is removed, |w · ∂L/∂w|, averaged over batches.
 
@@ -77,7 +79,7 @@ def snip(
     data: Batches,
     loss: Loss | None = None,
     *,
-    patterns: Patterns | None = None,
+    patterns: Patterns | Choice | None = None,
 ) -> dict[str, Tensor]:
     """Connection sensitivity |g| / Σ|g|, where g = ∂L/∂c = w · ∂L/∂w for a factor c = 1 on a weight.
 
@@ -101,7 +103,7 @@ def _sum_over_batches(
     model: nn.Module,
     data: Batches,
     loss: Loss | None,
-    patterns: Patterns | None,
+    patterns: Patterns | Choice | None,
     term: Callable[[Tensor, Tensor], Tensor],
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], int]:
     """The weights; the sums of `term` of weights and gradients, float32; the number of batches.
@@ -154,7 +156,7 @@ def _to(value: Any, device: torch.device) -> Any:
     return value.to(device) if isinstance(value, Tensor) else value
 
 
-def _prunable(model: Model, patterns: Patterns | None) -> dict[str, Tensor]:
+def _prunable(model: Model, patterns: Patterns | Choice | None) -> dict[str, Tensor]:
     names = Plan.of_shapes(shapes_of(model), "layer", "layer", patterns).names
     tensors = parameters_of(model)
-    return {name: tensors[name] for name in names}
+    return {name: tensors[name] for name in wholes(names)}

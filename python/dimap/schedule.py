@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from .groups import choose
 from .holding import Holding, hold_masks, unwrap
 from .methods import METHODS, Method
 from .pruning import select
@@ -83,6 +84,8 @@ class GradualPruning:
         self.schedule = schedule
         self.steps = 0  # so far
         self.sparsity = 0.0  # now
+        given = {name: options.pop(name, None) for name in ("patterns", "family", "ignore")}
+        options["patterns"] = choose(**given)
         self._model, self._optimizer, self._options = unwrap(model), optimizer, options
         self._holding: Holding | None = None
         if schedule.due(0):

@@ -103,6 +103,24 @@ def test_other_weights_are_kept_with_a_note(tmp_path):
         ]
 
 
+def test_half_a_copy_is_refused(tmp_path):
+    half = {name: tensor for name, tensor in vit(seed=1).items() if "mlp.fc1" not in name}
+    with pytest.raises(ValueError, match=r"in\.pth: 'ema' must be a whole copy .* by --key: .*fc1"):
+        prune(tmp_path, {"model": vit(), "ema": half})
+    assert os.listdir(tmp_path) == ["in.pth"]
+
+
+def test_copies_in_a_list(tmp_path):
+    root = {"model": vit(), "snapshots": [{"weights": vit(seed=1)}, vit(seed=2)]}
+    with pytest.raises(ValueError, match=r"got 'model', 'snapshots\.0\.weights', 'snapshots\.1'"):
+        prune(tmp_path, root)
+    got, masks = prune(tmp_path, root, all_copies=True)
+    assert_same(got["snapshots"][0]["weights"], masked(1, masks))
+    assert_same(got["snapshots"][1], masked(2, masks))
+    with pytest.raises(ValueError, match="must hold one set of weights"):
+        prune(tmp_path, root, key="model")  # nothing can be left out of a list
+
+
 def test_what_optimizers_keep_is_no_copy(tmp_path):
     moments = {name: {"exp_avg": torch.ones_like(t)} for name, t in vit().items()}
     root = {"model": vit(), "optimizer": {"state": moments, "by_name": vit()}, "opt": vit()}

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import assert_same, load_folder, shards, vit
-from dimap.bitmask import load_file
+from dimap.bitmask import expand, load_file
 from dimap.checkpoint import open_checkpoint
 from dimap.stream import prune_checkpoint
 from safetensors.torch import load_file as load_safetensors
@@ -216,6 +216,7 @@ def test_one_shard_alone_is_refused_everywhere(tmp_path, ending, indexed):
     for call in (
         lambda: open_checkpoint(tmp_path / name),
         lambda: prune_checkpoint(tmp_path / name, tmp_path / f"out.{ending}", 0.5),
+        lambda: expand(tmp_path / name, tmp_path / f"out.{ending}"),
     ):
         with pytest.raises(ValueError, match="must be a whole checkpoint, got one of its shards"):
             call()
@@ -229,6 +230,16 @@ def test_the_only_shard_is_whole_and_an_index_is_no_checkpoint(tmp_path):
     prune_checkpoint(tmp_path / "model-00001-of-00001.safetensors", tmp_path / "o.safetensors", 0.5)
     with pytest.raises(ValueError, match="got their index: give the folder"):
         open_checkpoint(index)
+
+
+def test_an_index_that_is_a_pointer_and_a_folder_of_folders(tmp_path):
+    folder = shards(tmp_path / "unet", vit())
+    shards(tmp_path / "vae", vit())
+    with pytest.raises(FileNotFoundError, match="give one of its folders: unet, vae"):
+        open_checkpoint(tmp_path)
+    pointer(folder / "model.safetensors.index.json")
+    with pytest.raises(ValueError, match="must be an index of weights, got a Git LFS pointer"):
+        open_checkpoint(folder)
 
 
 def test_caches_and_locks_are_left_out(tmp_path):
@@ -253,13 +264,27 @@ def test_a_folder_that_leads_back_to_itself_is_refused(tmp_path):
 def test_a_repository_of_the_hub_comes_from_its_cache(tmp_path, monkeypatch):
     hub = pytest.importorskip("huggingface_hub")
     folder = shards(tmp_path / "cached", vit())
-    monkeypatch.setattr(
-        hub, "snapshot_download", lambda name, revision: str(folder / name / revision / "../..")
-    )
-    (folder / "org" / "name" / "main").mkdir(parents=True)
-    monkeypatch.setattr(hub, "snapshot_download", lambda name, revision: str(folder))
-    prune_checkpoint("hf:org/name", tmp_path / "out", 0.5)
+    card = "---\nlicense: mit\n---\n# A model\n\nWords.\n"
+    (folder / "README.md").write_text(card)
+    asked = []
+
+    def cached(name, revision):
+        asked.append((name, revision))
+        return str(folder)
+
+    monkeypatch.setattr(hub, "snapshot_download", cached)
+    done = prune_checkpoint("hf:org/name@v1", tmp_path / "out", 0.5)
+    assert asked == [("org/name", "v1")]
     assert_same(load_folder(tmp_path / "out"), pruned())
+    made = (tmp_path / "out" / "README.md").read_text()
+    assert made.startswith(card + "\n## Pruned with dimap\n")
+    (qkv,) = (module for module in done.report().modules if module.name == "qkv")
+    assert f"| qkv | {qkv.weights:,} | {qkv.kept:,} | {qkv.nonzero:,} |" in made
+    (folder / "README.md").write_text(made)
+    prune_checkpoint("hf:org/name", tmp_path / "out", 0.25, force=True)
+    assert (tmp_path / "out" / "README.md").read_text().count("## Pruned with dimap") == 1
+    prune_checkpoint(folder, tmp_path / "local", 0.5)  # of a folder every other file is kept
+    assert (tmp_path / "local" / "README.md").read_text() == made
 
     def away(name, revision):
         raise ConnectionError("the hub is away")

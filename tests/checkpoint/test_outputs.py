@@ -182,6 +182,23 @@ def test_an_error_of_a_full_disk_names_the_output_that_was_asked_for(tmp_path, m
     assert os.listdir() == [names]
 
 
+def test_the_file_of_a_folder_that_is_too_large_is_named(tmp_path, monkeypatch):
+    resource = pytest.importorskip("resource")
+    monkeypatch.chdir(tmp_path)
+    os.mkdir("in")
+    torch.save(vit(), "in/pytorch_model.bin")
+    (tmp_path / "in" / "config.json").write_text("{}")
+    soft = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, soft[1]))
+    try:
+        with pytest.raises(OSError, match="File too large") as error:
+            prune_checkpoint("in", "out", 0.5, masks="m.st")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, soft)
+    assert error.value.filename == "out/pytorch_model.bin"
+    assert os.listdir() == ["in"]
+
+
 def fail_for(full):
     """A write that fails as the system's do: with the path that was opened."""
     from dimap.checkpoint import engine
@@ -194,7 +211,7 @@ def fail_for(full):
         whole(output, header, **options)
 
     def to_json(self, path=None):
-        raise OSError(28, "No space left on device", str(path))
+        raise OSError(28, "No space left on device")  # as a write says it, without a name
 
     return begin if full == "masks" else to_json
 

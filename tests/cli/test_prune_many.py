@@ -115,6 +115,21 @@ def test_masks_and_reports_have_folders(run):
     assert same(dimap.load_masks("m/llm.safetensors"), masks)
 
 
+def test_notes_are_told_and_told_again(run, here, capsys):
+    save_file(vit(), here / "llm" / "last.safetensors")
+    torch.save({"model": vit(), "ema": vit(seed=2)}, "b.pth")
+    for _ in range(2):
+        told, _ = run(*ALL)
+        assert [one["notes"] for one in told["checkpoints"]] == [
+            [],
+            ["'ema', a copy of these weights, is given the same masks"],
+            ["last.safetensors is kept as it is: its weights are not pruned"],
+        ]
+    with pytest.raises(SystemExit):
+        app(["prune", *ALL, "--out-dir", "out", "-s", "0.5"])
+    assert "llm: last.safetensors is kept as it is" in capsys.readouterr().out
+
+
 def names(*arguments, out="out"):
     return [(i.source, i.name) for i in find_inputs([str(a) for a in arguments], Path(out))]
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import platform
 from collections.abc import Iterator
-from pathlib import Path
 
 import cuda_emulator
 import pytest
@@ -21,20 +19,42 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def emulated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+WAYS = {"source": (False, False), "ptx": (True, False), "ptx, preempted": (True, True)}
+
+
+@pytest.fixture(scope="module")
+def library() -> cuda_emulator.Emulated:
+    library = cuda_emulator.build()
+    torch.ops.load_library(str(library.path))
+    return library
+
+
+@pytest.fixture(scope="module", params=WAYS)
+def way(request: pytest.FixtureRequest) -> str:
+    """The kernels' sources for the host, the PTX that nvcc makes of them, and that with threads that interrupt one another."""
+    if request.param != "source" and cuda_emulator.NVCC is None:
+        pytest.skip("needs nvcc")
+    return str(request.param)
+
+
+@pytest.fixture(autouse=True)
+def emulated(library: cuda_emulator.Emulated, way: str) -> Iterator[cuda_emulator.Emulated]:
     """Put the emulated operators in the place of all others, and something in fresh memory."""
-    library = cuda_emulator.build(tmp_path_factory.mktemp("emulated"))
-    torch.ops.load_library(str(library))
+    library.run_ptx(*WAYS[way])
     torch.ops.dimap = torch.ops.dimap_emulated
     torch.use_deterministic_algorithms(True)  # fills what is allocated
     yield library
     torch.use_deterministic_algorithms(False)
     torch.ops.dimap = dimap_cpu
+    assert library.found() == []
 
 
 @given(problem=problems())
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(
+    max_examples=40,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
 def test_any_problem(problem: Problem) -> None:
     check(problem, "cpu")
 
@@ -78,19 +98,18 @@ def test_thousands_of_tensors() -> None:
     assert all(torch.equal(a, b) for a, b in zip(ops.select(*problem.args()), want, strict=True))
 
 
-def test_the_host_neither_waits_nor_lends_memory(emulated: Path) -> None:
+def test_the_host_neither_waits_nor_lends_memory(emulated: cuda_emulator.Emulated) -> None:
     """A graph can replay what only launches kernels and copies on the device."""
-    calls = ctypes.c_int.in_dll(ctypes.CDLL(str(emulated)), "dimap_emulated_host_calls")
     weights = [cast(values("normal", 9_000, i), dtype) for i, dtype in enumerate(DTYPES)]
     problem = Problem(weights, [0, 1, 2], [0, 0, 0], [11_000])
-    before = calls.value
+    before = emulated.host_calls
     torch.ops.dimap.select_cuts(*problem.args())
     torch.ops.dimap.score(weights, [0, 1, 2])
     torch.ops.dimap.prune_(*problem.args())
     torch.ops.dimap.apply_(weights, [w > 0 for w in weights])
-    assert calls.value == before
+    assert emulated.host_calls == before
     ops.survey(weights, [0, 1, 2], ops.first_windows(DTYPES, 256), 256)
-    assert calls.value > before  # the counter counts
+    assert emulated.host_calls > before  # the counter counts
 
 
 @pytest.mark.parametrize("offset", [1, 3])
@@ -141,7 +160,11 @@ def test_nothing_is_changed_where_a_weight_is_not_finite(dtype: torch.dtype, val
 
 
 @given(problem=problems())
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(
+    max_examples=20,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
 def test_stages_in_pieces(problem: Problem) -> None:
     got = run_in_pieces(problem, [7, 300], 4096, "cpu")
     for mask, want in zip(got, reference.select(*problem.args()), strict=True):

@@ -47,6 +47,6 @@ def test_a_parameter_floats_or_is_a_weight() -> None:
 
 def test_what_has_no_position_is_sorted_last_unless_told_otherwise() -> None:
     layers = [x for xs in Plan.of_shapes(SHAPES, "module", "layer").modules.values() for x in xs]
-    assert position(layers[0]) == (0, 0)
+    assert position(layers[0]) == ("", 0, 0)
     bare = type(layers[0])("head", "aux", ("head.weight",))
     assert position(bare) > position(layers[-1]) > position(bare, -1)

@@ -273,7 +273,8 @@ class TestJson:
         }  # fmt: skip
         assert set(data["modules"][0]) == counts | {"name", "layers", "threshold"}
         assert set(data["layers"][0]) == counts | {
-            "name", "module", "stage", "block", "parameters", "threshold", "smallest_kept",
+            "name", "module", "stage", "block", "tower", "parameters", "threshold",
+            "smallest_kept",
         }  # fmt: skip
         assert (data["schema"], data["version"]) == ("dimap.report", VERSION)
 

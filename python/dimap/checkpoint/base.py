@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from .._files import kind_of, replacing
-from ..groups import Layer, group_names, is_parameter
+from ..groups import Choice, Grouping, Layer, group, is_parameter
 from .header import Spec
 from .locate import LEFT_OUT, SINGLE, choose_weights
 
@@ -48,6 +48,7 @@ class Checkpoint(ABC):
         metadata: strings stored beside the tensors of a safetensors file.
         others: what else in a folder holds weights, relative to it.
         notes: what the user should know about this checkpoint, one sentence each.
+        choice: how its tensors are grouped, where that is not left to the known families.
     """
 
     # File name endings that an output may have, beside that of the file; a folder may have any name.
@@ -65,6 +66,7 @@ class Checkpoint(ABC):
         self.files, self.tensors, self.metadata = list(files), dict(tensors), dict(metadata)
         self.others: list[str] = []
         self.notes: list[str] = []
+        self.choice = Choice()
         if not tensors:
             raise ValueError(f"{self.path} must hold at least one tensor, got none")
 
@@ -72,6 +74,13 @@ class Checkpoint(ABC):
     def is_folder(self) -> bool:
         """Whether it is a folder, whose other files an output keeps."""
         return self.form.endswith("folder")
+
+    @property
+    def place(self) -> Path | None:
+        """The folder or file that is read; None of a timm model."""
+        if not self.files:
+            return None
+        return self.files[0].parent if self.is_folder else self.files[0]
 
     @abstractmethod
     def get(self, name: str) -> Tensor:
@@ -92,8 +101,12 @@ class Checkpoint(ABC):
         }
 
     def find_modules(self) -> dict[str, list[Layer]]:
-        """`dimap.find_modules` on the names and shapes."""
-        return group_names(self.shapes())
+        """`dimap.find_modules` on the names and shapes, by `choice`."""
+        return self.group().modules
+
+    def group(self) -> Grouping:
+        """Modules, families and notes, by `choice`."""
+        return group(self.shapes(), self.choice)
 
     @contextmanager
     def creating(self, out: str | os.PathLike[str], *, force: bool = False) -> Iterator[list[Path]]:
@@ -120,9 +133,8 @@ class Checkpoint(ABC):
             yield files
 
     def _check_place(self, out: Path) -> None:
-        if self.files:
-            source = (self.files[0].parent if self.is_folder else self.files[0]).resolve()
-            target = out.resolve()
+        if self.place is not None:
+            source, target = self.place.resolve(), out.resolve()
             if source == target or (out.exists() and out.samefile(source)):
                 raise ValueError(f"the output must not be the checkpoint that is read, got {out}")
             if source in target.parents or target in source.parents:

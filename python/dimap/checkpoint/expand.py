@@ -25,7 +25,7 @@ def load_file(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     Raises OSError where a file cannot be read; ValueError where it is damaged, holds no tensors, or
     is of a version of the bitmask format that this dimap does not know.
     """
-    checkpoint = _open(path)
+    checkpoint = _open(path, alone=True)
     return {name: checkpoint.get(name) for name in checkpoint.tensors}
 
 
@@ -47,7 +47,7 @@ def expand(
     dimap does not know; OSError where files cannot be read or written; FileExistsError where the
     output exists and not `force`.
     """
-    checkpoint = _open(source)
+    checkpoint = _open(source, alone=False)
     if not checkpoint.packed:
         raise ValueError(f"{checkpoint.path} must hold a bitmask file, got dense weights")
     shards = checkpoint.shards
@@ -83,8 +83,8 @@ def expand(
         told.finish()
 
 
-def _open(path: str | os.PathLike[str]) -> Shards:
-    found = find_weights(Path(path), alone=True)
+def _open(path: str | os.PathLike[str], *, alone: bool) -> Shards:
+    found = find_weights(Path(path), alone=alone)
     if found.form != SAFETENSORS:
         raise ValueError(f"{os.fspath(path)} must hold safetensors, got files of {found.form}")
     return Shards(os.fspath(path), "folder" if os.path.isdir(path) else SAFETENSORS, found)

@@ -16,6 +16,8 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
+from ..groups import Slice
+
 if TYPE_CHECKING:
     import torch
 
@@ -127,6 +129,10 @@ class Spec:
             shape = (*shape[:-1], 2 * shape[-1])
         return cls(dtype, shape)
 
+    def part_spec(self, name: str) -> Spec:
+        """Of the tensor by its name in a layer: of a slice along its first axis, or of all of it."""
+        return Spec(self.dtype, self.shape[1:]) if isinstance(name, Slice) else self
+
     def meta(self) -> torch.Tensor:
         """A tensor on the meta device that stands for it. Imports torch."""
         import torch
@@ -141,6 +147,14 @@ class Entry(Spec):
     name: str
     begin: int
     end: int
+
+    def part(self, name: str) -> Entry:
+        """The tensor by its name in a layer: a slice along its first axis, or all of it."""
+        if not isinstance(name, Slice):
+            return self
+        size = prod(self.shape[1:]) * self.dtype.bits // 8
+        begin = self.begin + name.at * size
+        return Entry(self.dtype, self.shape[1:], name, begin, begin + size)
 
 
 class Header(NamedTuple):

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
+from math import prod
+from pathlib import Path
 from typing import Any
 
 from .. import _C
 from ..families import Family
-from ..groups import family_of
+from ..groups import Grouping, Slice, describe, propose, whole, wholes
 from .base import Checkpoint, Progress
 from .engine import READ, Told, elements, opened
 from .folder import Shards
+from .header import Entry
 
 
 @dataclass
@@ -44,22 +47,31 @@ class Count:
 
 @dataclass
 class Inspection:
-    """A checkpoint, counted."""
+    """A checkpoint, counted.
+
+    families: of its towers, by their names; "" where there is one; none where the caller's patterns
+        or the words of the names tell the modules.
+    proposed: whether the modules are only what the names suggest: it is of no known family.
+    """
 
     path: str
     form: str
-    family: Family | None
+    families: dict[str, Family]
     metadata: dict[str, str]
     notes: list[str]
     modules: list[Count]
     total: Count
+    proposed: bool = False
 
     def to_dict(self) -> dict[str, Any]:
-        family, total = self.family, self.total.to_dict()
+        told = {t: {"name": f.name, "models": f.models} for t, f in self.families.items()}
+        total = self.total.to_dict()
         return {
             "path": self.path,
             "form": self.form,
-            "family": family and {"name": family.name, "models": family.models},
+            "family": told.get(""),
+            "towers": told,
+            "proposed": self.proposed,
             "metadata": self.metadata,
             "notes": self.notes,
             **{key: total[key] for key in ("weights", "nonzero", "sparsity", "dtypes")},
@@ -70,9 +82,11 @@ class Inspection:
 def inspect(checkpoint: Checkpoint, progress: Progress) -> Inspection:
     """Count every weight, reading each tensor once. Elements of less than a byte count as nonzero.
 
-    Raises ValueError where the names are of no known family.
+    Of names of no known family the modules are those that their words suggest. Raises ValueError
+    where the checkpoint's `choice` does not fit it.
     """
-    modules = checkpoint.find_modules()
+    grouping, proposed = _grouping(checkpoint)
+    modules = grouping.modules
     names = [p for layers in modules.values() for layer in layers for p in layer.parameters]
     if isinstance(checkpoint, Shards):
         nonzero = _count_in_files(checkpoint, names, progress)
@@ -85,30 +99,61 @@ def inspect(checkpoint: Checkpoint, progress: Progress) -> Inspection:
         for layer in layers:
             one = Count(layer.name)
             for parameter in layer.parameters:
-                spec = checkpoint.tensors[parameter]
+                spec = checkpoint.tensors[whole(parameter)].part_spec(parameter)
                 for counted in (one, module, total):
                     counted.add(spec.numel(), nonzero[parameter], [spec.dtype.name])
             module.layers.append(one)
         counts.append(module)
-    family = family_of({name: checkpoint.tensors[name].shape for name in names})
-    told = (checkpoint.path, checkpoint.form, family, checkpoint.metadata, checkpoint.notes)
-    return Inspection(*told, counts, total)
+    notes = [*checkpoint.notes, *grouping.notes]
+    told = (checkpoint.path, checkpoint.form, grouping.families, checkpoint.metadata, notes)
+    return Inspection(*told, counts, total, proposed)
+
+
+def _grouping(checkpoint: Checkpoint) -> tuple[Grouping, bool]:
+    """How the checkpoint is grouped, and whether that is only a proposal."""
+    try:
+        return checkpoint.group(), False
+    except ValueError as error:
+        if checkpoint.choice or not checkpoint.shapes():
+            raise
+        guess, modules = propose(checkpoint.shapes())
+        told = (
+            f"of no known family: the modules are what the names suggest, {100 * guess.covered:.1f} % "
+            f"of the weights in the blocks\n{describe(modules)}\n{error}"
+        )
+        return Grouping(modules, {}, (told,)), True
 
 
 def _count_in_files(checkpoint: Shards, names: list[str], progress: Progress) -> dict[str, int]:
     """Of a tensor that is stored as bits and values, the values are counted."""
     number = {shard.path: file for file, shard in enumerate(checkpoint.shards)}
-    homes = [checkpoint.home[name] for name in names]
-    stored = [home.layout.places[name].values for name, home in zip(names, homes, strict=True)]
+    stored: dict[str, tuple[int, Entry]] = {}
+    found: dict[str, int] = {}
+    for name in names:
+        home = checkpoint.home[whole(name)]
+        place = home.layout.places[whole(name)]
+        if place.bits and isinstance(name, Slice):
+            found[name] = _count_bits(home.path, place.bits, name, home.entries[name.parameter])
+        else:
+            stored[name] = number[home.path], place.values.part(name)
     told = Told(progress)
     with opened(checkpoint.files, READ) as files:
-        tensors = [(number[h.path], *elements(e)) for h, e in zip(homes, stored, strict=True)]
+        tensors = [(file, *elements(entry)) for file, entry in stored.values()]
         counts = _C.count_nonzero(files, tensors, progress=told)
     told.finish()
-    return {
-        entry.name: count if entry.dtype.size else entry.numel()
-        for entry, count in zip(stored, counts, strict=True)
-    }
+    for (name, (_, entry)), count in zip(stored.items(), counts, strict=True):
+        found[name] = count if entry.dtype.size else entry.numel()
+    return found
+
+
+def _count_bits(path: Path, bits: Entry, name: Slice, dense: Entry) -> int:
+    """The ones among the bits of a slice, whose values no header tells apart."""
+    size = prod(dense.shape[1:])
+    first, last = name.at * size, (name.at + 1) * size
+    with open(path, "rb") as file:
+        file.seek(bits.begin + first // 8)
+        data = int.from_bytes(file.read((last + 7) // 8 - first // 8), "little")
+    return (data >> first % 8 & (1 << size) - 1).bit_count()
 
 
 def _count_in_memory(
@@ -116,9 +161,10 @@ def _count_in_memory(
 ) -> dict[str, int]:
     from ..pruning import count_nonzero
 
-    progress.step("reading", sum(checkpoint.tensors[name].nbytes for name in names))
+    progress.step("reading", sum(checkpoint.tensors[name].nbytes for name in wholes(names)))
     counts = {}
     for name in names:
-        counts[name] = count_nonzero(checkpoint.get(name))
-        progress.advance(checkpoint.tensors[name].nbytes)
+        tensor, spec = checkpoint.get(whole(name)), checkpoint.tensors[whole(name)]
+        counts[name] = count_nonzero(tensor[name.at] if isinstance(name, Slice) else tensor)
+        progress.advance(spec.part_spec(name).nbytes)
     return counts

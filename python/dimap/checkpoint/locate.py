@@ -6,7 +6,6 @@ import errno
 import json
 import os
 import re
-import zipfile
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -70,6 +69,8 @@ def form_of(path: Path) -> str:
 
 
 def _form_of_zip(path: Path) -> str:
+    import zipfile
+
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
@@ -116,6 +117,8 @@ def find_weights(path: Path, *, alone: bool = False) -> Weights:
             raise ValueError(
                 f"{path} must be weights, got their index: give the folder {path.parent}"
             )
+        if (form := form_of(chosen)) != "neither":
+            raise ValueError(f"{chosen} must be an index of weights, got {form}")
         text = chosen.read_bytes()
         weight_map = read_index(text, chosen)
         files = [chosen.parent / name for name in sorted(set(weight_map.values()))]
@@ -159,10 +162,14 @@ def choose_weights(folder: Path) -> Path:
             f"{folder} must hold one set of weights, got {shorten(candidates)}: give the file, or "
             f"call the one that is meant {SINGLE}"
         )
+    below = [
+        p.name for p in sorted(folder.iterdir()) if p.is_dir() and known_weights(os.listdir(p))
+    ]
+    hint = f"; give one of its folders: {shorten(below)}" if below else ""
     raise FileNotFoundError(
         errno.ENOENT,
         f"must hold {SINGLE} or {INDEX}, or one other .safetensors or .bin file or its index, "
-        f"got {shorten(names) or 'an empty folder'}",
+        f"got {shorten(names) or 'an empty folder'}{hint}",
         str(folder),
     )
 

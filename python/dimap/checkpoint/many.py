@@ -65,7 +65,7 @@ class Outcome:
     """What became of a checkpoint.
 
     weights, kept, nonzero: of the whole model, as in `dimap.Report`; None where it failed.
-    seconds: that it took now.
+    seconds: that it took now. notes: what the user should know of it.
     """
 
     source: str
@@ -76,6 +76,7 @@ class Outcome:
     nonzero: int | None = None
     seconds: float = 0.0
     error: str | None = None
+    notes: Sequence[str] = ()
 
 
 def check_job(job: Job, items: Sequence[Item]) -> None:
@@ -122,7 +123,8 @@ def prune_one(job: Job, item: Item, record: Record | None) -> Outcome:
     assert record is not None
     seconds = 0.0 if state == "done before" else round(time.monotonic() - start, 3)
     counts = (record["weights"], record["kept"], record["nonzero"])
-    return Outcome(item.source, item.name, state, *counts, seconds)
+    notes = record.get("notes", ())
+    return Outcome(item.source, item.name, state, *counts, seconds, notes=notes)
 
 
 def _is_done(job: Job, item: Item, record: Record | None) -> bool:
@@ -164,7 +166,8 @@ def _prune(job: Job, item: Item, record: Record | None) -> Record:
         before = _inputs(item)
         wanted = {kind: path for kind, path in places.items() if kind != "out"}
         arguments = {**job.settings, **job.more, **wanted, "force": replace}
-        report = prune_checkpoint(item.source, places["out"], **arguments).summary()
+        pruned = prune_checkpoint(item.source, places["out"], **arguments)
+        report = pruned.report()
     except Exception as error:
         # The outputs are what they were: so is what the manifest tells of them.
         with suppress(OSError):
@@ -186,6 +189,7 @@ def _prune(job: Job, item: Item, record: Record | None) -> Record:
         "weights": report.weights,
         "kept": report.kept,
         "nonzero": report.nonzero,
+        "notes": pruned.notes,
     }
     manifest.append(item.name, "done", **done, seconds=round(time.monotonic() - start, 3))
     return done

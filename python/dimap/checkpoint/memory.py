@@ -6,7 +6,7 @@ import errno
 import importlib
 import re
 import zipfile
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import _timm
-from .._files import save_safetensors
+from .._files import naming, save_safetensors
 from ..masks import apply_masks
 from .base import Checkpoint
 from .bitmask import check_storable, write_packed
@@ -35,6 +35,7 @@ HARMLESS = re.compile(
     r"argparse\.Namespace|types\.SimpleNamespace|collections\.(defaultdict|deque|Counter)"
     r"|datetime\.(datetime|date|timedelta)|_codecs\.encode|numpy\.(ndarray|dtype|dtypes\.\w+DType)"
     r"|numpy\.(_core|core)\.multiarray\.(scalar|_reconstruct)|easydict\.EasyDict"
+    r"|omegaconf\.(base|dictconfig|listconfig|nodes)\.\w+|typing\.Any"
     r"|(pytorch_)?lightning\.\S+\.AttributeDict|(lightning\.)?fabric\.\S+\.AttributeDict"
 )
 
@@ -99,8 +100,14 @@ class StateDict(Checkpoint):
         """Set to zero in the other copies what the masks drop in the weights."""
         for nest in self.nests.values():
             own = {name: mask for name, mask in masks.items() if name in nest.state}
-            for copy in nest.copies.values():
-                apply_masks(tensors_of(copy), own)
+            for name, copy in nest.copies.items():
+                try:
+                    apply_masks(tensors_of(copy), own)
+                except ValueError as error:
+                    raise ValueError(
+                        f"{self.path}: {name!r} must be a whole copy to be given the same masks, or be "
+                        f"left out by --key: {error}"
+                    ) from error
 
     def save(
         self, targets: Sequence[Path], *, safetensors: bool = False, pack: Collection[str] = ()
@@ -182,7 +189,7 @@ def choose_nest(root: Any, where: str, key: str | None = None, all_copies: bool 
         elif all_copies or (key is None and _is_average(name)):
             nest.copies[name] = state
             nest.notes.append(f"{name!r}, a copy of these weights, is given the same masks")
-        elif key is not None:
+        elif key is not None and isinstance(holder, dict):
             del holder[next(k for k, value in holder.items() if value is state)]
         else:
             meant.append(name)
@@ -203,13 +210,17 @@ def _nests(value: Any, place: str = "", holder: Any = None) -> Iterator[tuple[st
 
     A list of tensors is one of numbers to tensors. What optimizers keep is left out.
     """
-    if isinstance(value, (list, tuple)) and any(isinstance(x, Tensor) for x in value):
-        yield place + LIST, holder, {str(number): x for number, x in enumerate(value)}
-    if not isinstance(value, Mapping):
+    if isinstance(value, (list, tuple)):
+        if any(isinstance(x, Tensor) for x in value):
+            yield place + LIST, holder, {str(number): x for number, x in enumerate(value)}
+        inside: Iterable[tuple[Any, Any]] = ((str(n), inner) for n, inner in enumerate(value))
+    elif isinstance(value, Mapping):
+        if any(isinstance(x, Tensor) for x in value.values()):
+            yield place, holder, value
+        inside = value.items()
+    else:
         return
-    if any(isinstance(x, Tensor) for x in value.values()):
-        yield place, holder, value
-    for name, inner in value.items():
+    for name, inner in inside:
         if isinstance(name, str) and not BESIDE.fullmatch(name):
             yield from _nests(inner, f"{place}.{name}" if place else name, value)
 
@@ -254,10 +265,11 @@ def _harmless(name: str) -> Any:
 
 
 def _save(root: Any, target: Path) -> None:
-    try:
-        with open(target, "wb") as file:
-            torch.save(root, file)
-    except RuntimeError as error:  # torch's word for a write that failed, over the true one
-        if isinstance(error.__context__, OSError):
-            raise error.__context__ from None
-        raise OSError(errno.EIO, f"could not be written ({error})") from error
+    with naming(target):
+        try:
+            with open(target, "wb") as file:
+                torch.save(root, file)
+        except RuntimeError as error:  # torch's word for a write that failed, over the true one
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise OSError(errno.EIO, f"could not be written ({error})") from error

@@ -22,14 +22,15 @@ from .. import _C, _timm
 from .._files import SUFFIX, naming, replacing
 from ..distributed.launch import group_of
 from ..distributed.ranks import Ranks
-from ..groups import AUX, Patterns
+from ..groups import AUX, Choice, Patterns, Slice, choose, part_shape, whole, wholes
 from ..groups.plan import Normalize, Plan, Scope, check_choice
 from ..methods import METHODS
 from ..plots import report_output
 from ..report import Pruned, Report, build_report
-from . import open_checkpoint
+from . import HUB, open_checkpoint
 from .base import Checkpoint, Progress, Silent, check_apart
 from .bitmask import Layout, lay_out
+from .card import add_card_section
 from .engine import FILL, READ, Told, begin, elements, opened
 from .folder import Shards, packed_index
 from .header import DTYPES, Entry, Header, make_header
@@ -60,6 +61,7 @@ class StreamPruning(Pruned):
     smallest: the smallest kept magnitude of a layer, under each of its parameters; none where
         nothing is kept.
     readings: how often the weights were read to find the cuts.
+    notes: what the user should know of the checkpoint and of copies of its weights.
     """
 
     shapes: dict[str, tuple[int, ...]]
@@ -68,6 +70,7 @@ class StreamPruning(Pruned):
     nonzero: dict[str, int] = field(default_factory=dict)
     smallest: dict[str, float] = field(default_factory=dict)
     readings: int = 1
+    notes: list[str] = field(default_factory=list)
     summarize: Callable[[], Report] | None = field(default=None, repr=False, compare=False)
 
     def summary(self) -> Report:
@@ -88,7 +91,9 @@ def pruning_checkpoint(
     method: str = "dimap",
     scope: Scope | None = None,
     normalize: Normalize | None = None,
-    patterns: Patterns | None = None,
+    patterns: Patterns | Choice | None = None,
+    family: str | None = None,
+    ignore: str | Sequence[str] | None = None,
     masks: str | os.PathLike[str] | None = None,
     report: str | os.PathLike[str] | None = None,
     bitmask: bool = False,
@@ -101,14 +106,17 @@ def pruning_checkpoint(
     progress: Progress | None = None,
     group: ProcessGroup | Ranks | None = None,
 ) -> Iterator[StreamPruning]:
-    """Prune a checkpoint into another; `pruning_checkpoint` is a block, at whose end the outputs appear.
+    """Prune a checkpoint into another, exactly as `dimap.prune` does it with the loaded weights.
+
+    `prune_checkpoint` is a function, which returns when the outputs are there; `pruning_checkpoint` a
+    block, at whose end they appear, unless it fails.
 
     source: what `open_checkpoint` takes, with `key` and `random_init`, or what it gave. It is only
         read. Safetensors stream by; files of torch.save and timm models are pruned in memory.
     target: a file for a file, a folder for a folder. It appears complete or not at all: the same
         headers, metadata, index and other files, with weights set to zero.
-    sparsity, scope, normalize, patterns: as in `dimap.select`. shares: other sparsities of single
-        modules, by name.
+    sparsity, scope, normalize, patterns, family, ignore: as in `dimap.select`. shares: other
+        sparsities of single modules, by name.
     method: "dimap", "lamp", "uniform" or "global_magnitude": the scope and normalization where these
         are not given.
     masks: a file for the masks (see `dimap.load_masks`), one bit a weight.
@@ -123,6 +131,8 @@ def pruning_checkpoint(
     group: several processes do it together, each its part of the bytes: all of them call this with
         the same arguments and see the same files. The first one creates the outputs and returns
         when they are there, as do the others.
+
+    Returns what was done, in counts; the weights were not loaded, where they streamed by.
 
     Raises ValueError for a checkpoint that is damaged, of no known family, or holds weights that
     are not finite or not float32, bfloat16 or float16; OSError where files cannot be read or
@@ -145,29 +155,36 @@ def pruning_checkpoint(
         check_choice("method", method, [n for n, m in METHODS.items() if not m.needs_data])
         scope = scope or METHODS[method].scope
         normalize = normalize or METHODS[method].normalize
-        plan = Plan.of_shapes(checkpoint.shapes(), scope, normalize, patterns)
+        checkpoint.choice = choose(patterns, family, ignore) or checkpoint.choice
+        shapes = checkpoint.shapes()
+        plan = Plan.of_shapes(shapes, scope, normalize, checkpoint.choice)
         given = _join(sparsity, shares or {}, [name for name in plan.modules if name != AUX])
         keep, ratios = plan.keep(given), plan.ratios(given)
-        _check(checkpoint, plan, out, bitmask, ranks)
+        _check(checkpoint, plan, out, bitmask, masks is not None, ranks)
         stream = None
         if isinstance(checkpoint, Shards):
             stream = _Stream(checkpoint, plan, keep, bitmask, ranks)
             settings = (keep, ratios, scope, normalize, masks is None, bitmask)
             check_agreement(checkpoint, plan, settings, ranks)
-        names = [p for layers in plan.modules.values() for x in layers for p in x.parameters]
+        parts = [p for layers in plan.modules.values() for x in layers for p in x.parameters]
+        names = wholes(parts)
+        parts = list(dict.fromkeys([*names, *parts]))
         result = StreamPruning(
             modules=plan.modules,
             thresholds={},
             scope=scope,
             normalize=normalize,
             sparsity=ratios,
-            shapes={name: checkpoint.tensors[name].shape for name in names},
-            dtypes={name: checkpoint.tensors[name].dtype.name for name in names},
+            shapes={name: part_shape(shapes, name) for name in parts},
+            dtypes={name: checkpoint.tensors[whole(name)].dtype.name for name in parts},
+            grouping_notes=plan.notes,
         )
 
         # The first rank creates the outputs, before the work, so that one that cannot be written is
         # told at once. What is begun last is completed first: OUT before the small files.
-        places = {"IN": Path(checkpoint.path), "OUT": out}
+        places = {"OUT": out}
+        if checkpoint.place is not None:
+            places = {"IN": checkpoint.place, "OUT": out}
         for kind, path in (("masks", masks), ("report", report)):
             if path is not None:
                 check_apart(kind, Path(path), places)
@@ -203,14 +220,13 @@ def pruning_checkpoint(
             stream.fill(files, packed, result, Told(progress))
         else:
             held: StateDict = checkpoint  # type: ignore[assignment]  # the only other kind
-            _prune_state(
-                held, given, patterns, files, out.suffix, packed, bitmask, result, progress
-            )
-        notes = list(checkpoint.notes)
+            ending = out.suffix.lower()
+            _prune_state(held, given, files, ending, packed, bitmask, result, progress)
+        result.notes += checkpoint.notes
         if first and all_copies and checkpoint.others and packed is not None:
             from .copies import mask_others
 
-            notes += mask_others(checkpoint, home, packed)
+            result.notes += mask_others(checkpoint, home, packed)
             if masks is None:
                 packed.unlink()
 
@@ -220,14 +236,17 @@ def pruning_checkpoint(
             if first:
                 model, why = _model(checkpoint, names, timm_model)
             built = build_report(result, model, input_size)
-            lacking = built.notes if model else (f"no FLOPs: {why}",)
-            return replace(built, notes=(*lacking, *notes))
+            lacking = built.notes if model else (f"no FLOPs: {why}", *plan.notes)
+            return replace(built, notes=(*lacking, *result.notes))
 
         result.summarize = cache(summarize)
         if timm_model or input_size:
             result.summary()  # an error in it leaves no outputs
-        if reported:
-            reported.write(result.summary(), result)
+        if reported is not None and report is not None:
+            with naming(Path(report)):
+                reported.write(result.summary(), result)
+        if first and checkpoint.path.startswith(HUB):
+            add_card_section(home, build_report(result), checkpoint.path)
         yield result
         ranks.gather(None)  # nothing is renamed before all ranks are here
 
@@ -268,7 +287,9 @@ def _join(
     return given
 
 
-def _check(checkpoint: Checkpoint, plan: Plan, out: Path, bitmask: bool, ranks: Ranks) -> None:
+def _check(
+    checkpoint: Checkpoint, plan: Plan, out: Path, bitmask: bool, masks: bool, ranks: Ranks
+) -> None:
     """Refuse what cannot be pruned, or not be written as it is asked for."""
     if isinstance(checkpoint, Shards):
         if checkpoint.packed:
@@ -279,12 +300,20 @@ def _check(checkpoint: Checkpoint, plan: Plan, out: Path, bitmask: bool, ranks: 
         raise ValueError(
             f"IN must be safetensors to be shared among {ranks.size} ranks, got {checkpoint.path}"
         )
-    elif bitmask and (checkpoint.is_folder or out.suffix != ".safetensors"):
+    elif bitmask and (checkpoint.is_folder or out.suffix.lower() != ".safetensors"):
         raise ValueError(f"the output must end in .safetensors with --format bitmask, got {out}")
-    for name in plan.names:
+    for name in wholes(plan.names):
         dtype = checkpoint.tensors[name].dtype
         if dtype.code not in ENGINE_DTYPES:
             raise ValueError(f"{name} must be float32, bfloat16 or float16, got {dtype.name}")
+    if not isinstance(checkpoint, Shards) or not (bitmask or masks):
+        return
+    for name, size in zip(plan.names, plan.sizes, strict=True):
+        if isinstance(name, Slice) and size % 8:  # each begins with a byte of its own
+            raise ValueError(
+                f"{name} must have a multiple of 8 weights for masks or a bitmask file to be "
+                f"streamed, got {size}: leave --masks and --format bitmask out"
+            )
 
 
 def check_agreement(shards: Shards, plan: Plan, settings: object, ranks: Ranks) -> None:
@@ -301,10 +330,22 @@ def check_agreement(shards: Shards, plan: Plan, settings: object, ranks: Ranks) 
             )
 
 
-def place_of(layout: Layout, entry: Entry) -> tuple[int, int]:
-    """Where the weights, or the values and the bits, of a tensor go in its output."""
-    place = layout.places[entry.name]
-    return place.values.begin, -1 if place.bits is None else place.bits.begin
+def place_of(layout: Layout, entry: Entry, before: int = 0) -> tuple[int, int]:
+    """Where the weights, or the values and the bits, of a tensor go in its output.
+
+    before: values of the same parameter that stand before those of this slice of it.
+    """
+    place = layout.places[whole(entry.name)]
+    size, count = entry.dtype.size, entry.numel()
+    if place.bits is None:
+        at = entry.name.at if isinstance(entry.name, Slice) else 0
+        return place.values.begin + at * count * size, -1
+    return place.values.begin + before * size, place.bits.begin + _skipped(entry.name, count)
+
+
+def _skipped(name: str, size: int) -> int:
+    """Bytes of bits in front of a slice's, of `size` weights."""
+    return name.at * size // 8 if isinstance(name, Slice) else 0
 
 
 class _Stream:
@@ -319,8 +360,13 @@ class _Stream:
         located = {
             e.name: (file, e) for file, s in enumerate(self.shards) for e in s.header.entries
         }
-        self.tensors = [located.pop(name) for name in plan.names]
+        self.tensors = [(located[whole(n)][0], located[whole(n)][1].part(n)) for n in plan.names]
+        for name in wholes(plan.names):
+            del located[name]
         self.others = list(located.values())  # alike on all ranks
+        self.before = [0] * len(
+            plan.names
+        )  # of each tensor: values of its parameter before its own
 
     def fill(
         self, targets: list[Path], masks: Path | None, result: StreamPruning, told: Told
@@ -355,11 +401,18 @@ class _Stream:
                     header = _masks_header(plan, result)
                     begin(output, header, first=ranks.rank == 0)
                     begins = {entry.name: entry.begin for entry in header.entries}
-                    masks_at = (*output, [begins[name] for name in plan.names])
+                    sizes = zip(plan.names, plan.sizes, strict=True)
+                    masks_at = (
+                        *output,
+                        [begins[whole(n)] + _skipped(n, size) for n, size in sizes],
+                    )
                     outputs = [*outputs, output]
                 nonzero_others = engine.write(
                     outputs[: len(targets)],
-                    [place_of(layouts[file], entry) for file, entry in self.tensors],
+                    [
+                        place_of(layouts[file], entry, before)
+                        for (file, entry), before in zip(self.tensors, self.before, strict=True)
+                    ],
                     [
                         (file, *elements(e), layouts[file].places[e.name].values.begin)
                         for file, e in self.others
@@ -390,7 +443,10 @@ class _Stream:
         """What goes where in the outputs."""
         if not self.bitmask:
             return [shard.layout for shard in self.shards]
-        packed = dict(zip(self.plan.names, engine.count_packed(), strict=True))
+        packed: dict[str, int] = {}
+        for i, (name, count) in enumerate(zip(self.plan.names, engine.count_packed(), strict=True)):
+            self.before[i] = packed.get(whole(name), 0)
+            packed[whole(name)] = self.before[i] + count
         return [
             lay_out(s.header, {n: packed[n] for n in s.entries if n in packed}, str(s.path))
             for s in self.shards
@@ -416,6 +472,10 @@ class _Stream:
             self.others, zip(*(p[1] for p in parts), strict=True), strict=True
         ):
             nonzero[entry.name] = sum(counts) if entry.dtype.size else entry.numel()
+        for name in plan.names:
+            if isinstance(name, Slice):
+                for counted in (nonzero, result.kept):
+                    counted[name.parameter] = counted.get(name.parameter, 0) + counted[name]
         result.nonzero = {name: nonzero[name] for name in result.shapes}
         least = {
             name: min((v for v in values if not math.isnan(v)), default=math.nan)
@@ -433,17 +493,15 @@ class _Stream:
 
 def _masks_header(plan: Plan, result: StreamPruning) -> Header:
     """The header of the file that `dimap.save_masks` would write."""
-    shapes = {name: list(result.shapes[name]) for name in plan.names}
+    shapes = {name: list(result.shapes[name]) for name in wholes(plan.names)}
     settings = result.mask_metadata() | {"dimap_masks": "1", "shapes": json.dumps(shapes)}
-    sizes = zip(plan.names, plan.sizes, strict=True)
-    described = [(name, DTYPES["U8"], [(size + 7) // 8]) for name, size in sizes]
+    described = [(n, DTYPES["U8"], [(math.prod(shape) + 7) // 8]) for n, shape in shapes.items()]
     return make_header(described, settings, "the file of masks")
 
 
 def _prune_state(
     checkpoint: StateDict,
     sparsity: float | Mapping[str, float],
-    patterns: Patterns | None,
     targets: list[Path],
     ending: str,
     masks: Path | None,
@@ -455,9 +513,9 @@ def _prune_state(
     from ..pruning import prune
 
     progress.step("pruning")
-    state = {name: checkpoint.get(name) for name in result.shapes}
+    state = {name: checkpoint.get(name) for name in wholes(result.shapes)}
     pruning = prune(
-        state, sparsity, scope=result.scope, normalize=result.normalize, patterns=patterns
+        state, sparsity, scope=result.scope, normalize=result.normalize, patterns=checkpoint.choice
     )
     checkpoint.mask_copies(pruning.masks)
     progress.step("writing")
@@ -476,7 +534,9 @@ def _model(
 ) -> tuple[nn.Module | None, str]:
     """The model for counting FLOPs, pruned or only its shapes, or the reason why there is none."""
     described = (
-        (timm_model, {}) if timm_model else _timm.described(checkpoint.path, checkpoint.metadata)
+        (timm_model, {})
+        if timm_model
+        else _timm.described(str(checkpoint.place), checkpoint.metadata)
     )
     if described is None:
         return None, "IN does not say which timm model it is; --timm-model NAME says it"

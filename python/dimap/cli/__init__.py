@@ -13,6 +13,7 @@ from .._errors import unwind_on_signals
 
 COMMANDS = {  # what `dimap --help` says of them
     "prune": "Set the least important weights of checkpoints to zero.",
+    "families": "List the models whose parameter names are known, and how others are pruned.",
     "inspect": "Show the modules of a checkpoint, their layers and weights, and how sparse they are.",
     "expand": "Write the dense checkpoint that a bitmask one stands for.",
     "plot": "Draw a picture of a pruned checkpoint or of results.",

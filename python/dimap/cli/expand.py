@@ -10,9 +10,11 @@ from typing import Annotated
 import typer
 
 from .common import Debug, Json, print_json, print_wrote, report_errors
+from .grouping import Grouping, grouped
 from .progress import Bar
 
 
+@grouped
 def expand(
     source: Annotated[
         Path,
@@ -29,22 +31,39 @@ def expand(
     force: Annotated[bool, typer.Option("--force", help="Replace OUT where it exists.")] = False,
     as_json: Json = False,
     debug: Debug = False,
+    *,
+    grouping: Grouping,
 ) -> None:
     """Write the dense checkpoint that a bitmask one stands for, bit by bit.
 
-    OUT appears complete or not at all.
+    OUT appears complete or not at all. Every stored weight is expanded, whatever its module; the
+    options that tell modules are checked against IN, and its modules are shown.
     """
     start = time.monotonic()
     with report_errors(debug), Bar("opening") as bar:
         from .. import bitmask
 
+        found = None
+        if grouping:
+            from ..checkpoint import inspect as work
+            from ..checkpoint import open_checkpoint
+            from ..groups import choose
+
+            with open_checkpoint(source) as checkpoint:
+                checkpoint.choice = choose(**grouping)
+                found = work.inspect(checkpoint, bar)
         bitmask.expand(source, out, force=force, progress=bar)
         before, after = _bytes(source), _bytes(out)
     seconds = time.monotonic() - start
     if as_json:
         told = {"in": str(source), "out": str(out), "bytes_in": before, "bytes_out": after}
-        print_json({**told, "seconds": round(seconds, 3)})
+        modules = {} if found is None else {"modules": found.to_dict()["modules"]}
+        print_json({**told, "seconds": round(seconds, 3), **modules})
         return
+    if found is not None:
+        from .inspect import print_inspection
+
+        print_inspection(found, layers=False)
     share = f"{before / 1e6:,.1f} MB, {100 * before / after:.1f} % of it"
     print_wrote(f"{out} in {seconds:.1f} s: {after / 1e6:,.1f} MB from {share}")
 

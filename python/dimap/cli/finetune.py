@@ -12,6 +12,7 @@ import typer
 
 from ..finetuning.settings import Settings
 from .common import IN_HELP, Debug, Json, print_json, print_wrote, report_errors
+from .grouping import Grouping, grouped
 
 
 def _numbers(text: str) -> tuple[float, ...]:
@@ -40,6 +41,7 @@ def _with_settings(command: Callable[..., None]) -> Callable[..., None]:
 
 
 @_with_settings
+@grouped
 def finetune(
     *,
     checkpoint: Annotated[
@@ -79,6 +81,7 @@ def finetune(
     force: Annotated[bool, typer.Option("--force", help="Replace another run in FOLDER.")] = False,
     as_json: Json = False,
     debug: Debug = False,
+    grouping: Grouping,
     **options: Any,
 ) -> None:
     """Train a pruned checkpoint; its pruned weights stay exactly zero.
@@ -101,6 +104,7 @@ def finetune(
             tensorboard=tensorboard,
             resume=resume,
             force=force,
+            **grouping,
             **options,
         )
     if os.environ.get("RANK", "0") != "0":

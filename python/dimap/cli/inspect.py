@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from .common import Debug, Json, Key, Layers, RandomInit, Source, print_json, report_errors
+from .grouping import Grouping, grouped
 from .progress import Bar
 
 if TYPE_CHECKING:
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 COLUMNS = ("weights", "nonzero", "sparsity", "dtype")
 
 
+@grouped
 def inspect(
     source: Source,
     key: Key = None,
@@ -22,21 +24,28 @@ def inspect(
     layers: Layers = False,
     as_json: Json = False,
     debug: Debug = False,
+    *,
+    grouping: Grouping,
 ) -> None:
-    """Show the modules of a checkpoint, their layers and weights, and how sparse they are."""
+    """Show the modules of a checkpoint, their layers and weights, and how sparse they are.
+
+    Of an unknown model it shows the matrices and the grouping that their names suggest.
+    """
     with report_errors(debug), Bar("opening") as bar:
         from ..checkpoint import inspect as work
         from ..checkpoint import open_checkpoint
+        from ..groups import choose
 
         with open_checkpoint(source, key=key, random_init=random_init) as checkpoint:
+            checkpoint.choice = choose(**grouping)
             found = work.inspect(checkpoint, bar)
     if as_json:
         print_json(found.to_dict())
     else:
-        _print(found, layers=layers)
+        print_inspection(found, layers=layers)
 
 
-def _print(found: Inspection, *, layers: bool) -> None:
+def print_inspection(found: Inspection, *, layers: bool) -> None:
     """What it is, and one line for each module; with `layers`, one for each that can be pruned."""
     from rich.console import Console
     from rich.table import Table
@@ -49,8 +58,9 @@ def _print(found: Inspection, *, layers: bool) -> None:
     head.add_column(style="bold")
     head.add_column(overflow="fold")
     head.add_row(found.form, Text(found.path))
-    if found.family:
-        head.add_row("family", Text(f"{found.family.name}: {found.family.models}"))
+    for tower, family in found.families.items():
+        title = f"family of {tower}" if tower else "family"
+        head.add_row(title, Text(f"{family.name}: {family.models}"))
     table = _table("module", "layers")
     for module in found.modules:
         table.add_row(module.name, str(len(module.layers)), *_counts(module))

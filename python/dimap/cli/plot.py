@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from .common import IN_HELP, Debug, RandomInit, print_wrote, report_errors
+from .grouping import Grouping, grouped
 from .progress import Bar
 
 Picture = Literal["kept", "weights", "mask", "accuracy"]
@@ -26,6 +27,7 @@ SOURCE_HELP = (
 )
 
 
+@grouped
 def plot(
     picture: Annotated[
         Picture,
@@ -63,6 +65,8 @@ def plot(
     force: Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")] = False,
     random_init: RandomInit = False,
     debug: Debug = False,
+    *,
+    grouping: Grouping,
 ) -> None:
     r"""Draw a picture of a pruned checkpoint or of results. Needs matplotlib: dimap\[plot].
 
@@ -93,10 +97,12 @@ def plot(
             plots.kept_ratios(Report.from_json(Path(source)), out, title=title)
         else:
             from ..checkpoint import open_checkpoint
+            from ..groups import choose
             from ..masks import open_masks
 
             opened.enter_context(Bar("drawing"))
             checkpoint = opened.enter_context(open_checkpoint(source, random_init=random_init))
+            checkpoint.choice = choose(**grouping)
             found = opened.enter_context(open_masks(masks)) if masks is not None else None
             options: dict[str, Any] = {"masks": found, "title": title}
             if picture == "kept":

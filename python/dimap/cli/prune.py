@@ -22,6 +22,7 @@ from .common import (
     print_wrote,
     report_errors,
 )
+from .grouping import Grouping, grouped
 from .progress import Bar
 
 PATHS_HELP = f"""{IN_HELP} OUT is a file where IN is a file, a folder where it is a folder.
@@ -32,6 +33,7 @@ checkpoint; any other folder stands for the checkpoints directly in it; a quoted
 folders that its wildcards matched, too."""
 
 
+@grouped
 def prune(
     paths: Annotated[
         list[str],
@@ -127,6 +129,8 @@ def prune(
     layers: Layers = False,
     as_json: Json = False,
     debug: Debug = False,
+    *,
+    grouping: Grouping,
 ) -> None:
     """Set the least important weights of a checkpoint to zero and write the result to OUT.
 
@@ -159,6 +163,7 @@ def prune(
             "bitmask": form == "bitmask",
             "key": key,
             "all_copies": all_copies,
+            **grouping,
         }
         settings = {
             k: v for k, v in settings.items() if v is not None and v is not False and v != {}

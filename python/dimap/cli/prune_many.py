@@ -98,6 +98,9 @@ def _print(job: Job, outcomes: Sequence[Outcome], seconds: float) -> None:
         took = "" if outcome.state == "done before" else f"{outcome.seconds:.1f}"
         table.add_row(Text(outcome.out), weights, removed, took, state)
     console.print(table)
+    for outcome in outcomes:
+        for note in outcome.notes:
+            console.print(Text(f"{outcome.source}: {note}", style="yellow"), soft_wrap=True)
     counts = Counter(outcome.state for outcome in outcomes)
     told = ", ".join(f"{counts[state]} {state}" for state in COLOURS if counts[state])
     console.print(Text(f"{told}, in {seconds:.1f} s; {Manifest(job.out_dir).path}"), soft_wrap=True)

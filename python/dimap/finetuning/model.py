@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .. import _timm
 from ..checkpoint import open_checkpoint
-from ..groups import AUX, find_modules
+from ..groups import AUX, Choice, find_modules, wholes
 from ..masks import fit_masks, load_masks
 from .settings import Settings
 
@@ -156,10 +156,13 @@ def masks_of(
     source: Source,
     masks: Mapping[str, Tensor] | str | os.PathLike[str] | None,
     settings: Settings,
+    choice: Choice = Choice(),  # noqa: B008 - frozen
 ) -> dict[str, Tensor]:
     """The masks that are held: those given, or the zeros of the prunable weights.
 
     None are where nothing is trained, so that no weight changes.
+
+    choice: which weights may be pruned.
 
     Raises as `apply_masks`, and ValueError where none are given and there is no zero, or where those
     given revive zeros or prune more and the settings do not allow it.
@@ -176,7 +179,7 @@ def masks_of(
     elif masks is not None:
         found = fit_masks(masks, weights)
     else:
-        found = dict.fromkeys(_prunable(source.model), torch.empty(0))
+        found = dict.fromkeys(_prunable(source.model, choice), torch.empty(0))
     if masks is None or settings.masks_from_zeros:
         found = {name: weights[name].detach() != 0 for name in found}
         if found and all(bool(mask.all()) for mask in found.values()):
@@ -185,23 +188,26 @@ def masks_of(
                 "(--dense holds none)"
             )
     elif found and not settings.allow_mask_change:
-        _check_agreement(source, found, weights)
+        _check_agreement(source, found, weights, choice)
     return found if settings.epochs else {}
 
 
-def _prunable(model: nn.Module) -> list[str]:
+def _prunable(model: nn.Module, choice: Choice) -> list[str]:
     """The names of the weights that may be pruned."""
-    modules = {n: layers for n, layers in find_modules(model).items() if n != AUX}
-    return [p for layers in modules.values() for layer in layers for p in layer.parameters]
+    modules = {n: layers for n, layers in find_modules(model, choice).items() if n != AUX}
+    return wholes(p for layers in modules.values() for layer in layers for p in layer.parameters)
 
 
 def _check_agreement(
-    source: Source, masks: Mapping[str, Tensor], weights: Mapping[str, nn.Parameter]
+    source: Source,
+    masks: Mapping[str, Tensor],
+    weights: Mapping[str, nn.Parameter],
+    choice: Choice,
 ) -> None:
     """Refuse masks that keep or drop other weights than the checkpoint does."""
     held = {weights[name]: mask for name, mask in masks.items()}
     try:  # what has no mask is free, its zeros too
-        names = _prunable(source.model)
+        names = _prunable(source.model, choice)
     except ValueError:  # a model that dimap does not know
         names = []
     revived = pruned = 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..distributed.launch import group_of
 from ..distributed.ranks import Ranks
+from ..groups import Choice, Patterns, choose
 from .data import make_loader, open_images
 from .model import input_of, masks_of, open_model, outputs_of
 from .settings import Settings
@@ -57,6 +58,9 @@ def finetune(
     resume: bool = False,
     force: bool = False,
     progress: bool = True,
+    patterns: Patterns | Choice | None = None,
+    family: str | None = None,
+    ignore: str | Sequence[str] | None = None,
     **options: Any,
 ) -> Finetuned:
     """Train a pruned model; its pruned weights stay exactly zero.
@@ -74,6 +78,7 @@ def finetune(
     resume: go on after the last complete epoch in `out`, to the same result as without the
         interruption (bit for bit on the CPU); begins where there is no `out` yet.
     force: replace another run in `out`.
+    patterns, family, ignore: which weights may be pruned, as in `dimap.find_modules`.
     options: any field of `Settings`. The defaults are the paper's. Among them:
         masks_from_zeros (in place of what `masks` say of their weights, hold the zeros these have),
         allow_mask_change (hold `masks` although they revive zeros of the model or prune more of it),
@@ -104,7 +109,7 @@ def finetune(
             f"{source.name} must have one output for each of the {known} classes of the data, "
             f"got {classes} (--reset-head makes a new classifier)"
         )
-    held = masks_of(source, masks, settings)
+    held = masks_of(source, masks, settings, choose(patterns, family, ignore))
     taught = None
     if teacher is not None:
         teaching = open_model(teacher, settings)

@@ -7,58 +7,127 @@ and shapes. The tables of known names are in `families`.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from math import prod
 from typing import TYPE_CHECKING, TypeAlias
 
 from ..families import BUFFERS, FAMILIES, Family
-from .known import Fit, bare, fit
-from .layers import AUX, Layer, Located, Shape, first, kinds, position
-from .patterns import Patterns, group_by
+from .choice import Choice, Patterns, choose
+from .known import Names, Tower, bare, fitting, merge, tower_names, towers
+from .layers import (
+    AUX,
+    Found,
+    Layer,
+    Located,
+    Modules,
+    Shape,
+    Slice,
+    by_module,
+    first,
+    kind_of,
+    kinds,
+    part_of,
+    part_shape,
+    position,
+    whole,
+    wholes,
+)
+from .patterns import group_by
+from .roles import LEAST, TRANSFORMER, Guess, by_roles
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 __all__ = [
     "AUX",
+    "Choice",
+    "Grouping",
     "Layer",
     "Located",
     "Patterns",
     "Shape",
+    "Slice",
+    "choose",
+    "describe",
     "family_of",
     "find_modules",
+    "group",
     "group_names",
     "is_parameter",
+    "part_of",
+    "part_shape",
     "position",
+    "propose",
     "shapes_of",
+    "whole",
+    "wholes",
 ]
 
 Model: TypeAlias = "nn.Module | Mapping[str, Tensor]"
 
+# Matrices of which a model of language has one, and others have not.
+_WORDS = re.compile(
+    r"(?:.+\.)?(?:embed_tokens|embed_in|wte|word_embeddings|word_embedding|shared|tok_embeddings"
+    r"|token_embedding|token_embd)\.weight"
+)
+COSTLY = (
+    "magnitude alone costs language models dearly (LLaMA-2-7B at 50 %: perplexity 5.1 becomes 14.9; "
+    "6.4 by Wanda, which looks at activations): a lower sparsity or a saliency of your own is advised"
+)
 
-def find_modules(model: Model, patterns: Patterns | None = None) -> dict[str, list[Layer]]:
+
+@dataclass(frozen=True)
+class Grouping:
+    """How a model's parameters are grouped.
+
+    modules: module name -> layers, "aux" last, as `find_modules` returns them.
+    families: of each tower by its name, "" where there is one; none for the caller's own patterns.
+    notes: what the user should know of it, one sentence each.
+    """
+
+    modules: Modules
+    families: dict[str, Family] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+def find_modules(
+    model: Model,
+    patterns: Patterns | Choice | None = None,
+    *,
+    family: str | None = None,
+    ignore: str | Sequence[str] | None = None,
+) -> dict[str, list[Layer]]:
     """Group a model's parameters into layers and modules, by their names and shapes alone.
 
     model: an nn.Module or a state dict; any device, meta too. Of a state dict, buffers are left
         out: those of `families.BUFFERS`, and what is neither floating point nor called `weight`.
     patterns: instead of the known families, the caller's own: module name -> regex, or a list of
         them, each matched against whole parameter names (`re.fullmatch`); the first that matches
-        wins. A tuple inside a list is one layer made of several tensors, in that order, joined by
-        what its regexes capture. Named groups `stage` and `block` give those numbers:
+        wins. A tuple (or list) in the list is one layer made of several tensors, in that order,
+        joined by what its regexes capture. Named groups `stage` and `block` give those numbers; a group
+        `part` of alternatives, as in (?P<part>q|k|v), stands for such a tuple:
 
             {"qkv": [tuple(rf"blocks\\.(?P<block>\\d+)\\.attn\\.{x}\\.weight" for x in "qkv")],
              "mlp": r"blocks\\.(?P<block>\\d+)\\.mlp\\.fc[12]\\.weight"}
 
+    family: a name of `families.FAMILIES`, the only one to be tried; or "transformer", which groups
+        any model by the words in its names and refuses where these say too little.
+    ignore: a regex, or several, of names of layers or parameters that are never pruned.
+
     Returns module name -> layers, "aux" (never pruned) last; every parameter is in exactly one
-    layer. Layers of a module stand in the order of stage, block and place in the block (own
-    patterns: stage, block, name with its numbers taken as numbers), however the mapping is ordered:
-    so a model, its file (safetensors sorts names) and its split or fused form resolve ties alike.
-    "aux" keeps the mapping's order.
+    layer, or slices of it are. Where a model has several towers, such as one for images and one for
+    text, each has modules of its own: "vision_model.qkv". Layers of a module stand in the order of
+    stage, block and place in the block (own patterns: stage, block, name with its numbers taken as
+    numbers), however the mapping is ordered: so a model, its file (safetensors sorts names) and its
+    split or fused form resolve ties alike. "aux" keeps the mapping's order.
 
     Raises ValueError for a model of no known family or one that differs from it, and for patterns
     that are malformed, match nothing, or match a parameter of fewer than two dimensions; TypeError
     for anything but a model, a mapping of tensors, or patterns of the form above.
     """
-    return group_names(shapes_of(model), patterns)
+    return group(shapes_of(model), choose(patterns, family, ignore)).modules
 
 
 def shapes_of(model: Model) -> dict[str, Shape]:
@@ -94,26 +163,52 @@ def is_parameter(name: str, floating_point: bool) -> bool:
 
 
 def group_names(
-    shapes: Mapping[str, Sequence[int]], patterns: Patterns | None = None
+    shapes: Mapping[str, Sequence[int]], patterns: Patterns | Choice | None = None
 ) -> dict[str, list[Layer]]:
     """`find_modules` on names and shapes: leaves out known buffers, knows nothing of dtypes."""
-    seen = _without_buffers(shapes)
-    if not seen:
-        raise ValueError("model must have at least one parameter, got none")
-    if patterns is not None:
-        return group_by(patterns, seen)
-    fits = _fits(seen)
-    if fits and not fits[-1].problems:
-        return fits[-1].modules
-    near = [fit for fit in fits if all(fit.modules.values())]  # it has a layer in every module
-    nearest = min(near, key=lambda fit: len(fit.problems), default=None)
-    raise ValueError(_describe_misfit(nearest) if nearest else _describe_unknown(seen))
+    return group(shapes, patterns).modules
 
 
 def family_of(shapes: Mapping[str, Sequence[int]]) -> Family | None:
-    """The family by whose table `group_names` groups these names; None: it would refuse them."""
-    fits = _fits(_without_buffers(shapes))
-    return fits[-1].family if fits and not fits[-1].problems else None
+    """The family of the one tower of these names; None: of several towers, or of no known family."""
+    try:
+        families = group(shapes).families
+    except ValueError:
+        return None
+    return families.get("")
+
+
+def group(
+    shapes: Mapping[str, Sequence[int]], patterns: Patterns | Choice | None = None
+) -> Grouping:
+    """`group_names`, with the families and notes."""
+    choice = choose(patterns)
+    seen = _without_buffers(shapes)
+    if not seen:
+        raise ValueError("model must have at least one parameter, got none")
+    names = [(bare(name), name) for name in seen]
+    notes: list[str] = []
+    families: dict[str, Family] = {}
+    if choice.patterns is not None:
+        modules = group_by(choice.patterns, seen)
+    elif choice.family == TRANSFORMER:
+        modules = _by_roles(names, seen, choice.ignored(seen), notes)
+    else:
+        modules, families = _by_family(choice, names, seen, notes)
+    modules, left_out = choice.leave_out(modules, seen)
+    notes += left_out
+    language = any(family.language for family in families.values())
+    if (language or choice.family == TRANSFORMER) and any(_WORDS.fullmatch(n) for n, _ in names):
+        notes.append(COSTLY)
+    return Grouping(modules, families, tuple(notes))
+
+
+def propose(shapes: Mapping[str, Sequence[int]]) -> tuple[Guess, Modules]:
+    """What the words of any model's names say of its layers, however little; never an error."""
+    seen = _without_buffers(shapes)
+    names = [(bare(name), name) for name in seen]
+    guess = by_roles(names, seen)
+    return guess, _in_towers(guess, seen)
 
 
 _BUFFER = re.compile("|".join(BUFFERS))
@@ -123,37 +218,164 @@ def _without_buffers(shapes: Mapping[str, Sequence[int]]) -> dict[str, Shape]:
     return {name: tuple(s) for name, s in shapes.items() if not _BUFFER.fullmatch(bare(name))}
 
 
-def _fits(shapes: Mapping[str, Shape]) -> list[Fit]:
-    """The families that have any of these names, up to the first of which all names are."""
-    fits = []
-    for family in FAMILIES:
-        found = fit(family, shapes)
-        if found is not None:
-            fits.append(found)
-            if not found.problems:
-                break
-    return fits
+def _by_family(
+    choice: Choice, names: Names, shapes: Mapping[str, Shape], notes: list[str]
+) -> tuple[Modules, dict[str, Family]]:
+    families = [family for family in FAMILIES if choice.family in (None, family.name)]
+    ignored = choice.ignored(shapes)
+    fit, near = fitting(towers(families, names, shapes, ignored))
+    if near:
+        raise ValueError(_describe_misfit(near[0], shapes))
+    if not fit:
+        raise ValueError(_describe_unknown(families, shapes))
+    modules, unknown = merge(fit, names, shapes)
+    if unknown := [name for name in unknown if name not in ignored]:
+        notes.append(_outside(fit, unknown, shapes))
+    titles = tower_names(tower.prefix for tower in fit)
+    return modules, {titles[tower.prefix]: tower.family for tower in fit}
 
 
-_HINT = r"""Name its modules with patterns=, regexes that match whole parameter names, for example
-  patterns={"qkv": r"blocks\.(?P<block>\d+)\.attn\.qkv\.weight",
-            "mlp": [r"blocks\.(?P<block>\d+)\.mlp\.fc1\.weight",
-                    r"blocks\.(?P<block>\d+)\.mlp\.fc2\.weight"]}
-What they leave over is never pruned."""
+def _outside(fit: Sequence[Tower], unknown: Sequence[str], shapes: Mapping[str, Shape]) -> str:
+    weights = sum(prod(shapes[name]) for name in unknown)
+    share = 100 * weights / max(sum(map(prod, shapes.values())), 1)
+    where = Counter(".".join(kind_of(name).split(".")[:2]) for name in unknown)
+    names = " and ".join(dict.fromkeys(tower.family.name for tower in fit))
+    return (
+        f"never pruned, being outside the blocks of {names}: {len(unknown)} tensors with {share:.1f} % "
+        f"of all weights, in {', '.join(first(list(where), 6))}"
+    )
 
 
-def _describe_unknown(shapes: Mapping[str, Shape]) -> str:
-    known = "; ".join(family.models for family in FAMILIES)
+def _by_roles(
+    names: Names, shapes: Mapping[str, Shape], ignored: set[str], notes: list[str]
+) -> Modules:
+    guess = by_roles(names, shapes, ignored)
+    modules = _in_towers(guess, shapes)
+    if guess.covered < LEAST:
+        raise ValueError(
+            f"family='transformer' must know the roles of {100 * LEAST:.0f} % of the weights in the "
+            f"blocks' matrices, got {100 * guess.covered:.1f} %"
+            + (f"; it found\n{describe(modules)}" if guess.found else "")
+            + ("\nIt does not know\n" + kinds(guess.missed) if guess.missed else "")
+            + "\n"
+            + _ways_out(shapes, kind=kind_of(next(iter(guess.missed), "")))
+        )
+    notes.append("grouped by the words of the names (family transformer):\n" + describe(modules))
+    if guess.missed:
+        notes.append("in the blocks, but never pruned:\n" + kinds(guess.missed))
+    return modules
+
+
+def describe(modules: Mapping[str, Sequence[Layer]]) -> str:
+    """Which kinds of names are in which module, numbers as *."""
+    lines = []
+    for module, layers in modules.items():
+        if module == AUX:
+            continue
+        found = Counter(
+            " + ".join(kind_of(p).replace("[*]", "") for p in wholes(layer.parameters))
+            for layer in layers
+        )
+        lines += [f"  {module}: {count} x {kind}" for kind, count in found.items()]
+    return "\n".join(first(lines, 24))
+
+
+def _in_towers(guess: Guess, shapes: Mapping[str, Shape]) -> Modules:
+    """The layers of a guess by module, each tower's by themselves."""
+    prefixes = dict.fromkeys(f.layer.tower for f in guess.found)
+    titles = (
+        tower_names({p: None for p in (_words(prefix) for prefix in prefixes)}) if prefixes else {}
+    )
+    found: list[Found] = []
+    for f in guess.found:
+        title = titles[_words(f.layer.tower)]
+        module = f"{title}.{f.layer.module}" if title else f.layer.module
+        layer = Layer(f.layer.name, module, f.layer.parameters, f.layer.stage, f.layer.block, title)
+        found.append(Found(layer, f.rule))
+    claimed = {whole(p) for f in found for p in f.layer.parameters}
+    aux = [Layer(n.removesuffix(".weight"), AUX, (n,)) for n in shapes if n not in claimed]
+    return by_module(found, dict.fromkeys(f.layer.module for f in found), aux)
+
+
+def _words(prefix: str) -> str:
+    """A tower's prefix without its numbers: stages and blocks of one tower."""
+    return ".".join(part for part in prefix.split(".") if part != "*")
+
+
+def _describe_unknown(families: Sequence[Family], shapes: Mapping[str, Shape]) -> str:
+    known = "; ".join(family.models for family in families)
     matrices = sum(len(shape) > 1 for shape in shapes.values())
     return (
         f"model must be of a known family ({known}), got {len(shapes)} parameters, {matrices} of "
-        f"two or more dimensions:\n{kinds(shapes)}\n{_HINT}"
+        f"two or more dimensions:\n{kinds(shapes)}\n{_ways_out(shapes)}"
     )
 
 
-def _describe_misfit(fit: Fit) -> str:
-    problems = "\n  ".join(first(fit.problems))
+def _describe_misfit(tower: Tower, shapes: Mapping[str, Shape]) -> str:
+    problems = "\n  ".join(first(tower.problems))
+    family = tower.family
+    unknown = re.search(r"unknown weight (\S+)", problems)
     return (
-        f"model must be of a known family, got one that resembles {fit.family.name} "
-        f"({fit.family.models}) but differs:\n  {problems}\n{_HINT}"
+        f"model must be of a known family, got one that resembles {family.name} "
+        f"({family.models}) but differs:\n  {problems}\n"
+        + _ways_out(shapes, kind_of(unknown[1]) if unknown else "")
     )
+
+
+def _ways_out(shapes: Mapping[str, Shape], kind: str = "") -> str:
+    """What the caller can do, in Python and on the command line, with lines to paste.
+
+    kind: the names, with * for numbers, that stand in the way.
+    """
+    lines = []
+    if kind:
+        regex = _regex(kind)
+        lines.append(f"  ignore=r{regex!r}  --ignore '{regex}'".replace("\\\\", "\\"))
+        lines.append("    never prunes what matches")
+    lines += [
+        f'  family="{TRANSFORMER}"  --family {TRANSFORMER}',
+        "    groups by the words of the names, and shows how",
+    ]
+    example = _example(shapes)
+    lines += [
+        f"  patterns={_written(example)}",
+        "  " + " ".join(f"--pattern '{m}={r}'" for m, rows in example.items() for r in rows),
+        "    names the modules by regexes that match whole parameter names; a group (?P<block>...)",
+        "    tells the block; what they leave over is never pruned",
+    ]
+    return (
+        "Ways out, in Python and on the command line (`dimap families` lists what is known):\n"
+        + ("\n".join(lines))
+    )
+
+
+def _example(shapes: Mapping[str, Shape]) -> dict[str, list[str]]:
+    """Patterns for the model's own names: by the roles of their words as far as they go."""
+    _, modules = propose(shapes)
+    found: dict[str, dict[str, None]] = {}
+    for module, layers in modules.items():
+        for layer in layers if module != AUX else ():
+            for name in wholes(layer.parameters):
+                found.setdefault(module, {})[_regex(kind_of(name))] = None
+    if not found:
+        matrices = [kind_of(name) for name, shape in shapes.items() if len(shape) > 1]
+        numbered = [kind for kind in matrices if "*" in kind] or matrices or ["*.weight"]
+        found = {"all": {_regex(numbered[0]): None}}
+    return {module: list(regexes) for module, regexes in list(found.items())[:3]}
+
+
+def _written(example: Mapping[str, Sequence[str]]) -> str:
+    rows = [
+        f'"{module}": [' + ", ".join(f'r"{regex}"' for regex in regexes) + "]"
+        for module, regexes in example.items()
+    ]
+    return "{" + ", ".join(rows) + "}"
+
+
+def _regex(kind: str) -> str:
+    """A regex for names of this kind: the last number is the block."""
+    head, star, tail = kind.rpartition("*")
+    if not star:
+        return kind.replace(".", r"\.")
+    head = head.replace(".", r"\.").replace("*", r"\d+")
+    return rf"{head}(?P<block>\d+)" + tail.replace(".", r"\.")

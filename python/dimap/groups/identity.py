@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from . import group_names
 from .known import bare
-from .layers import AUX, Layer, Shape
+from .layers import AUX, Layer, Shape, Slice, holds_experts, slices, wholes
 
 
 class Address(NamedTuple):
@@ -30,7 +30,10 @@ class Address(NamedTuple):
 
 
 class Same(NamedTuple):
-    """Names that mean the same weights: one each, or a fused tensor and those that it was split into."""
+    """Names that mean the same weights: one each, or a tensor and those that it was split into.
+
+    What is split is fused projections, or stacked experts, with the first axis flattened away.
+    """
 
     given: tuple[str, ...]
     wanted: tuple[str, ...]
@@ -111,22 +114,32 @@ def _by_address(
     given: Mapping[str, Shape], wanted: Mapping[str, Shape], given_at: Mapping[str, Address]
 ) -> Iterator[Same]:
     there = addresses(_grouped(wanted))
-    here: dict[Address, tuple[str, ...]] = {}
-    for name in given:
-        if name in given_at:
-            at = given_at[name]
-            here[at] = (*here.get(at, ()), name)
+    here: dict[Address, list[str]] = {}
+    for name, shape in given.items():
+        if name not in given_at:
+            continue
+        at = given_at[name]
+        pieces = slices(name, shape) if holds_experts(name, shape) else [name]
+        for i, piece in enumerate(pieces):
+            here.setdefault(at._replace(place=at.place + i), []).append(piece)
     if len(given_at) < len(given):
         rest = {name: shape for name, shape in given.items() if name not in given_at}
-        here |= {at: layer.parameters for at, layer in addresses(_grouped(rest)).items()}
+        here |= {at: [*layer.parameters] for at, layer in addresses(_grouped(rest)).items()}
+    stacks: dict[str, tuple[list[str], list[str]]] = {}  # whole tensors of what is met in slices
     for at, names in here.items():
         layer = there.get(at)
         if layer is None:
             continue
-        if len(names) == len(layer.parameters):
+        stack = next((p.parameter for p in (*names, *layer.parameters) if isinstance(p, Slice)), "")
+        if stack:
+            ours, theirs = stacks.setdefault(stack, ([], []))
+            ours += names
+            theirs += layer.parameters
+        elif len(names) == len(layer.parameters):
             yield from (Same((g,), (w,)) for g, w in zip(names, layer.parameters, strict=True))
         elif 1 in (len(names), len(layer.parameters)):
-            yield Same(names, layer.parameters)
+            yield Same(tuple(names), layer.parameters)
+    yield from (Same(tuple(wholes(g)), tuple(wholes(w))) for g, w in stacks.values())
 
 
 def _grouped(shapes: Mapping[str, Shape]) -> dict[str, list[Layer]]:

@@ -7,11 +7,54 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import NamedTuple, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 AUX = "aux"  # the module of what is never pruned
 Shape: TypeAlias = tuple[int, ...]
 Modules: TypeAlias = "dict[str, list[Layer]]"
+
+
+class Slice(str):
+    """The name of one layer's part of a tensor that stacks several along its first axis.
+
+    It reads "experts.down_proj[3]": number `at` of the tensor `parameter`.
+    """
+
+    parameter: str
+    at: int
+
+    def __new__(cls, parameter: str, at: int) -> Slice:
+        self = super().__new__(cls, f"{parameter}[{at}]")
+        self.parameter, self.at = parameter, at
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Slice, (self.parameter, self.at)
+
+
+def slices(name: str, shape: Sequence[int]) -> list[str]:
+    """The names of all slices of a tensor."""
+    return [Slice(name, at) for at in range(shape[0])]
+
+
+def whole(name: str) -> str:
+    """The parameter that a layer's tensor is, or is a slice of."""
+    return name.parameter if isinstance(name, Slice) else name
+
+
+def wholes(names: Iterable[str]) -> list[str]:
+    """The parameters of layers' tensors, each once, in their order."""
+    return list(dict.fromkeys(map(whole, names)))
+
+
+def part_shape(shapes: Mapping[str, Sequence[int]], name: str) -> Shape:
+    """The shape of a layer's tensor, by the shapes of the parameters."""
+    return tuple(shapes[whole(name)])[isinstance(name, Slice) :]
+
+
+def part_of(tensors: Mapping[str, Any], name: str) -> Any:
+    """A layer's tensor; a view of the parameter where it is a slice."""
+    return tensors[name.parameter][name.at] if isinstance(name, Slice) else tensors[name]
 
 
 @dataclass(frozen=True)
@@ -19,10 +62,12 @@ class Layer:
     """Parameters whose squares are summed together: one tensor, or several such as split q, k, v.
 
     name: the parameter's without `.weight`; for several, their common prefix and e.g. `qkv`.
-    module: "qkv", "proj", "mlp", "aux", or the caller's own.
-    parameters: names, in the order in which their weights are ranked: q, k, v.
+    module: "qkv", "proj", "mlp", "aux", or the caller's own; with several towers, "text.qkv".
+    parameters: names, in the order in which their weights are ranked: q, k, v. Of a tensor that
+        stacks layers, such as experts, a layer has a slice: "experts.down_proj[3]".
     stage: from 0; None outside stages and in models without stages.
     block: from 0 within its stage; None outside blocks.
+    tower: which row of blocks, where a model has several: "text"; "" where it has one.
     """
 
     name: str
@@ -30,6 +75,7 @@ class Layer:
     parameters: tuple[str, ...]
     stage: int | None = None
     block: int | None = None
+    tower: str = ""
 
 
 class Located(Protocol):
@@ -41,11 +87,14 @@ class Located(Protocol):
     def stage(self) -> int | None: ...
     @property
     def block(self) -> int | None: ...
+    @property
+    def tower(self) -> str: ...
 
 
-def position(layer: Located, nowhere: float = math.inf) -> tuple[float, float]:
-    """Sort key: stage and block, with `nowhere` for those that have none."""
+def position(layer: Located, nowhere: float = math.inf) -> tuple[str, float, float]:
+    """Sort key: tower, stage and block, with `nowhere` for those that have none."""
     return (
+        layer.tower,
         nowhere if layer.stage is None else layer.stage,
         nowhere if layer.block is None else layer.block,
     )
@@ -57,25 +106,32 @@ class Rule(NamedTuple):
     module: str
     parts: tuple[re.Pattern[str], ...]
     name: str = ""  # of a layer of several tensors; "" joins theirs
-    ndim: int | None = None  # None: two or more
+    ndims: tuple[int, ...] | None = None  # None: two or more
     place: int = 0  # within a block
+    optional: tuple[int, ...] = ()  # places in `parts`
+    stacked: bool | None = None  # None: where it holds experts in three dimensions
 
 
 class Found(NamedTuple):
     layer: Layer
     rule: Rule
-    prefix: str | None  # what stands before the network's own names
+
+
+def holds_experts(name: str, shape: Shape) -> bool:
+    """Whether a tensor stacks experts, [experts, out, in] or [experts, in, out]."""
+    return len(shape) == 3 and "experts" in name.split(".")
 
 
 def assemble(
     names: Iterable[tuple[str, str]],  # (what the patterns match, the parameter's name)
     shapes: Mapping[str, Shape],
     rules: Sequence[Rule],
-    stages: range | None = None,
+    stages: range | tuple[str, ...] | None = None,
+    tower: str = "",
 ) -> tuple[list[Found], list[str]]:
     """Give each name to the first rule that matches all of it: layers in order, and problems.
 
-    A stage is the captured number's place in `stages`, or the number itself.
+    A stage is the captured text's place in `stages`, or the number itself.
     """
     problems: list[str] = []
     groups: dict[tuple[Rule, object], dict[int, str]] = {}  # -> part -> parameter
@@ -85,29 +141,35 @@ def assemble(
         if hit is None:
             continue
         rule, part, match = hit
-        ndim = len(shapes[name])
-        if ndim < 2 or rule.ndim not in (None, ndim):
-            wanted, got = rule.ndim or "two or more", show(name, shapes[name])
+        shape = shapes[name]
+        if len(shape) < 2 or (rule.ndims and len(shape) not in rule.ndims):
+            wanted = " or ".join(map(str, rule.ndims)) if rule.ndims else "two or more"
+            got = show(name, shape)
             problems.append(f"a weight to prune must have {wanted} dimensions, got {got}")
-        # One tensor is a layer by itself; several are joined by what their patterns capture.
-        key: tuple[Rule, object] = (rule, name if len(rule.parts) == 1 else match.groups())
-        group = groups.setdefault(key, {})
-        if part in group:
-            got = f"{group[part]} and {name} for {rule.parts[part].pattern}"
-            problems.append(f"a layer must have one tensor for each of its patterns, got {got}")
-        group[part] = name
-        captured[key] = match.groupdict()
+        stacked = holds_experts(name, shape) if rule.stacked is None else rule.stacked
+        pieces = slices(name, shape) if stacked and shape else [name]
+        for piece in pieces:
+            # One tensor is a layer by itself; several are joined by what their patterns capture.
+            index = piece.at if isinstance(piece, Slice) else None
+            single = len(rule.parts) == 1
+            key: tuple[Rule, object] = (rule, piece if single else (match.groups(), index))
+            group = groups.setdefault(key, {})
+            if part in group:
+                got = f"{group[part]} and {name} for {rule.parts[part].pattern}"
+                problems.append(f"a layer must have one tensor for each of its patterns, got {got}")
+            group[part] = piece
+            captured[key] = match.groupdict()
     found = []
     for key, group in groups.items():
         rule, numbers = key[0], captured[key]
         for part, pattern in enumerate(rule.parts):
-            if part not in group:
+            if part not in group and part not in rule.optional:
                 got = ", ".join(group.values())
                 problems.append(f"a layer must have a tensor for {pattern.pattern}, got only {got}")
         parameters = tuple(group[part] for part in sorted(group))
         stage, block = locate(numbers, parameters[0], stages)
-        layer = Layer(_layer_name(parameters, rule), rule.module, parameters, stage, block)
-        found.append(Found(layer, rule, numbers.get("prefix")))
+        name = layer_name(parameters, rule.name)
+        found.append(Found(Layer(name, rule.module, parameters, stage, block, tower), rule))
     return sorted(found, key=_order), problems
 
 
@@ -120,17 +182,20 @@ def _hit(bare: str, rules: Sequence[Rule]) -> tuple[Rule, int, re.Match[str]] | 
 
 
 def locate(
-    captured: Mapping[str, str | None], name: str, stages: range | None = None
+    captured: Mapping[str, str | None], name: str, stages: range | tuple[str, ...] | None = None
 ) -> tuple[int | None, int | None]:
     """Stage and block from the named groups of a match."""
-    for group in ("stage", "block"):
-        if not (captured.get(group) or "0").isdecimal():
-            got = f"{captured[group]!r} in {name}"
-            raise ValueError(f"group {group!r} must capture a number, got {got}")
     stage, block = captured.get("stage"), captured.get("block")
-    number = None if not stage else int(stage)
-    if number is not None and stages is not None:
-        number = stages.index(number)
+    if isinstance(stages, tuple):
+        number = None if not stage else stages.index(stage)
+        stage = "0"
+    for group, text in (("stage", stage), ("block", block)):
+        if not (text or "0").isdecimal():
+            raise ValueError(f"group {group!r} must capture a number, got {text!r} in {name}")
+    if not isinstance(stages, tuple):
+        number = None if not stage else int(stage)
+        if number is not None and stages is not None:
+            number = stages.index(number)
     return number, None if not block else int(block)
 
 
@@ -139,21 +204,25 @@ def by_module(found: Sequence[Found], names: Iterable[str], aux: list[Layer]) ->
     return {**modules, AUX: aux}
 
 
+def natural(name: str) -> list[int | str]:
+    """Sort key of a name in which 10 comes after 9."""
+    return [int(word) if i % 2 else word for i, word in enumerate(re.split(r"(\d+)", name))]
+
+
 def _order(found: Found) -> tuple[object, ...]:
-    """Sort key that does not depend on the mapping's order; 10 comes after 9."""
-    words = re.split(r"(\d+)", found.layer.name)
-    natural = [int(word) if i % 2 else word for i, word in enumerate(words)]
-    return *position(found.layer, -1), found.rule.place, natural
+    """Sort key that does not depend on the mapping's order."""
+    return *position(found.layer, -1), found.rule.place, natural(found.layer.name)
 
 
-def _layer_name(parameters: tuple[str, ...], rule: Rule) -> str:
+def layer_name(parameters: Sequence[str], joint: str) -> str:
+    """The name of a layer of these tensors; joint: the end of it where they are several."""
     if len(parameters) == 1:
         return parameters[0].removesuffix(".weight")
     split = [name.split(".") for name in parameters]
     columns = zip(*split, strict=False)
     head = [column[0] for column in takewhile(lambda column: len(set(column)) == 1, columns)]
     tails = (".".join(words[len(head) :]).removesuffix(".weight") for words in split)
-    return ".".join([*head, rule.name or "+".join(tails)])
+    return ".".join([*head, joint or "+".join(tails)])
 
 
 # What errors show
@@ -168,11 +237,16 @@ def first(lines: Sequence[str], most: int = 8) -> list[str]:
     return [*lines[:most], *more]
 
 
-def kinds(shapes: Mapping[str, Shape]) -> str:
+def kind_of(name: str) -> str:
+    """A name with its numbers as *."""
+    return re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
+
+
+def kinds(shapes: Mapping[str, Shape], most: int = 12) -> str:
     """The names of two or more dimensions (all, if there are none), numbers as *, with counts."""
     kinds: dict[str, list[Shape]] = {}
     matrices = {name: shape for name, shape in shapes.items() if len(shape) > 1}
     for name, shape in (matrices or shapes).items():
-        kinds.setdefault(re.sub(r"(?<![^.])\d+(?![^.])", "*", name), []).append(shape)
+        kinds.setdefault(kind_of(name), []).append(shape)
     lines = [f"  {len(found)} x {show(kind, found[0])}" for kind, found in kinds.items()]
-    return "\n".join(first(lines, 12))
+    return "\n".join(first(lines, most))

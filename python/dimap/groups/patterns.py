@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import TypeAlias
+from typing import Any
 
-from .layers import AUX, Layer, Modules, Rule, Shape, assemble, by_module, first, kinds
-
-Patterns: TypeAlias = "Mapping[str, str | Sequence[str | tuple[str, ...]]]"
+from .layers import AUX, Layer, Modules, Rule, Shape, assemble, by_module, first, kinds, whole
 
 
-def group_by(patterns: Patterns, shapes: Mapping[str, Shape]) -> Modules:
+def group_by(patterns: Mapping[str, Any], shapes: Mapping[str, Shape]) -> Modules:
     rules = _rules(patterns)
     found, problems = assemble([(name, name) for name in shapes], shapes, rules)
     for rule in rules:
@@ -23,7 +21,7 @@ def group_by(patterns: Patterns, shapes: Mapping[str, Shape]) -> Modules:
             )
     if problems:
         raise ValueError("\n".join(first(problems)))
-    claimed = {name for f in found for name in f.layer.parameters}
+    claimed = {whole(name) for f in found for name in f.layer.parameters}
     aux = [Layer(n.removesuffix(".weight"), AUX, (n,)) for n in shapes if n not in claimed]
     return by_module(found, patterns, aux)
 
@@ -46,13 +44,24 @@ def _rules(patterns: object) -> list[Rule]:
         if not rows:
             raise ValueError(f"patterns[{module!r}] must hold at least one regex, got {value!r}")
         for row in rows:
-            parts = row if isinstance(row, tuple) else (row,)
+            parts = tuple(row) if isinstance(row, (tuple, list)) else (row,)
             if not parts or not all(isinstance(part, str) for part in parts):
                 raise TypeError(f"patterns[{module!r}] must hold regexes as strings, got {row!r}")
+            if len(parts) == 1:
+                parts = _spread(parts[0])
             rules.append(Rule(module, tuple(_compile(module, part) for part in parts)))
     if not rules:
         raise ValueError(f"patterns must name at least one module, got {patterns!r}")
     return rules
+
+
+def _spread(regex: str) -> tuple[str, ...]:
+    """A regex with a group `part`, as in (?P<part>q|k|v), as one for each of its alternatives."""
+    found = re.search(r"\(\?P<part>([^()]*)\)", regex)
+    if found is None:
+        return (regex,)
+    head, tail = regex[: found.start()], regex[found.end() :]
+    return tuple(f"{head}(?:{part}){tail}" for part in found[1].split("|"))
 
 
 def _compile(module: str, regex: str) -> re.Pattern[str]:

@@ -10,7 +10,21 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, get_args
 
-from . import AUX, Layer, Located, Model, Patterns, group_names, shapes_of
+from . import (
+    AUX,
+    Choice,
+    Layer,
+    Located,
+    Model,
+    Patterns,
+    Slice,
+    group,
+    part_of,
+    part_shape,
+    shapes_of,
+    whole,
+    wholes,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,7 +38,9 @@ class Plan:
     """A model's prunable tensors in the order in which ties are kept, numbered for the operators.
 
     modules: all layers, as `find_modules` groups them.
-    names, sizes: of each tensor, its parameter's name and how many weights it has.
+    names, sizes: of each tensor, its name in its layer and how many weights it has. A parameter that
+        stacks layers is as many tensors, its slices.
+    notes: what the user should know of the grouping, one sentence each.
     tensors: the tensors themselves; empty where the plan was made of names and shapes.
     """
 
@@ -36,6 +52,7 @@ class Plan:
     scope_names: list[str] = field(default_factory=list)
     # of each scope: the module whose sparsity it has; None: the network's
     scope_modules: list[str | None] = field(default_factory=list)
+    notes: tuple[str, ...] = ()
     tensors: list[Tensor] = field(default_factory=list)
 
     @staticmethod
@@ -43,13 +60,14 @@ class Plan:
         shapes: Mapping[str, tuple[int, ...]],
         scope: str,
         normalize: str,
-        patterns: Patterns | None = None,
+        patterns: Patterns | Choice | None = None,
     ) -> Plan:
         """Plan for parameters of these names and shapes, of which no weight is looked at."""
         check_choice("scope", scope, get_args(Scope))
         check_choice("normalize", normalize, get_args(Normalize))
-        modules = group_names(shapes, patterns)
-        plan = Plan(modules)
+        grouping = group(shapes, patterns)
+        modules = grouping.modules
+        plan = Plan(modules, notes=grouping.notes)
         of_layer = scope_names(modules, scope)
         groups: dict[tuple[str, ...], int] = {}
         scopes: dict[str, int] = {}
@@ -62,26 +80,44 @@ class Plan:
                 plan.scope_modules.append(None if whole else module)
             # A sum never reaches beyond the scope in which its scores are compared.
             key = (name, *_group_key(layer, module, "layer" if scope == "layer" else normalize))
-            group = groups.setdefault(key, len(groups))
+            number = groups.setdefault(key, len(groups))
             for parameter in layer.parameters:
                 plan.names.append(parameter)
-                plan.sizes.append(math.prod(shapes[parameter]))
-                plan.layers.append(group)
+                plan.sizes.append(math.prod(part_shape(shapes, parameter)))
+                plan.layers.append(number)
                 plan.scopes.append(scopes[name])
         if not plan.names:
             raise ValueError("the model must have a module to prune, got only 'aux'")
         return plan
 
     @staticmethod
-    def of(model: Model, scope: str, normalize: str, patterns: Patterns | None = None) -> Plan:
+    def of(
+        model: Model, scope: str, normalize: str, patterns: Patterns | Choice | None = None
+    ) -> Plan:
         """Plan for a model or a state dict, with its tensors."""
         plan = Plan.of_shapes(shapes_of(model), scope, normalize, patterns)
         parameters = parameters_of(model)
-        plan.tensors = [parameters[name].detach() for name in plan.names]
+        for name in plan.names:
+            if isinstance(name, Slice) and hasattr(parameters[name.parameter], "placements"):
+                raise ValueError(
+                    f"{name.parameter} must be whole to be pruned expert by expert, got a DTensor: "
+                    "prune the checkpoint with `torchrun ... -m dimap prune` instead"
+                )
+        plan.tensors = [part_of(parameters, name).detach() for name in plan.names]
         for name, tensor in zip(plan.names, plan.tensors, strict=True):
             if tensor.is_meta:
                 raise ValueError(f"{name} must hold weights, got a tensor on the meta device")
         return plan
+
+    def merged(self, values: Sequence[Tensor]) -> dict[str, Tensor]:
+        """What was computed for each tensor, by parameter: slices are stacked again."""
+        import torch
+
+        parts: dict[str, list[Tensor]] = {}
+        for name, value in zip(self.names, values, strict=True):
+            parts.setdefault(whole(name), []).append(value)
+        stacked = {name.parameter for name in self.names if isinstance(name, Slice)}
+        return {n: torch.stack(p) if n in stacked else p[0] for n, p in parts.items()}
 
     def keep(self, sparsity: float | Mapping[str, float]) -> list[int]:
         """How many weights each scope keeps."""
@@ -129,19 +165,21 @@ class Plan:
         if not isinstance(given, Mapping):
             kind = type(given).__name__
             raise TypeError(f"saliency must be a mapping of names to tensors, got {kind}")
-        known = {p for layers in self.modules.values() for x in layers for p in x.parameters}
+        known = {whole(p) for found in self.modules.values() for x in found for p in x.parameters}
         if odd := [name for name in saliency if name not in known]:
             raise ValueError(f"saliency must be under the model's parameters, got {odd[0]!r}")
-        if missing := [name for name in self.names if name not in saliency]:
+        if missing := [name for name in wholes(self.names) if name not in saliency]:
             more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
             raise ValueError(
                 f"saliency must have every prunable parameter, got none for {missing[0]}{more}"
             )
         for name, weight in zip(self.names, self.tensors, strict=True):
-            value: object = saliency[name]
+            value: object = saliency[whole(name)]
             if not isinstance(value, Tensor):
                 raise TypeError(f"saliency of {name} must be a tensor, got {type(value).__name__}")
             problem = ""
+            if isinstance(name, Slice) and value.ndim and name.at < len(value):
+                value = value[name.at]
             if value.shape != weight.shape:
                 problem = f"have shape {tuple(weight.shape)}, got {tuple(value.shape)}"
             elif value.dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -155,7 +193,7 @@ class Plan:
                 problem = f"not be negative, got {got}"
             if problem:
                 raise ValueError(f"saliency of {name} must {problem}")
-        return [saliency[name].detach() for name in self.names]
+        return [part_of(saliency, name).detach() for name in self.names]
 
 
 def scope_names(modules: Mapping[str, Sequence[Located]], scope: str) -> dict[str, str]:
@@ -164,7 +202,7 @@ def scope_names(modules: Mapping[str, Sequence[Located]], scope: str) -> dict[st
     "module": the module's name. "global": "global". "layer": the layer's name. "type": the module's
     name, with the layer's place in its block where a block has several: "mlp.1" is every FC1,
     "mlp.2" every FC2. "block": "stage 0 block 1", or "block 1" where there are no stages. "stage":
-    "stage 0", which is the whole network where there are none.
+    "stage 0", which is the whole network where there are none; "text stage 0" in a tower.
 
     Raises ValueError where a layer lacks the number that its scope is named after.
     """
@@ -172,13 +210,14 @@ def scope_names(modules: Mapping[str, Sequence[Located]], scope: str) -> dict[st
     for module, layers in modules.items():
         if module == AUX:
             continue
-        seen: Counter[tuple[int | None, int | None]] = Counter()
+        seen: Counter[tuple[str, int | None, int | None]] = Counter()
         for layer in layers:
             if scope in ("type", "block", "stage"):
                 place = block_name(layer, "stage" if scope == "stage" else "block", "scope", scope)
             if scope == "type":
-                seen[layer.stage, layer.block] += 1
-                names[layer.name] = f"{module}.{seen[layer.stage, layer.block]}"
+                seen[layer.tower, layer.stage, layer.block] += 1
+                number = seen[layer.tower, layer.stage, layer.block]
+                names[layer.name] = f"{module}.{number}"
             elif scope in ("block", "stage"):
                 names[layer.name] = place
             else:
@@ -196,10 +235,11 @@ def block_name(layer: Located, kind: Literal["block", "stage"], argument: str, v
             f"{argument}={value!r} needs the {kind} of every prunable layer, "
             f"got none for {layer.name}: name it in the patterns, as (?P<{kind}>...)"
         )
+    tower = f"{layer.tower} " if layer.tower else ""
     if kind == "stage":
-        return f"stage {layer.stage or 0}"
+        return f"{tower}stage {layer.stage or 0}"
     where = f"block {layer.block}"
-    return where if layer.stage is None else f"stage {layer.stage} {where}"
+    return tower + (where if layer.stage is None else f"stage {layer.stage} {where}")
 
 
 def _group_key(layer: Layer, module: str, normalize: str) -> tuple[str, ...]:

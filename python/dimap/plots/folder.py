@@ -14,7 +14,7 @@ from string import Template
 from typing import TYPE_CHECKING, Any
 
 from .._files import replacing
-from ..groups import Layer, position
+from ..groups import Layer, part_of, position
 from ..report import LayerReport, ModuleReport, Pruned, Report
 from ..report.report import LAYERS, MODULES, columns, note_lines, summary_lines
 from ..report.text import Column, filled
@@ -103,7 +103,8 @@ class ReportOutput:
             blocks = choose_blocks(self.layers)
             drawn = [layer for layer in self.layers if block_of(layer) in blocks]
             names = {p for x in [*drawn, *_masked(self.layers).values()] for p in x.parameters}
-            self._source.weight = {n: model.get(n).clone() for n in names}.__getitem__
+            weight = self._source.weight
+            self._source.weight = {n: weight(n).clone() for n in names}.__getitem__
 
     def write(self, report: Report, pruning: Pruned) -> None:
         """Write all files."""
@@ -112,9 +113,14 @@ class ReportOutput:
             return
         weight = self._source.weight
         held = getattr(pruning, "masks", None)  # of what was pruned in memory
-        self._source.mask = (
-            held.__getitem__ if held else lambda name: kept_mask(weight(name), pruning.kept[name])
-        )
+
+        def mask(name: str) -> Tensor:
+            if not held:
+                return kept_mask(weight(name), pruning.kept[name])
+            found: Tensor = part_of(held, name)
+            return found
+
+        self._source.mask = mask
         figures = {"kept": kept_ratios(report), "weights": weight_histograms(self._source)}
         figures["kept"].set_label("kept share of every layer")
         figures["weights"].set_label("histograms of weights")

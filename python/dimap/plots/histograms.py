@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from ..groups import Layer, Patterns, position
+from ..groups import Choice, Layer, Patterns, position
 from . import style
 from .source import Source, kinds, place_name, source_of, spread
 
@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 BINS = 101  # in view; odd, so that zero is in the middle of one
 VIEW = 3.5  # root mean squares to either side
-Block = tuple["int | None", "int | None"]
+Block = tuple[str, "int | None", "int | None"]  # tower, stage, block
+MOST = 12  # columns: of many experts, a few
 
 
 @style.looking()
@@ -28,7 +29,7 @@ def weight_histograms(
     *,
     masks: Mapping[str, Tensor] | None = None,
     blocks: Sequence[int | tuple[int, int]] | None = None,
-    patterns: Patterns | None = None,
+    patterns: Patterns | Choice | None = None,
     title: str | None = None,
 ) -> Figure:
     """Draw histograms of the weights: one column for each type of layer, one row for each block.
@@ -53,6 +54,7 @@ def weight_histograms(
     names = kinds(source.layers)
     cells = {(block_of(x), names[x.name]): x for x in source.layers if block_of(x) in spots}
     columns = list(dict.fromkeys(kind for _, kind in cells))
+    columns = columns if len(columns) <= MOST else spread(columns, MOST)
     colors = style.module_colors(layer.module for layer in source.layers)
     figure = Figure(figsize=(style.WIDTH, 0.75 + 1.15 * len(spots)))
     grid = figure.subplots(len(spots), len(columns), sharex="col", squeeze=False)
@@ -118,7 +120,7 @@ def _rms(source: Source, layer: Layer) -> float:
 
 
 def block_of(layer: Layer) -> Block:
-    return layer.stage, layer.block
+    return layer.tower, layer.stage, layer.block
 
 
 def choose_blocks(
@@ -127,16 +129,18 @@ def choose_blocks(
     """The blocks to draw, checked; by default a few through the network."""
     spots: list[Block] = list(dict.fromkeys(map(block_of, sorted(layers, key=position))))
     if blocks is None:
-        firsts = [next(stage) for _, stage in groupby(spots, lambda spot: spot[0])]
+        firsts = [next(stage) for _, stage in groupby(spots, lambda spot: spot[:2])]
         return firsts[:4] if len(firsts) > 1 else spread(spots, 4)
-    wanted = [block if isinstance(block, tuple) else (None, block) for block in blocks]
-    for spot in wanted:
-        if spot not in spots:
-            raise ValueError(
-                f"a block must be one of {', '.join(map(_written, spots))}, got {_written(spot)}"
-            )
-    return list(dict.fromkeys(wanted))
+    wanted: dict[Block, None] = {}
+    for block in blocks:
+        where = block if isinstance(block, tuple) else (None, block)
+        found = [spot for spot in spots if spot[1:] == where]  # one in every tower
+        if not found:
+            known = ", ".join(dict.fromkeys(_written(spot) for spot in spots))
+            raise ValueError(f"a block must be one of {known}, got {_written(('', *where))}")
+        wanted |= dict.fromkeys(found)
+    return list(wanted)
 
 
 def _written(spot: Block) -> str:
-    return ".".join(str(n) for n in spot if n is not None)
+    return ".".join(str(n) for n in spot[1:] if n is not None)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from ..groups import Patterns, position
+from ..groups import Choice, Patterns, position
 from ..report import LayerReport
 from . import style
 from .source import counts_of, kinds
@@ -28,7 +28,7 @@ def kept_ratios(
     path: str | os.PathLike[str] | None = None,
     *,
     masks: Mapping[str, Tensor] | None = None,
-    patterns: Patterns | None = None,
+    patterns: Patterns | Choice | None = None,
     title: str | None = None,
 ) -> Figure:
     """Draw how much each layer keeps, block after block, coloured by module.

@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..groups import Layer, Patterns
+from ..groups import Choice, Layer, Patterns
 from . import style
 from .source import Source, source_of
 
@@ -50,7 +50,7 @@ def mask_picture(
     path: str | os.PathLike[str] | None = None,
     *,
     masks: Mapping[str, Tensor] | None = None,
-    patterns: Patterns | None = None,
+    patterns: Patterns | Choice | None = None,
     title: str | None = None,
 ) -> Figure:
     """Draw a layer's mask: kept weights in colour, pruned ones in grey.

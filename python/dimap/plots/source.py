@@ -6,7 +6,19 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ..groups import AUX, Layer, Patterns, family_of, group_names, position, shapes_of
+from ..groups import (
+    AUX,
+    Choice,
+    Layer,
+    Patterns,
+    Slice,
+    choose,
+    family_of,
+    group_names,
+    position,
+    shapes_of,
+    whole,
+)
 from ..groups.plan import parameters_of
 from ..report import LayerReport, Pruned, Report
 from ..report.text import names_in_blocks
@@ -37,12 +49,13 @@ class Source:
             masks = [self.mask(name) for name in layer.parameters]
             weights, kept = sum(m.numel() for m in masks), sum(int(m.sum()) for m in masks)
             place = (layer.name, layer.module, layer.stage, layer.block, layer.parameters)
-            rows.append(LayerReport(*place, weights, kept, nonzero=kept, threshold=None))
+            row = LayerReport(*place, weights, kept, kept, threshold=None, tower=layer.tower)
+            rows.append(row)
         return rows
 
 
 def source_of(
-    model: Any, masks: Mapping[str, Tensor] | None = None, patterns: Patterns | None = None
+    model: Any, masks: Mapping[str, Tensor] | None = None, patterns: Patterns | Choice | None = None
 ) -> Source:
     """Make a Source of a Pruning, a checkpoint that is open, a model or a state dict.
 
@@ -57,6 +70,7 @@ def source_of(
     import torch
 
     get: Callable[[str], Tensor]
+    choice = choose(patterns)
     if isinstance(model, Pruned):
         if not hasattr(model, "masks"):
             raise TypeError("model must hold its masks, got what was pruned from file to file")
@@ -64,20 +78,27 @@ def source_of(
         masks = model.masks if masks is None else masks
     elif hasattr(model, "tensors") and hasattr(model, "get"):  # an open checkpoint
         shapes, get = model.shapes(), model.get
+        choice = choice or getattr(model, "choice", choice)
     else:
         shapes, get = shapes_of(model), parameters_of(model).__getitem__
-    modules = model.modules if isinstance(model, Pruned) else group_names(shapes, patterns)
+    modules = model.modules if isinstance(model, Pruned) else group_names(shapes, choice)
     layers = prunable(modules)
-    known = {parameter for layer in layers for parameter in layer.parameters}
+    known = {whole(parameter) for layer in layers for parameter in layer.parameters}
     if odd := [name for name in masks or () if name not in known]:
         more = f" and {len(odd) - 1} more" if len(odd) > 1 else ""
         raise ValueError(
             f"masks must be of this model's prunable weights, got one of {odd[0]}{more}"
         )
 
+    def weight(name: str) -> Tensor:
+        found = get(whole(name)).detach()
+        return found[name.at] if isinstance(name, Slice) else found
+
     def mask(name: str) -> Tensor:
         if masks is None:
-            return get(name).detach() != 0
+            return weight(name) != 0
+        if isinstance(name, Slice):
+            return mask(name.parameter)[name.at]
         if name not in masks:  # of a pruning that left this layer out
             return torch.ones(shapes[name], dtype=torch.bool)
         found, shape = masks[name], tuple(shapes[name])
@@ -87,12 +108,12 @@ def source_of(
             )
         return found
 
-    family = None if patterns is not None else family_of(shapes)
-    return Source(layers, lambda name: get(name).detach(), mask, family.name if family else None)
+    family = None if choice else family_of(shapes)
+    return Source(layers, weight, mask, family.name if family else None)
 
 
 def counts_of(
-    model: Any, masks: Mapping[str, Tensor] | None = None, patterns: Patterns | None = None
+    model: Any, masks: Mapping[str, Tensor] | None = None, patterns: Patterns | Choice | None = None
 ) -> list[LayerReport]:
     """What each layer keeps, block after block: of a Report, or counted as `source_of`."""
     if isinstance(model, Pruned) and masks is None:
@@ -117,7 +138,8 @@ def spread(items: Sequence[Item], count: int) -> list[Item]:
 def place_name(layer: Layer | LayerReport, between: str = ", ") -> str:
     """ "stage 2, block 5" """
     named = [("stage", layer.stage), ("block", layer.block)]
-    return between.join(f"{kind} {number}" for kind, number in named if number is not None)
+    numbers = [f"{kind} {number}" for kind, number in named if number is not None]
+    return between.join([layer.tower, *numbers] if layer.tower else numbers)
 
 
 def kinds(layers: Sequence[Layer | LayerReport]) -> dict[str, str]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
-from ..groups import AUX
+from ..groups import AUX, part_shape, whole
 from ..groups.identity import addresses
 from ..groups.plan import scope_names
 from .report import LayerReport, ModuleReport, Report
@@ -33,12 +34,14 @@ class Pruned:
             "stage 0 block 1", "stage 0"; NaN where nothing is kept.
         scope, normalize: what the ranking used, given or the method's.
         sparsity: module name -> the ratio asked for.
+        grouping_notes: what the user should know of the grouping, one sentence each.
         saliency: what was ranked: "magnitude", "given", or the method's name ("taylor", "snip").
 
     A subclass has, as attributes or properties, by parameter name:
         shapes: of every parameter, "aux" included.
         kept: how many weights the masks keep, of every pruned parameter.
         nonzero: how many weights are not zero after pruning, of every parameter, "aux" included.
+            Of a parameter that stacks layers, all of these of its slices, too: "down_proj[3]".
         smallest: the smallest kept magnitude of the parameter or of its layer; none where nothing
             is kept.
     """
@@ -49,6 +52,7 @@ class Pruned:
     normalize: Normalize
     sparsity: dict[str, float]
     saliency: str = "magnitude"
+    grouping_notes: tuple[str, ...] = ()
 
     if TYPE_CHECKING:  # a dataclass would take a property of its base for a field's default
 
@@ -67,11 +71,10 @@ class Pruned:
         if self.saliency != "magnitude":
             found["saliency"] = self.saliency
         found |= {f"sparsity.{name}": repr(s) for name, s in self.sparsity.items()}
-        places = {
-            name: list(address)
-            for address, layer in addresses(self.modules).items()
-            for name in layer.parameters
-        }
+        places: dict[str, list[Any]] = {}
+        for address, layer in addresses(self.modules).items():
+            for name in layer.parameters:  # of slices, the first one's: the others follow
+                places.setdefault(whole(name), list(address))
         return found | {"addresses": json.dumps(places)}
 
     def report(
@@ -109,11 +112,15 @@ def build_report(
     weights = {name: math.prod(shape) for name, shape in pruning.shapes.items()}
     kept = {**weights, **pruning.kept}
     scopes = scope_names(pruning.modules, pruning.scope)
+    every = (p for layers in pruning.modules.values() for x in layers for p in x.parameters)
+    pieces = Counter(map(whole, every))  # slices of each parameter; 1 where it is whole
 
     def count(layer: Layer, density: Fraction) -> LayerReport:
         """density: kept share of the layer's module."""
         names = layer.parameters
-        dense = [flops.parameters.get(p, 0) for p in names] if flops else []
+        dense = (
+            [flops.parameters.get(p, 0) // pieces[p] for p in map(whole, names)] if flops else []
+        )
         left = dense
         if layer.module != AUX:
             # Every weight of a matrix or a kernel meets equally many tokens: count / weights.
@@ -124,7 +131,7 @@ def build_report(
             module=layer.module,
             stage=layer.stage,
             block=layer.block,
-            parameters=tuple(names),
+            parameters=tuple(map(str, names)),
             weights=sum(weights[p] for p in names),
             kept=sum(kept[p] for p in names),
             nonzero=sum(nonzero[p] for p in names),
@@ -133,6 +140,7 @@ def build_report(
             flops_dense=sum(dense) if flops else None,
             flops_nominal=round(sum(dense) * density) if flops else None,
             flops=sum(left) if flops else None,
+            tower=layer.tower,
         )
 
     rows: list[LayerReport] = []
@@ -159,7 +167,7 @@ def build_report(
         model=None if model is None or isinstance(model, Mapping) else type(model).__name__,
         input_size=flops.input_size if flops else None,
         flops_other=flops.other if flops else None,
-        notes=tuple(notes),
+        notes=(*notes, *pruning.grouping_notes),
         **_sums(modules, flops.other if flops else None),
     )
 
@@ -186,8 +194,8 @@ def _check_same(pruning: Pruned, model: nn.Module | Mapping[str, Tensor] | None)
     )
     shapes = pruning.shapes
     for name in (p for layers in pruning.modules.values() for x in layers for p in x.parameters):
-        shape = tuple(shapes[name])
-        got = tuple(tensors[name].shape) if name in tensors else "no such parameter"
+        shape, there = tuple(shapes[name]), tensors.get(whole(name))
+        got = "no such parameter" if there is None else part_shape({whole(name): there.shape}, name)
         if got != shape:
             raise ValueError(
                 f"model must be the one that was pruned: {name} must have shape {shape}, got {got}"

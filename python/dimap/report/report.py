@@ -9,7 +9,6 @@ A field may be added without a new version; none is renamed, removed or given an
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
@@ -80,7 +79,7 @@ class LayerReport(_Counts):
     """One prunable layer.
 
     Attributes:
-        name, module, stage, block, parameters: as in `groups.Layer`.
+        name, module, stage, block, parameters, tower: as in `groups.Layer`.
         weights: how many the layer has.
         kept: how many the masks keep.
         nonzero: how many are not zero; less than `kept` where kept weights were zero already.
@@ -106,6 +105,7 @@ class LayerReport(_Counts):
     flops_dense: int | None = None
     flops_nominal: int | None = None
     flops: int | None = None
+    tower: str = ""
 
 
 @dataclass(frozen=True)
@@ -244,7 +244,11 @@ class Report(_Counts):
             name = names[layer.name]
             return name if len(name) <= NAME else ".." + name[2 - NAME :]
 
-        block = Column("block", lambda x: ".".join(str(n) for n in position(x) if n < math.inf))
+        def place(layer: LayerReport) -> str:
+            numbers = (str(n) for n in (layer.stage, layer.block) if n is not None)
+            return " ".join(filter(None, (layer.tower, ".".join(numbers))))
+
+        block = Column("block", place)
         made = table([block, *columns(Column("layer", name, left=True), LAYERS)], layers)
         for line, (layer, after) in zip(made.rows, pairwise(layers), strict=False):
             line.end_section = layer.stage != after.stage

@@ -4,6 +4,8 @@
 #include <cstddef>
 #include <cstring>
 #include <functional>
+#include <type_traits>
+#include <vector>
 
 #include "emulator.h"
 
@@ -31,6 +33,11 @@ using cudaStream_t = void*;
 namespace emulator {
 // Each block of a cooperative grid has a thread of the system.
 cudaError_t launch(const cudaLaunchConfig_t& config, const std::function<void()>& kernel);
+// ... of the source, or of the PTX that goes by the kernel's address (../ptx/ptx.cpp).
+cudaError_t launch_any(const cudaLaunchConfig_t& config, void* kernel, const std::function<void()>& source,
+                       const char* parameters, size_t bytes);
+int resident(void* kernel, unsigned threads, size_t dynamic);
+void allow_shared(void* kernel, int bytes);
 constexpr int kProcessors = 3;
 // How often the host waited, or lent its memory to a copy: what no graph can replay.
 extern "C" int dimap_emulated_host_calls;
@@ -38,7 +45,16 @@ extern "C" int dimap_emulated_host_calls;
 
 template <typename... Expected, typename... Actual>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Expected...), Actual&&... arguments) {
-  return emulator::launch(*config, [&] { kernel(arguments...); });
+  std::vector<char> parameters(1 << 16);
+  size_t at = 0;
+  const auto pack = [&](auto value) {
+    at = (at + alignof(decltype(value)) - 1) / alignof(decltype(value)) * alignof(decltype(value));
+    std::memcpy(parameters.data() + at, &value, sizeof value);
+    at += sizeof value;
+  };
+  (pack(static_cast<std::remove_cv_t<Expected>>(arguments)), ...);
+  return emulator::launch_any(
+      *config, reinterpret_cast<void*>(kernel), [&] { kernel(arguments...); }, parameters.data(), at);
 }
 inline const char* cudaGetErrorString(cudaError_t) { return "an error of the emulator"; }
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
@@ -48,18 +64,21 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
   return cudaSuccess;
 }
 template <typename Kernel>
-cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel, int, size_t) {
-  return *blocks = 1, cudaSuccess;
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel kernel, int threads, size_t dynamic) {
+  *blocks = emulator::resident(reinterpret_cast<void*>(kernel), static_cast<unsigned>(threads), dynamic);
+  return cudaSuccess;
 }
 template <typename Kernel>
-cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int) {
-  return cudaSuccess;
+cudaError_t cudaFuncSetAttribute(Kernel kernel, cudaFuncAttribute, int bytes) {
+  return emulator::allow_shared(reinterpret_cast<void*>(kernel), bytes), cudaSuccess;
 }
 inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind, cudaStream_t) {
   emulator::dimap_emulated_host_calls += kind != cudaMemcpyDeviceToDevice;
+  emulator::mark(to, bytes, false);
   return std::memcpy(to, from, bytes), cudaSuccess;
 }
 inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {
+  emulator::mark(to, bytes, false);
   return std::memset(to, value, bytes), cudaSuccess;
 }
 inline cudaError_t cudaStreamSynchronize(cudaStream_t) {

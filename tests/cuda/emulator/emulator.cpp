@@ -4,7 +4,9 @@
 #include <barrier>
 #include <cstdio>
 #include <cstdlib>
+#include <map>
 #include <memory>
+#include <mutex>
 #include <random>
 #include <thread>
 #include <vector>
@@ -16,10 +18,11 @@ constinit thread_local emulator::Index threadIdx{}, blockIdx{}, gridDim{}, block
 namespace emulator {
 
 int dimap_emulated_host_calls = 0;
+thread_local uint32_t barriers = 1, runs = 0, latest[2] = {};
 
 namespace {
 
-constexpr size_t kStack = 1 << 17;
+constexpr size_t kStack = 1 << 19;  // a function of PTX has thousands of registers
 
 struct Warp {
   uint64_t words[2][32];
@@ -54,6 +57,8 @@ class Block {
     kernel_ = &kernel;
     current_block = this;
     any_ = 0;
+    ++barriers, ++runs;
+    latest[0] = latest[1] = 0;
     for (Fiber& f : fibers_) f.started = false, f.waits = Wait::kNone, f.exchanges = 0;
     while (true) {
       std::shuffle(order_.begin(), order_.end(), random_);
@@ -67,9 +72,11 @@ class Block {
       if (ran) continue;
       if (all(Wait::kDone, Wait::kDone)) return;
       if (all(Wait::kBlock, Wait::kDone)) {
+        latest[++barriers % 2] = 0;
         release(Wait::kBlock);
       } else if (grid_barrier && all(Wait::kGrid, Wait::kGrid)) {
         grid_barrier->arrive_and_wait();
+        ++barriers;
         release(Wait::kGrid);
       } else {
         fail("threads wait for each other at different barriers");
@@ -80,6 +87,10 @@ class Block {
   void wait(Wait for_what) {
     Fiber* me = running_;
     me->waits = for_what;
+    if (_setjmp(me->at) == 0) _longjmp(home_, 1);
+  }
+  void yield() {
+    Fiber* me = running_;
     if (_setjmp(me->at) == 0) _longjmp(home_, 1);
   }
   const uint64_t* exchange(uint64_t mine) {
@@ -151,6 +162,34 @@ class Block {
 
 thread_local Block* Block::current_block = nullptr;
 
+// Blocks that no grid runs on: their stacks are kept.
+class Spare {
+ public:
+  explicit Spare(unsigned threads) : threads_(threads) {
+    const std::lock_guard lock(mutex_);
+    auto& kept = kept_[threads];
+    if (kept.empty()) {
+      block_ = std::make_unique<Block>(threads);
+    } else {
+      block_ = std::move(kept.back());
+      kept.pop_back();
+    }
+  }
+  ~Spare() {
+    const std::lock_guard lock(mutex_);
+    kept_[threads_].push_back(std::move(block_));
+  }
+  Block& operator*() { return *block_; }
+
+ private:
+  static std::mutex mutex_;
+  static std::map<unsigned, std::vector<std::unique_ptr<Block>>> kept_;
+  unsigned threads_;
+  std::unique_ptr<Block> block_;
+};
+std::mutex Spare::mutex_;
+std::map<unsigned, std::vector<std::unique_ptr<Block>>> Spare::kept_;
+
 void run_block(Block& fibers, unsigned index, const cudaLaunchConfig_t& config, const std::function<void()>& kernel,
                std::barrier<>* grid_barrier) {
   blockIdx.x = index;
@@ -163,14 +202,13 @@ void run_block(Block& fibers, unsigned index, const cudaLaunchConfig_t& config, 
 
 void wait(Wait for_what) { Block::current_block->wait(for_what); }
 const uint64_t* exchange_in_warp(uint64_t mine) { return Block::current_block->exchange(mine); }
+void yield() { Block::current_block->yield(); }
 int any_in_block(int mine) { return Block::current_block->any(mine); }
 
 cudaError_t launch(const cudaLaunchConfig_t& config, const std::function<void()>& kernel) {
   const unsigned blocks = config.gridDim.x;
   if (config.numAttrs == 0) {
-    static thread_local std::unique_ptr<Block> fibers;
-    static thread_local unsigned size = 0;
-    if (size != config.blockDim.x) fibers = std::make_unique<Block>(size = config.blockDim.x);
+    Spare fibers(config.blockDim.x);
     for (unsigned b = blocks; b-- > 0;) run_block(*fibers, b, config, kernel, nullptr);  // any order must do
     return cudaSuccess;
   }
@@ -179,8 +217,8 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const std::function<void()>
   std::vector<std::thread> running;
   for (unsigned b = 0; b < blocks; ++b)
     running.emplace_back([&, b] {
-      Block fibers(config.blockDim.x);
-      run_block(fibers, b, config, kernel, &grid_barrier);
+      Spare fibers(config.blockDim.x);
+      run_block(*fibers, b, config, kernel, &grid_barrier);
     });
   for (std::thread& t : running) t.join();
   return cudaSuccess;
