@@ -157,7 +157,7 @@ def pruning_checkpoint(
         normalize = normalize or METHODS[method].normalize
         checkpoint.choice = choose(patterns, family, ignore) or checkpoint.choice
         shapes = checkpoint.shapes()
-        plan = Plan.of_shapes(shapes, scope, normalize, checkpoint.choice)
+        plan = Plan.of_shapes(shapes, scope, normalize, checkpoint.choice, checkpoint.ties())
         given = _join(sparsity, shares or {}, [name for name in plan.modules if name != AUX])
         keep, ratios = plan.keep(given), plan.ratios(given)
         _check(checkpoint, plan, out, bitmask, masks is not None, ranks)
