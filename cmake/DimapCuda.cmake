@@ -34,9 +34,14 @@ if(NOT DIMAP_CUDA STREQUAL "OFF")
       if(DEFINED ENV{CUDAARCHS})
         set(CMAKE_CUDA_ARCHITECTURES $ENV{CUDAARCHS})
       else()
-        set(CMAKE_CUDA_ARCHITECTURES 80-real;86-real;89-real;90-real;100-real;120)  # and PTX of the last
+        set(CMAKE_CUDA_ARCHITECTURES 80-real;86-real;89-real;90;100-real;120)  # and PTX of 90 and 120
       endif()
     endif()
+    foreach(_architecture IN LISTS CMAKE_CUDA_ARCHITECTURES)
+      if(_architecture MATCHES "^([0-9]+)" AND CMAKE_MATCH_1 LESS 80)
+        message(FATAL_ERROR "dimap: CMAKE_CUDA_ARCHITECTURES (or CUDAARCHS) must be 80 or later, got ${_architecture}")
+      endif()
+    endforeach()
     enable_language(CUDA)
     if(NOT CMAKE_CUDA20_STANDARD_COMPILE_OPTION)  # CMake learnt of it in 3.25.2, nvcc in 12.0
       set(CMAKE_CUDA20_STANDARD_COMPILE_OPTION -std=c++20)
@@ -82,7 +87,8 @@ if(_build)
     target_link_libraries(dimap_cuda PRIVATE ${DIMAP_TORCH_LIB}/libtorch_cuda.so)
   endif()
   set_target_properties(dimap_cuda PROPERTIES PREFIX "lib" CUDA_STANDARD 20 CUDA_STANDARD_REQUIRED ON
-                                              CUDA_RUNTIME_LIBRARY Static CUDA_SEPARABLE_COMPILATION OFF)
+                                              CUDA_RUNTIME_LIBRARY Static CUDA_SEPARABLE_COMPILATION OFF
+                                              CUDA_VISIBILITY_PRESET hidden)
 elseif(DIMAP_CUDA STREQUAL "ON")
   message(FATAL_ERROR "dimap: DIMAP_CUDA=ON needs a CUDA compiler (nvcc 12.0 or later): ${_why}. "
                       "Put nvcc on the PATH, set CUDACXX, or use DIMAP_CUDA=OFF")

@@ -149,6 +149,14 @@ class HostPlan {
   int64_t bytes() const { return static_cast<int64_t>(blob_.size()); }
   int64_t chunks() const { return chunks_; }
 
+  // Tells the device where the tensors' outputs are, once they are there: the plan was sent to the same place before.
+  void send_outs(char* to, std::span<void* const> outs, cudaStream_t stream) {
+    auto* tensors = reinterpret_cast<TensorEntry*>(blob_.data() + at_[0]);
+    for (size_t t = 0; t < outs.size(); ++t) tensors[t].out = outs[t];
+    const auto bytes = static_cast<int64_t>(outs.size() * sizeof(TensorEntry));
+    check(upload(to + at_[0], tensors, bytes, stream));
+  }
+
   Plan send(char* to, cudaStream_t stream) const {
     check(upload(to, blob_.data(), bytes(), stream));
     return {reinterpret_cast<const TensorEntry*>(to + at_[0]),

@@ -2,6 +2,7 @@
 // the device: weights that are not finite give thresholds of -1 and scores of NaN, and nothing is pruned.
 #include <torch/csrc/stable/library.h>
 
+#include <functional>
 #include <tuple>
 
 #include "bindings/cuda_common.h"
@@ -26,10 +27,20 @@ int32_t aside_stride(const Problem& problem, int64_t chunks) {
   return static_cast<int32_t>(std::clamp<int64_t>(each, kTuning.least_aside, kTuning.most_aside));
 }
 
-// Decides the cuts and writes masks or zeroes. masks: [tensors], or empty: zero in place. Thresholds: [modules] or
-// null.
-void run(const Device& device, const Problem& problem, std::span<void* const> masks, double* thresholds) {
-  const HostPlan host(problem, masks);
+// One run of 32 weights in how many is sampled, at most.
+int32_t sample_ratio(const Problem& problem) {
+  int64_t weights = 0;
+  for (const TensorView& t : problem.tensors) weights += t.numel;
+  int32_t ratio = kTuning.sample_ratio;
+  while (ratio < kMostRatio && weights / (2 * int64_t{ratio}) >= kTuning.sample_most) ratio *= 2;
+  return ratio;
+}
+
+// Decides the cuts and writes masks, or zeroes in place where `masks` is empty. masks() makes them, [tensors], while
+// the device is at work already. Thresholds: [modules] or null.
+void run(const Device& device, const Problem& problem, const std::function<std::vector<void*>()>& masks,
+         double* thresholds) {
+  HostPlan host(problem, {});
   const auto layers = static_cast<int64_t>(problem.layers()), modules = static_cast<int64_t>(problem.modules());
   const int bins = bins_for(layers);
   const int64_t stride = bins + 2;
@@ -45,9 +56,15 @@ void run(const Device& device, const Problem& problem, std::span<void* const> ma
     s.layers = space.take<LayerState>(layers);
     s.modules = space.take<ModuleState>(modules);
     s.table = space.take<Word>(layers * (kHead + 3 * bins));
-    s.scratch = {space.take<double>(layers * stride),  space.take<double>(layers * stride),
-                 space.take<int64_t>(layers * stride), space.take<uint32_t>(layers),
-                 space.take<uint32_t>(layers),         stride};
+    s.scratch = {space.take<double>(layers * stride),
+                 space.take<double>(layers * stride),
+                 space.take<int64_t>(layers * stride),
+                 space.take<uint32_t>(layers),
+                 space.take<uint32_t>(layers),
+                 stride,
+                 space.take<Search>(modules),
+                 space.take<Word>(modules * 2 * kProbes),
+                 space.take<int32_t>(2)};
     args.heads = space.take<Word>(layers * kHead);
     args.bad = space.take<int32_t>(1);
     args.quota = space.take<int64_t>(modules);
@@ -58,6 +75,7 @@ void run(const Device& device, const Problem& problem, std::span<void* const> ma
   }
   s.plan = emit_args.plan = host.send(blob, device.stream);
   s.bins = bins;
+  s.sample_ratio = sample_ratio(problem);
   s.most_aside = args.aside.stride / 6;
   args.thresholds = thresholds;
   emit_args.layers = s.layers;
@@ -65,9 +83,11 @@ void run(const Device& device, const Problem& problem, std::span<void* const> ma
   emit_args.aside = args.aside;
   emit_args.bad = args.bad;
   check(guess(args, device.stream));
-  check(read({s.plan, s.layers, s.table, args.aside, bins, args.bad}, !masks.empty(), device.stream));
+  if (masks) host.send_outs(blob, masks(), device.stream);
+  const bool zero = !masks;
+  check(read({s.plan, s.layers, s.table, args.aside, bins, args.bad}, !zero, device.stream));
   check(finish(args, device.stream));
-  check(emit(emit_args, masks.empty(), device.stream));
+  check(emit(emit_args, zero, device.stream));
 }
 
 std::tuple<std::vector<Tensor>, Tensor> select_cuts_op(std::vector<Tensor> weights, Ints layers, Ints modules,
@@ -75,9 +95,13 @@ std::tuple<std::vector<Tensor>, Tensor> select_cuts_op(std::vector<Tensor> weigh
   const Device device = device_of_all(weights);
   const std::vector<Tensor> inputs = contiguous(weights);
   const Problem problem = modules_problem(inputs, layers, modules, keep);
-  std::vector<Tensor> masks = device.empty_like(inputs, ScalarType::Bool);
+  std::vector<Tensor> masks;
   Tensor thresholds = device.empty({static_cast<int64_t>(keep.size())}, ScalarType::Double);
-  run(device, problem, pointers(masks), static_cast<double*>(thresholds.mutable_data_ptr()));
+  const auto make = [&] {
+    masks = device.empty_like(inputs, ScalarType::Bool);
+    return pointers(masks);
+  };
+  run(device, problem, make, static_cast<double*>(thresholds.mutable_data_ptr()));
   return {std::move(masks), std::move(thresholds)};
 }
 

@@ -83,7 +83,8 @@ __device__ inline Word warp_sum(Word value) {
   return value;
 }
 
-// Inclusive sums over a block of kCount warps, in order of threads. total: of all.
+// Sums over the threads before, of a block of kCount warps, in a fixed order. total: of all. Never a difference: what
+// comes before may be far less than a thread's own.
 template <int kCount, typename T>
 __device__ T block_scan(T value, T& total) {
   __shared__ T warps[kCount];
@@ -95,17 +96,19 @@ __device__ T block_scan(T value, T& total) {
   }
   __syncthreads();  // of an earlier call
   if (lane == 31) warps[warp] = value;
+  T before = __shfl_up_sync(0xFFFFFFFFu, value, 1);
+  if (lane == 0) before = T{};
   __syncthreads();
-  T before{};
+  T warps_before{};
   total = T{};
 #pragma unroll
   for (int w = 0; w < kCount; ++w) {
-    if (w < warp) before += warps[w];
+    if (w < warp) warps_before += warps[w];
     total += warps[w];
   }
-  return before + value;
+  return warps_before + before;
 }
 
-extern __shared__ uint32_t dynamic_shared[];
+alignas(16) extern __shared__ uint32_t dynamic_shared[];
 
 }  // namespace dimap::cuda

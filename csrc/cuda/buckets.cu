@@ -23,7 +23,7 @@ static_assert(kSorters >= kDigits && kRows * kSorters == kBucketSize && kRows % 
 static_assert(kChunk % kTile == 0 && kTile % kThreads == 0);
 
 // Where the histogram's window lies: around the median exponent of a sample, 128 bins for each power of two.
-__global__ void __launch_bounds__(kThreads) center_kernel(const __grid_constant__ BucketArgs a) {
+__global__ void __launch_bounds__(kThreads, 1) center_kernel(const __grid_constant__ BucketArgs a) {
   constexpr int kSamples = 8;  // of a thread
   __shared__ uint32_t count[256];
   for (int32_t l = static_cast<int32_t>(blockIdx.x); l < a.plan.layer_count; l += static_cast<int32_t>(gridDim.x)) {
@@ -55,7 +55,7 @@ __global__ void __launch_bounds__(kThreads) center_kernel(const __grid_constant_
   }
 }
 
-__global__ void __launch_bounds__(kThreads) histogram_kernel(const __grid_constant__ SurveyArgs a) {
+__global__ void __launch_bounds__(kThreads, 2) histogram_kernel(const __grid_constant__ SurveyArgs a) {
   __shared__ SurveyShared<kBucketBins> shared;
   survey<Reads::kAll>(a, shared);
 }
@@ -70,7 +70,7 @@ __device__ inline solver::Layer intervals_of(const BucketArgs& a, int32_t l) {
 }
 
 // Joins intervals to buckets that a block can hold, in order from the largest magnitudes: a block for a layer.
-__global__ void __launch_bounds__(kThreads) group_kernel(const __grid_constant__ BucketArgs a) {
+__global__ void __launch_bounds__(kThreads, 1) group_kernel(const __grid_constant__ BucketArgs a) {
   constexpr int kEach = (kIntervals + kThreads - 1) / kThreads;
   if (*a.bad != 0) return;
   for (int32_t l = static_cast<int32_t>(blockIdx.x); l < a.plan.layer_count; l += static_cast<int32_t>(gridDim.x)) {
@@ -84,9 +84,8 @@ __global__ void __launch_bounds__(kThreads) group_kernel(const __grid_constant__
     for (int i = from; i < to && i < kIntervals - 1; ++i) mine += layer.count(i), energy += layer.energy(i);
     int64_t all;
     double sum;
-    int64_t before = block_scan<kWarps>(mine, all) - mine;
-    double above = block_scan<kWarps>(energy, sum) - energy;
-    if (threadIdx.x != 0 && above < 0) above = 0;  // rounding
+    int64_t before = block_scan<kWarps>(mine, all);
+    double above = block_scan<kWarps>(energy, sum);
     int64_t group = before / size;
     int64_t previous = from > 0 && from < to ? (before - layer.count(from - 1)) / size : -1;
     for (int i = from; i < to; ++i) {
@@ -128,7 +127,7 @@ struct PartitionShared {
 static_assert(sizeof(PartitionShared) <= 48 << 10);
 
 // Moves keys and places to their buckets, a tile at a time. Zeros score 0 at once.
-__global__ void __launch_bounds__(kThreads) partition_kernel(const __grid_constant__ BucketArgs a) {
+__global__ void __launch_bounds__(kThreads, 2) partition_kernel(const __grid_constant__ BucketArgs a) {
   constexpr int kEach = kTile / kThreads, kSums = (kMostBuckets + kThreads - 1) / kThreads;
   if (*a.bad != 0) return;
   __shared__ PartitionShared s;
@@ -176,7 +175,7 @@ __global__ void __launch_bounds__(kThreads) partition_kernel(const __grid_consta
         counts[k] = b < kMostBuckets ? static_cast<int32_t>(s.count[b]) : 0;
         mine += counts[k];
       }
-      int32_t at = block_scan<kWarps>(mine, tile) - mine;
+      int32_t at = block_scan<kWarps>(mine, tile);
 #pragma unroll
       for (int k = 0; k < kSums; ++k) {
         const int b = me * kSums + k;
@@ -303,7 +302,7 @@ __device__ inline void sort_keys(SortShared& s, int rows, int bits) {
     int32_t mine = 0, all;
     if (me < kDigits)
       for (int w = 0; w < kSorterWarps; ++w) mine += static_cast<int32_t>(s.counters[w * kDigits + me]);
-    auto before = static_cast<uint32_t>(block_scan<kSorterWarps>(mine, all) - mine);
+    auto before = static_cast<uint32_t>(block_scan<kSorterWarps>(mine, all));
     if (me < kDigits)
       for (int w = 0; w < kSorterWarps; ++w) {
         uint32_t& counter = s.counters[w * kDigits + me];
@@ -342,7 +341,7 @@ __device__ double score_range(const Weights& weights, const Scores& scores, uint
   const int each = rows | 1, from = me * each, to = from + each < count ? from + each : count;
   double mine = 0, energy;
   for (int i = from; i < to; ++i) mine += squared_value(last - s.keys[i]);
-  double sum = above + (block_scan<kSorterWarps>(mine, energy) - mine);
+  double sum = above + block_scan<kSorterWarps>(mine, energy);
   for (int i = from; i < to; ++i) {
     const uint32_t key = last - s.keys[i];
     sum += squared_value(key);
@@ -454,7 +453,7 @@ __global__ void __launch_bounds__(kSorters, 2) small_kernel(const __grid_constan
 }
 
 // NaN everywhere, where a weight was not finite.
-__global__ void __launch_bounds__(kThreads) spoil_kernel(const __grid_constant__ Plan plan, const int32_t* bad) {
+__global__ void __launch_bounds__(kThreads, 2) spoil_kernel(const __grid_constant__ Plan plan, const int32_t* bad) {
   if (*bad == 0) return;
   for (int64_t c = blockIdx.x; c < plan.chunks; c += gridDim.x) {
     const TensorEntry& tensor = plan.tensors[tensor_of(plan, c)];

@@ -161,7 +161,7 @@ __global__ void __launch_bounds__(kThreads) share_kernel(const __grid_constant__
         }
       }
       int64_t total;
-      int64_t here = left - (block_scan<kWarps>(mine, total) - mine);
+      int64_t here = left - block_scan<kWarps>(mine, total);
 #pragma unroll
       for (int i = 0; i < kEach; ++i) {
         if (ties[i] == 0) continue;
@@ -206,7 +206,7 @@ __device__ void settle_in_order(const Piece& p, int64_t quota) {
   const int to = from + each < p.n ? from + each : p.n;
   int64_t mine = 0, total;
   for (int i = from; i < to; ++i) mine += key_of<kType>(weights[i]) == p.tie;
-  int64_t place = block_scan<kWarps>(mine, total) - mine;
+  int64_t place = block_scan<kWarps>(mine, total);
   for (int i = from; mine > 0 && i < to; ++i) {
     if (key_of<kType>(weights[i]) != p.tie) continue;
     if constexpr (kZero) {
@@ -234,11 +234,42 @@ __global__ void __launch_bounds__(kThreads, kOccupancy.blocks) settle_kernel(con
   }
 }
 
+// A word whose bytes are all ones where the mask's four bytes are not 0.
+__device__ __forceinline__ uint32_t spread_bytes(uint32_t mask) {
+  mask |= mask >> 4, mask |= mask >> 2, mask |= mask >> 1;
+  return (mask & 0x01010101u) * 255u;
+}
+
 template <typename T>
 __device__ void apply_chunk(const Piece& p) {
+  constexpr int kLanes = 16 / static_cast<int>(sizeof(T));
   T* weights = const_cast<T*>(static_cast<const T*>(p.tensor.data)) + p.offset;
   const auto* mask = static_cast<const uint8_t*>(p.tensor.out) + p.offset;
-  for (int i = static_cast<int>(threadIdx.x); i < p.n; i += kThreads)
+  int done = 0;
+  if (reinterpret_cast<uintptr_t>(weights) % 16 == 0 && reinterpret_cast<uintptr_t>(mask) % kLanes == 0) {
+    auto* vectors = reinterpret_cast<uint4*>(weights);
+    const int count = p.n / kLanes;
+    for (int i = static_cast<int>(threadIdx.x); i < count; i += kThreads) {
+      uint4 v = vectors[i];
+      if constexpr (kLanes == 4) {
+        const uint32_t kept = spread_bytes(reinterpret_cast<const uint32_t*>(mask)[i]);
+        v.x &= static_cast<uint32_t>(static_cast<int8_t>(kept)),
+            v.y &= static_cast<uint32_t>(static_cast<int8_t>(kept >> 8));
+        v.z &= static_cast<uint32_t>(static_cast<int8_t>(kept >> 16)),
+            v.w &= static_cast<uint32_t>(static_cast<int8_t>(kept >> 24));
+      } else {
+        const uint2 bytes = reinterpret_cast<const uint2*>(mask)[i];
+        const uint32_t low = spread_bytes(bytes.x), high = spread_bytes(bytes.y);
+        v.x &= (low & 0xFFu) * 0x101u | (low >> 8 & 0xFFu) * 0x1010000u;
+        v.y &= (low >> 16 & 0xFFu) * 0x101u | (low >> 24) * 0x1010000u;
+        v.z &= (high & 0xFFu) * 0x101u | (high >> 8 & 0xFFu) * 0x1010000u;
+        v.w &= (high >> 16 & 0xFFu) * 0x101u | (high >> 24) * 0x1010000u;
+      }
+      vectors[i] = v;
+    }
+    done = count * kLanes;
+  }
+  for (int i = done + static_cast<int>(threadIdx.x); i < p.n; i += kThreads)
     if (mask[i] == 0) weights[i] = 0;
 }
 

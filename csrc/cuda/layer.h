@@ -6,10 +6,18 @@
 
 namespace dimap::cuda {
 
-constexpr int kProbes = 16;      // thresholds tried at a time
+constexpr int kProbes = 128;     // thresholds tried at a time
 constexpr int kSegments = 256;   // of a layer's intervals, for the running sums
 constexpr int kStrides = 16;     // of segments
 constexpr int kExactParts = 32;  // of a layer's bins above those that need exact scores
+
+// The search for a module's threshold: the keep-th largest lower bound (0) and upper bound (1) of all weights' scores,
+// as bits of float64. At least as many as are wanted lie at `yes`, fewer at `no`.
+struct Search {
+  Word yes[2], no[2];
+  Word from[2], step[2];  // thresholds to try next: from + probe * step
+  int32_t open, hinted;
+};
 
 // Intervals of a layer, largest magnitudes first: 0 is what lies above the window, then the bins, then what lies below.
 struct Scratch {
@@ -17,6 +25,9 @@ struct Scratch {
   int64_t* seen;          // [layers, stride] weights up to and including the interval
   uint32_t *begin, *end;  // [layers] intervals that may hold the threshold
   int64_t stride;         // bins + 2
+  Search* searches;       // [modules]
+  Word* counts;           // [modules, 2, kProbes]
+  int32_t* open;          // [2]
 };
 
 struct SolverShared {
@@ -28,10 +39,8 @@ struct SolverShared {
       int64_t stride_count[kStrides];
     } bound;
     struct {
-      Word count[2 * kProbes];
-      Word yes[2], no[2], from[2], step[2];
       Word kept, tied, next, current;
-      int32_t go_on, undecided, hinted;
+      int32_t go_on, undecided;
     } find;
   };
 };
@@ -50,7 +59,8 @@ struct SolveArgs {
   Word* table;  // [layers, kHead + 3 * bins]; the sums above a window change where exact scores are found
   Scratch scratch;
   int32_t bins;
-  int32_t most_aside;  // weights of a whole chunk that a slot holds; 0: brackets are not for setting aside
+  int32_t sample_ratio;  // one run of 32 weights in this many is sampled, at most
+  int32_t most_aside;    // weights of a whole chunk that a slot holds; 0: brackets are not for setting aside
   Goal goal;
 };
 
@@ -117,8 +127,10 @@ struct Layer {  // one layer's part of the arguments
   DIMAP_HD double energy(int i) const {
     double sum = 0;
     if (i == 0) {
+      Word words[kWords];  // all loads at once: each takes as long as a hundred sums
+      for (int w = 0; w < kWords; ++w) words[w] = row[2 + w];
       for (int w = kWords - 1; w >= 0; --w)
-        if (row[2 + w]) sum += static_cast<double>(row[2 + w]) * power_of_two(32 * w - 298);
+        if (words[w]) sum += static_cast<double>(words[w]) * power_of_two(32 * w - 298);
     } else {
       const Word* b = bin(i);
       if (b[0])

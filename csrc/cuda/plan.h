@@ -14,7 +14,8 @@ struct Tuning {
   int threads = 256;            // in a block
   int chunk = 1 << 14;          // weights in one piece of work
   int most_bins = 1024;         // of a window; fewer where there are many layers
-  int sample_ratio = 32;        // one run of 32 weights in this many is sampled, where the layer is not small
+  int sample_ratio = 32;        // one run of 32 weights in this many is sampled, where the layer is not small,
+  int sample_most = 1 << 22;    // or more, a power of two, so that about this many weights are
   int sample_least = 1 << 15;   // weights of a layer that are sampled, at least
   int least_aside = 256;        // bytes for what is set aside of a chunk, and
   int most_aside = 12 << 10;    // at most: one weight in eight of a float32 chunk
@@ -35,14 +36,13 @@ struct Occupancy {
   int architecture;  // and those after it, up to the next entry: 10 times the compute capability
   int blocks;        // of emit's on a multiprocessor, at least: 64 registers a thread
   int emit_unroll;   // its 16-byte loads in flight in a thread
-  int read_blocks;   // of the deciding read's: 128 registers
+  int read_blocks;   // of the deciding read's: 80 registers
   int read_unroll;   // its loads
   int unroll;        // loads where registers do not matter
 };
 constexpr Occupancy kOccupancies[] = {
-    {80, 4, 2, 2, 4, 4},  {86, 4, 2, 2, 4, 4},  {89, 4, 2, 2, 4, 4},
-    {90, 4, 2, 2, 4, 4},  {100, 4, 2, 2, 2, 4},  // four loads of the deciding read spill registers here, and
-    {120, 4, 2, 2, 2, 4},                        // here
+    {80, 4, 2, 3, 2, 4}, {86, 4, 2, 3, 2, 4},  {89, 4, 2, 3, 2, 4},
+    {90, 4, 2, 3, 2, 4}, {100, 4, 2, 3, 2, 4}, {120, 4, 2, 3, 2, 4},
 };
 constexpr Occupancy occupancy_of(int architecture) {
   Occupancy found = kOccupancies[0];
@@ -64,6 +64,8 @@ constexpr int kBucketBins = 2048;                              // of the window 
 constexpr int kBucketSize = kTuning.sorters * kTuning.sorted;  // weights that a block sorts
 constexpr int kMostBuckets = kTuning.most_buckets;
 static_assert(kTuning.most_bins >= kLeastBins);
+constexpr int kMostRatio = kChunk / 32;  // a run in a chunk
+static_assert(kTuning.sample_ratio <= kMostRatio);
 static_assert(kChunk <= 1 << 14, "the shared sums hold 2^16 weights: four chunks; positions in a chunk 16 bits");
 
 struct TensorEntry {

@@ -6,13 +6,84 @@
 namespace dimap::cuda {
 namespace {
 
+constexpr int kReadVectors = kOccupancy.read_unroll;  // of 16 bytes, in flight in a thread
+constexpr int kLeastUnit = 22;                        // below it the scale is no float32
+constexpr int kSumBits = 30;                          // of the integers whose squares are summed four at a time
+
+// kReadVectors vectors of each thread, with no branch but for the few weights inside the bracket and for those far
+// above it. The weight over the grid's unit is an integer below 2^kSumBits, so its float32 is exact.
+template <DType kType, bool kMask>
+__device__ __forceinline__ void read_step(const storage_t<kType>* weights, int offset, const Bracket& bracket,
+                                          uint8_t* mask, const Slot<kType>& slot, uint32_t* aside, Above& t,
+                                          Word* row) {
+  using T = storage_t<kType>;
+  constexpr int kLanes = 16 / static_cast<int>(sizeof(T));
+  const auto* vectors = reinterpret_cast<const uint4*>(weights);
+  const int me = static_cast<int>(threadIdx.x);
+  const uint32_t width = t.end - t.base, far = static_cast<uint32_t>(t.unit + 1 + kSumBits - 24 + 1) << 23;
+  const uint32_t limit = far < t.limit ? far : t.limit;
+  const float scale_to_unit = __uint_as_float(static_cast<uint32_t>(127 + 149 - t.unit) << 23);
+  uint4 v[kReadVectors];
+#pragma unroll
+  for (int u = 0; u < kReadVectors; ++u) v[u] = __ldcs(vectors + me + u * kThreads);
+  uint32_t inside = 0, largest = 0, above = 0;  // a bit for each weight inside
+#pragma unroll
+  for (int u = 0; u < kReadVectors; ++u) {
+    const uint32_t words[4] = {v[u].x, v[u].y, v[u].z, v[u].w};
+    uint32_t bytes[2] = {0, 0};
+#pragma unroll
+    for (int four = 0; four < kLanes / 4; ++four) {
+      Word sum = 0;
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        const int lane = four * 4 + k;
+        uint32_t key;
+        if constexpr (sizeof(T) == 4)
+          key = key_of<kType>(words[lane % 4]);
+        else
+          key = key_of<kType>(static_cast<T>(words[lane / 2] >> (lane % 2 * 16)));
+        largest = key > largest ? key : largest;
+        const float scaled = key >= t.end && key < limit ? __uint_as_float(key) * scale_to_unit : 0.0f;
+        const uint32_t q = __float2uint_rz(scaled);
+        sum += static_cast<Word>(q) * q;
+        bytes[four] |= (key >= bracket.mark ? 1u : 0u) << (8 * k);
+        inside |= (key - t.base < width ? 1u : 0u) << (u * kLanes + lane);
+      }
+      t.low += sum;
+      t.high += t.low < sum;
+      above += static_cast<uint32_t>(__popc(bytes[four]));
+    }
+    if constexpr (kMask && kLanes == 4) reinterpret_cast<uint32_t*>(mask)[me + u * kThreads] = bytes[0];
+    if constexpr (kMask && kLanes == 8)
+      reinterpret_cast<uint2*>(mask)[me + u * kThreads] = make_uint2(bytes[0], bytes[1]);
+  }
+  const auto place_of = [&](int bit) { return (me + bit / kLanes * kThreads) * kLanes + bit % kLanes; };
+  if (largest >= limit) {
+#pragma unroll 1
+    for (int bit = 0; bit < kReadVectors * kLanes; ++bit) {
+      const uint32_t key = key_of<kType>(weights[place_of(bit)]);
+      if (key >= limit && key < kNonFinite) add_words(row + 2, square(key), 2 * scale(key));
+    }
+  }
+  t.largest = largest > t.largest ? largest : t.largest;
+#pragma unroll 1
+  for (; inside; inside &= inside - 1) {
+    const int at = place_of(__ffs(static_cast<int>(inside)) - 1);
+    const T bits = weights[at];
+    above -= key_of<kType>(bits) >= bracket.mark ? 1 : 0;
+    const uint32_t place = atomicAdd(aside, 1u);
+    if (place < static_cast<uint32_t>(slot.capacity)) slot.put(place, bits, offset + at);
+  }
+  t.count += above;
+}
+
 // One chunk of a layer whose bracket holds. mask: bytes, or null.
 template <DType kType, bool kMask>
 __device__ __forceinline__ void read_chunk(const storage_t<kType>* weights, int n, const Bracket& bracket,
                                            uint8_t* mask, const Slot<kType>& slot, uint32_t* aside, Above& t,
                                            Word* row) {
   using T = storage_t<kType>;
-  constexpr int kLanes = 16 / static_cast<int>(sizeof(T)), kUnroll = kOccupancy.read_unroll;
+  constexpr int kLanes = 16 / static_cast<int>(sizeof(T));
   auto decide = [&](T bits, int i) -> uint32_t {
     const uint32_t key = key_of<kType>(bits);
     t.largest = key > t.largest ? key : t.largest;
@@ -25,30 +96,11 @@ __device__ __forceinline__ void read_chunk(const storage_t<kType>* weights, int 
     return key >= bracket.mark ? 1u : 0u;
   };
   int done = 0;
-  if (reinterpret_cast<uintptr_t>(weights) % 16 == 0 && (!kMask || reinterpret_cast<uintptr_t>(mask) % 8 == 0)) {
-    const uint4* vectors = reinterpret_cast<const uint4*>(weights);
-    const int count = n / kLanes;
-    for (int start = static_cast<int>(threadIdx.x); start < count; start += kThreads * kUnroll) {
-      uint4 v[kUnroll];
-#pragma unroll
-      for (int u = 0; u < kUnroll; ++u)
-        if (start + u * kThreads < count) v[u] = vectors[start + u * kThreads];
-#pragma unroll
-      for (int u = 0; u < kUnroll; ++u) {
-        const int at = start + u * kThreads;
-        if (at >= count) continue;
-        const uint32_t words[4] = {v[u].x, v[u].y, v[u].z, v[u].w};
-        uint32_t bytes[2] = {0, 0};
-#pragma unroll
-        for (int k = 0; k < kLanes; ++k) {
-          const T bits = sizeof(T) == 4 ? static_cast<T>(words[k % 4]) : static_cast<T>(words[k / 2] >> (k % 2 * 16));
-          bytes[k / 4] |= decide(bits, at * kLanes + k) << (k % 4 * 8);
-        }
-        if constexpr (kMask && kLanes == 4) reinterpret_cast<uint32_t*>(mask)[at] = bytes[0];
-        if constexpr (kMask && kLanes == 8) reinterpret_cast<uint2*>(mask)[at] = make_uint2(bytes[0], bytes[1]);
-      }
-    }
-    done = count * kLanes;
+  if (t.unit >= kLeastUnit && reinterpret_cast<uintptr_t>(weights) % 16 == 0 &&
+      (!kMask || reinterpret_cast<uintptr_t>(mask) % 8 == 0)) {
+    constexpr int kStep = kThreads * kReadVectors * kLanes;
+    for (; done + kStep <= n; done += kStep)
+      read_step<kType, kMask>(weights + done, done, bracket, kMask ? mask + done : nullptr, slot, aside, t, row);
   }
   for (int i = done + static_cast<int>(threadIdx.x); i < n; i += kThreads) {
     const uint32_t byte = decide(weights[i], i);
@@ -98,7 +150,7 @@ __global__ void __launch_bounds__(kThreads, kOccupancy.read_blocks) read_kernel(
         uint8_t* mask = kMask ? static_cast<uint8_t*>(entry.out) + offset : nullptr;
         read_chunk<kType, kMask>(weights, n, bracket, mask, slot, aside, t, row);
       } else {
-        survey_chunk<kType>(entry, offset, n, t, s, row);
+        survey_chunk<kType, 1>(entry, offset, n, t, s, row);  // rare: registers are for the other
         const uint32_t inside = __reduce_add_sync(0xFFFFFFFFu, t.inside);
         t.inside = 0;
         if (threadIdx.x % 32 == 0 && inside) atomicAdd(aside, inside);
@@ -111,7 +163,7 @@ __global__ void __launch_bounds__(kThreads, kOccupancy.read_blocks) read_kernel(
       if (kept) {
         for (uint32_t i = threadIdx.x; i < inside; i += kThreads) see_inside(slot.key(static_cast<int>(i)), t, s);
       } else if (bracket.holds) {
-        for_each_key<kType, kOccupancy.emit_unroll>(weights, n, [&](uint32_t key, int) {
+        for_each_key<kType, 1>(weights, n, [&](uint32_t key, int) {
           if (key >= t.base && key < t.end) see_inside(key, t, s);
         });
       }

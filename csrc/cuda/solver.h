@@ -11,9 +11,86 @@
 
 namespace dimap::cuda {
 
-// Solves module m, whose layers have their bounds: writes its cuts, or the windows to look through next.
+namespace solver {
+
+// Where a module's search stands before any count. Relative to the score, bounds become as near as 2^-10, 2^-18 or
+// 2^-30.
+DIMAP_HD Word close_enough(Goal goal) {
+  return Word{1} << (goal == Goal::kGuess ? 42 : goal == Goal::kNarrow ? 34 : 22);
+}
+
+// Weights that must lie at a threshold for it to count as `yes`.
+DIMAP_HD int64_t wanted(const SolveArgs& a, const ModuleEntry& module, int which) {
+  if (a.goal != Goal::kGuess) return module.keep;
+  // 4.5 deviations of a count in a sample of neighbours that are alike
+  const double total = static_cast<double>(module.total), keep = static_cast<double>(module.keep);
+  const double variance = 4.0 * a.sample_ratio * keep * (1 - keep / total);
+  const auto margin = static_cast<int64_t>(4.5 * std::sqrt(variance)) + 1;
+  return which == 0 ? module.keep + margin : module.keep - margin;
+}
+
+// Thresholds to try: first where the threshold should be, then all over what is left.
+DIMAP_HD void spread(Search& s, int which, const ModuleState& known) {
+  const Word first = bits_of(known.hint_low), last = bits_of(known.hint_high);
+  const bool hinted = s.hinted && first > s.yes[which] && last < s.no[which] && last - first >= kProbes;
+  s.step[which] = hinted ? (last - first) / (kProbes - 1) : (s.no[which] - s.yes[which]) / (kProbes + 1);
+  s.from[which] = hinted ? first : s.yes[which] + s.step[which];
+}
+
+DIMAP_HD Search start_search(const SolveArgs& a, int32_t m) {
+  const ModuleEntry& module = a.plan.modules[m];
+  const ModuleState& known = a.modules[m];
+  const bool guess = a.goal == Goal::kGuess;
+  Search s;
+  for (int which = 0; which < 2; ++which) {
+    s.yes[which] = bits_of(guess ? 0.0 : known.low);
+    s.no[which] = bits_of(guess ? 1.0 : known.high) + 1;
+  }
+  if (wanted(a, module, 0) > module.total) s.no[0] = s.yes[0] = 0;
+  if (wanted(a, module, 1) < 1) s.yes[1] = s.no[1] = bits_of(1.0);
+  s.open = !known.decided && module.keep > 0;
+  s.hinted = 1;
+  for (int which = 0; which < 2; ++which) spread(s, which, known);
+  return s;
+}
+
+DIMAP_HD double threshold_of(const Search& s, int which, int probe) {
+  return double_of(s.from[which] + s.step[which] * static_cast<Word>(probe));
+}
+
+// Weights of a layer whose bound is at least the threshold; bound, seen: [intervals].
+DIMAP_HD int64_t count_at(const double* bound, const int64_t* seen, int intervals, double threshold) {
+  int from = 0, to = intervals;
+  while (from < to) {
+    const int middle = (from + to) / 2;
+    if (bound[middle] >= threshold)
+      from = middle + 1;
+    else
+      to = middle;
+  }
+  return from > 0 ? seen[from - 1] : 0;
+}
+
+// What a round of counts says: `passed` of the probes, from the first on, had as many as are wanted.
+DIMAP_HD void next_search(Search& s, const SolveArgs& a, int32_t m, const int passed[2]) {
+  const Word close = close_enough(a.goal);
+  s.open = s.hinted = 0;
+  for (int which = 0; which < 2; ++which) {
+    if (s.no[which] - s.yes[which] > close) {
+      if (passed[which] < kProbes) s.no[which] = s.from[which] + s.step[which] * static_cast<Word>(passed[which]);
+      if (passed[which] > 0) s.yes[which] = s.from[which] + s.step[which] * static_cast<Word>(passed[which] - 1);
+      if (s.no[which] - s.yes[which] > close) s.open = 1;
+    }
+    spread(s, which, a.modules[m]);
+  }
+}
+
+}  // namespace solver
+
+// Solves module m, whose layers have their bounds and whose threshold was searched: writes its cuts, or the windows to
+// look through next.
 template <typename Exec>
-DIMAP_HD void solve_module(Exec& exec, const SolveArgs& a, int32_t m, SolverShared& shared) {
+DIMAP_HD void solve_module(Exec& exec, const SolveArgs& a, int32_t m, const Search& found, SolverShared& shared) {
   using namespace solver;
   auto& s = shared.find;
   const bool guess = a.goal == Goal::kGuess;
@@ -37,69 +114,8 @@ DIMAP_HD void solve_module(Exec& exec, const SolveArgs& a, int32_t m, SolverShar
     return;
   }
 
-  // The keep-th largest lower bound (0) and upper bound (1), each as near as `close` units in the last place, on the
-  // safe side. Relative to the score that is 2^-10, 2^-18 or 2^-30.
-  const Word close = Word{1} << (guess ? 42 : a.goal == Goal::kNarrow ? 34 : 22);
-  int64_t wanted[2] = {module.keep, module.keep};
-  if (guess) {  // 4.5 deviations of a count in a sample of neighbours that are alike
-    const double total = static_cast<double>(module.total), keep = static_cast<double>(module.keep);
-    const double variance = 4.0 * kTuning.sample_ratio * keep * (1 - keep / total);
-    const auto margin = static_cast<int64_t>(4.5 * std::sqrt(variance)) + 1;
-    wanted[0] += margin;
-    wanted[1] -= margin;
-  }
-  // Thresholds to try: first where the threshold should be, then all over what is left.
-  auto spread = [&](int which) {
-    const ModuleState& known = a.modules[m];
-    const Word first = bits_of(known.hint_low), last = bits_of(known.hint_high);
-    const bool hinted = s.hinted && first > s.yes[which] && last < s.no[which] && last - first >= kProbes;
-    s.step[which] = hinted ? (last - first) / (kProbes - 1) : (s.no[which] - s.yes[which]) / (kProbes + 1);
-    s.from[which] = hinted ? first : s.yes[which] + s.step[which];
-  };
-  exec.one([&] {
-    const ModuleState& known = a.modules[m];
-    for (int which = 0; which < 2; ++which) {
-      s.yes[which] = bits_of(guess ? 0.0 : known.low);
-      s.no[which] = bits_of(guess ? 1.0 : known.high) + 1;
-    }
-    if (wanted[0] > module.total) s.no[0] = s.yes[0] = 0;
-    if (wanted[1] < 1) s.yes[1] = s.no[1] = bits_of(1.0);
-    s.hinted = 1;
-    for (int which = 0; which < 2; ++which) spread(which);
-    for (Word& c : s.count) c = 0;
-    s.go_on = 1;
-    s.undecided = 0;
-    s.kept = 0;
-  });
-  while (s.go_on) {
-    exec.each(layers * 2 * kProbes, [&](int64_t j) {
-      const int which = static_cast<int>(j / kProbes % 2), probe = static_cast<int>(j % kProbes);
-      const Layer layer = layer_of(a, order[j / (2 * kProbes)]);
-      const double* bound = which ? layer.high : layer.low;
-      const double t = double_of(s.from[which] + s.step[which] * static_cast<Word>(probe));
-      const int n = layer.head([&](int i) { return bound[i] >= t; });
-      exec.add(&s.count[which * kProbes + probe], static_cast<Word>(layer.before(n)));
-    });
-    exec.one([&] {
-      s.go_on = s.hinted = 0;
-      for (int which = 0; which < 2; ++which) {
-        if (s.no[which] - s.yes[which] > close) {
-          for (int probe = 0; probe < kProbes; ++probe) {
-            const Word t = s.from[which] + s.step[which] * static_cast<Word>(probe);
-            if (static_cast<int64_t>(s.count[which * kProbes + probe]) < wanted[which]) {
-              s.no[which] = t;
-              break;
-            }
-            s.yes[which] = t;
-          }
-          if (s.no[which] - s.yes[which] > close) s.go_on = 1;
-        }
-        for (int probe = 0; probe < kProbes; ++probe) s.count[which * kProbes + probe] = 0;
-        spread(which);
-      }
-    });
-  }
-  const double low = double_of(s.yes[0]), high = double_of(s.no[1]);
+  const double low = double_of(found.yes[0]), high = double_of(found.no[1]);
+  exec.one([&] { s.undecided = 0, s.kept = 0; });
 
   // What lies between the two.
   exec.each(layers, [&](int64_t j) {
@@ -115,9 +131,10 @@ DIMAP_HD void solve_module(Exec& exec, const SolveArgs& a, int32_t m, SolverShar
     if (end < begin) end = begin;
     a.scratch.begin[layer.number] = static_cast<uint32_t>(begin);
     a.scratch.end[layer.number] = static_cast<uint32_t>(end);
-    bool single = true;
-    for (int i = begin; i < end; ++i) single &= layer.seen[i] == layer.before(i) || layer.first(i) == layer.last(i);
-    if (!single || guess) exec.add(&s.undecided, 1);
+    bool single = !guess;
+    for (int i = begin; single && i < end; ++i)
+      single = layer.first(i) == layer.last(i) || layer.seen[i] == layer.before(i);
+    if (!single) exec.add(&s.undecided, 1);
     exec.add(&s.kept, static_cast<Word>(layer.before(begin)));
   });
 

@@ -132,22 +132,35 @@ __device__ inline uint32_t mix(uint32_t x) {  // a finaliser of 32 bits: where i
   return x ^ x >> 16;
 }
 
-template <DType kType, typename Shared>
+template <DType kType, int kUnroll, typename Shared>
 __device__ __forceinline__ void survey_chunk(const TensorEntry& tensor, int64_t offset, int n, Above& t, Shared& s,
                                              Word* row) {
   const void* data = static_cast<const storage_t<kType>*>(tensor.data) + offset;
-  for_each_key<kType, kOccupancy.unroll>(data, n, [&](uint32_t key, int) { see(key, t, s, row); });
+  for_each_key<kType, kUnroll>(data, n, [&](uint32_t key, int) { see(key, t, s, row); });
 }
 
-// ... of one run of 32 neighbours in `ratio`.
+// ... of one run of 32 neighbours in `ratio`, of n weights from a multiple of 32 * ratio on. A warp takes a run, with
+// kLoads of them in flight.
 template <DType kType, typename Shared>
-__device__ __forceinline__ void sample_chunk(const TensorEntry& tensor, int64_t offset, int n, uint32_t ratio,
+__device__ __forceinline__ void sample_piece(const TensorEntry& tensor, int64_t offset, int64_t n, uint32_t ratio,
                                              uint32_t seed, Above& t, Shared& s, Word* row) {
-  const auto* weights = static_cast<const storage_t<kType>*>(tensor.data) + offset;
-  for (int i = static_cast<int>(threadIdx.x); i / 32 * 32 * static_cast<int>(ratio) < n; i += kThreads) {
-    const uint32_t run = static_cast<uint32_t>(i) / 32;
-    const uint32_t at = (run * ratio + (mix(seed + run) & (ratio - 1))) * 32 + static_cast<uint32_t>(i) % 32;
-    if (at < static_cast<uint32_t>(n)) see(key_of<kType>(weights[at]), t, s, row);
+  constexpr int kLoads = 4;
+  const auto* weights = static_cast<const storage_t<kType>*>(tensor.data);
+  const int64_t first = offset / 32 / ratio, runs = (n + 32 * int64_t{ratio} - 1) / (32 * int64_t{ratio});
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  for (int64_t start = threadIdx.x / 32; start < runs; start += kWarps * kLoads) {
+    storage_t<kType> bits[kLoads];
+    bool there[kLoads];
+#pragma unroll
+    for (int k = 0; k < kLoads; ++k) {
+      const int64_t run = first + start + k * kWarps;
+      const int64_t at = (run * ratio + (mix(seed + static_cast<uint32_t>(run)) & (ratio - 1))) * 32 + lane;
+      there[k] = start + k * kWarps < runs && at < offset + n;
+      if (there[k]) bits[k] = weights[at];
+    }
+#pragma unroll
+    for (int k = 0; k < kLoads; ++k)
+      if (there[k]) see(key_of<kType>(bits[k]), t, s, row);
   }
 }
 
@@ -175,9 +188,11 @@ __device__ __forceinline__ void survey(const SurveyArgs& a, Shared& s) {
     flush_above(t, row);
     if (threadIdx.x == 0) atomicAdd(row, static_cast<Word>(read));
   };
-  for (int64_t c = first; c < last; ++c) {
+  uint32_t sampled = 0;  // weights of a sample that may lie in the bins, at most
+  for (int64_t c = first, next; c < last; c = next) {
     while (a.plan.tensors[tensor + 1].first_chunk <= c) ++tensor;
     const TensorEntry entry = a.plan.tensors[tensor];
+    next = c + 1;
     if (a.modules && a.modules[a.plan.layers[entry.layer].module].decided) continue;
     if (kReads == Reads::kEscaped && a.layers[entry.layer].bracket.holds) continue;
     if (entry.layer != layer) {
@@ -187,19 +202,31 @@ __device__ __forceinline__ void survey(const SurveyArgs& a, Shared& s) {
       bins = static_cast<int>(a.layers[layer].view.bins);
       ratio = a.layers[layer].ratio;
       read = 0;
+      sampled = 0;
       t.look_through(a.layers[layer].view);
       if (!a.above) t.sum_nothing();
     }
     const int64_t offset = (c - entry.first_chunk) * kChunk;
-    const int n = static_cast<int>(entry.numel - offset < kChunk ? entry.numel - offset : kChunk);
-    for_type(entry.dtype, [&]<DType kType>() {
-      if constexpr (kReads == Reads::kSample) {
-        const uint32_t seed = mix(static_cast<uint32_t>(c)) ^ static_cast<uint32_t>(c >> 32);
-        sample_chunk<kType>(entry, offset, n, ratio, seed, t, s, row);
-      } else {
-        survey_chunk<kType>(entry, offset, n, t, s, row);
+    if constexpr (kReads == Reads::kSample) {  // as many chunks of the tensor at a time as surely fit the bins
+      const int64_t end = entry.first_chunk + (entry.numel + kChunk - 1) / kChunk, most = c + 2 * int64_t{ratio};
+      next = end < last ? end : last;
+      next = next < most ? next : most;
+      const int64_t to =
+          (next - entry.first_chunk) * kChunk < entry.numel ? (next - entry.first_chunk) * kChunk : entry.numel;
+      const auto here = static_cast<uint32_t>((to - offset) / ratio) + 32;
+      if (sampled + here > 65535u) {
+        flush_bins(s, row, bins, a.first_bin);
+        sampled = 0;
       }
-    });
+      sampled += here;
+      for_type(entry.dtype, [&]<DType kType>() {
+        sample_piece<kType>(entry, offset, to - offset, ratio, mix(static_cast<uint32_t>(tensor)), t, s, row);
+      });
+      read += to - offset;
+      continue;
+    }
+    const int n = static_cast<int>(entry.numel - offset < kChunk ? entry.numel - offset : kChunk);
+    for_type(entry.dtype, [&]<DType kType>() { survey_chunk<kType, kOccupancy.unroll>(entry, offset, n, t, s, row); });
     read += n;
     // The shared sums hold 2^16 - 1 weights.
     const uint32_t inside = __reduce_add_sync(0xFFFFFFFFu, t.inside);

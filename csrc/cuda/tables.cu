@@ -93,6 +93,7 @@ __global__ void __launch_bounds__(kThreads) table_kernel(const __grid_constant__
 }
 
 __global__ void __launch_bounds__(kThreads) look_up_kernel(const __grid_constant__ TableArgs a) {
+  if (*a.bad != 0) return;  // the table has no entry for an infinity or a NaN
   for (int64_t c = blockIdx.x; c < a.plan.chunks; c += gridDim.x) {
     const TensorEntry entry = a.plan.tensors[tensor_of(a.plan, c)];
     const int64_t offset = (c - entry.first_chunk) * kChunk;

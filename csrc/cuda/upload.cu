@@ -15,7 +15,8 @@ struct Payload {
 };
 
 __global__ void upload_kernel(uint64_t* to, int words, const __grid_constant__ Payload payload) {
-  for (int i = static_cast<int>(threadIdx.x); i < words; i += static_cast<int>(blockDim.x)) to[i] = payload.words[i];
+  const int i = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
+  if (i < words) to[i] = payload.words[i];
 }
 
 }  // namespace
@@ -26,8 +27,8 @@ cudaError_t upload(void* to, const void* from, int64_t bytes, cudaStream_t strea
     const int64_t part = bytes - at < kPayload ? bytes - at : kPayload;
     std::memcpy(payload.words, static_cast<const char*>(from) + at, static_cast<size_t>(part));
     if (const cudaError_t error =
-            launch(upload_kernel, 1, stream, reinterpret_cast<uint64_t*>(static_cast<char*>(to) + at),
-                   static_cast<int>((part + 7) / 8), payload);
+            launch(upload_kernel, static_cast<unsigned>((part / 8 + kThreads) / kThreads), stream,
+                   reinterpret_cast<uint64_t*>(static_cast<char*>(to) + at), static_cast<int>((part + 7) / 8), payload);
         error != cudaSuccess)
       return error;
   }

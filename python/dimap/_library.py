@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeAlias
@@ -31,6 +32,13 @@ def _load() -> bool:
     cuda = _find("dimap_cuda")
     if cuda is None or torch.version.cuda is None:
         return False
+    built, has = str(_C.build_info()["cuda"]).split(".")[0], torch.version.cuda.split(".")[0]
+    if built != has:
+        warnings.warn(
+            f"dimap was built with CUDA {built} and torch with CUDA {has}: a driver that runs the one may "
+            "not run the other. Build dimap with torch's CUDA, or set DIMAP_CUDA=OFF",
+            stacklevel=2,
+        )
     torch.ops.load_library(str(cuda))
     return True
 

@@ -95,6 +95,28 @@ void survey(const std::vector<uint32_t>& keys, const View& view, Word* row, uint
   }
 }
 
+// The search of module 0, as the device's blocks go about it.
+Search search(const SolveArgs& args, int32_t layers) {
+  Search s = solver::start_search(args, 0);
+  while (s.open) {
+    int passed[2] = {0, 0};
+    for (int which = 0; which < 2; ++which) {
+      const int64_t wanted = solver::wanted(args, args.plan.modules[0], which);
+      for (; passed[which] < kProbes; ++passed[which]) {
+        int64_t count = 0;
+        for (int32_t l = 0; l < layers; ++l) {
+          const solver::Layer layer = solver::layer_of(args, l);
+          count += solver::count_at(which ? layer.high : layer.low, layer.seen, layer.intervals(),
+                                    solver::threshold_of(s, which, passed[which]));
+        }
+        if (count < wanted) break;
+      }
+    }
+    solver::next_search(s, args, 0, passed);
+  }
+  return s;
+}
+
 int run(const Case& c, int trial, bool sampled) {
   const int bins = kLeastBins;
   const auto count = static_cast<int32_t>(c.layers.size());
@@ -115,9 +137,15 @@ int run(const Case& c, int trial, bool sampled) {
   std::vector<int64_t> seen(count * stride);
   std::vector<uint32_t> begin(count), end(count);
   std::vector<Word> table(count * columns);
-  SolveArgs args{
-      {nullptr, layers.data(), &module, order.data(), 0, count, 1, 0},          states.data(), &result, table.data(),
-      {low.data(), high.data(), seen.data(), begin.data(), end.data(), stride}, bins,          1 << 10, Goal::kGuess};
+  SolveArgs args{{nullptr, layers.data(), &module, order.data(), 0, count, 1, 0},
+                 states.data(),
+                 &result,
+                 table.data(),
+                 {low.data(), high.data(), seen.data(), begin.data(), end.data(), stride, nullptr, nullptr, nullptr},
+                 bins,
+                 kTuning.sample_ratio,
+                 1 << 10,
+                 Goal::kGuess};
   HostExec exec;
   SolverShared shared{};
   int rounds = 0;
@@ -128,7 +156,7 @@ int run(const Case& c, int trial, bool sampled) {
     for (int32_t l = 0; l < count; ++l)
       survey(c.layers[l], states[l].view, table.data() + l * columns, round < 0 ? 4 : 1);
     for (int32_t l = 0; l < count; ++l) bound_layer(exec, args, l, shared);
-    solve_module(exec, args, 0, shared);
+    solve_module(exec, args, 0, search(args, count), shared);
   }
 
   // The specification: exact scores, sorted.

@@ -10,7 +10,7 @@ import pytest
 import torch
 from dimap import ops, reference
 from hypothesis import HealthCheck, given, settings
-from operators import check, run_in_pieces
+from operators import assert_scores, check, run_in_pieces
 from problems import DTYPES, KINDS, Problem, cast, problems, values
 
 dimap_cpu = torch.ops.dimap
@@ -194,6 +194,14 @@ def test_tables_equal_the_cpus() -> None:
         RuntimeError, match=r"weights\[1\] must be finite, got nan at flat index 17"
     ):
         ops.survey(*args)
+
+
+def test_a_few_large_weights_above_many_small_ones() -> None:
+    """What lies above a bucket is exact, however much lies in the bins beside it."""
+    few, many = values("normal", 3, 1) * 2.0**-3 + 1.0, torch.full((60_000,), 1.0 - 2.0**-6)
+    weights = [torch.cat([few, many.double()]).float()]
+    for got, want in zip(ops.score(weights, [0]), reference.score64(weights, [0]), strict=True):
+        assert_scores(got, want)
 
 
 def test_scores_are_the_same_in_every_run() -> None:

@@ -23,6 +23,13 @@ def test_operator_is_registered_for_cuda(name: str) -> None:
 
 
 @built
+def test_a_cuda_other_than_torchs_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "cuda", "11.8")
+    with pytest.warns(UserWarning, match=r"built with CUDA \d+ and torch with CUDA 11"):
+        assert _library._load()
+
+
+@built
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about a machine without a device")
 def test_without_a_device_torch_says_so() -> None:
     with pytest.raises(RuntimeError, match=r"NVIDIA|CUDA"):

@@ -116,7 +116,11 @@ def build(*flags: str, tuning: str = TUNING, kernels: tuple[Path, ...] = ()) -> 
 
 def _build(flags: tuple[str, ...], tuning: str, kernels: tuple[Path, ...]) -> Emulated:
     torch_root = Path(torch.__file__).parent
-    of_sources = _texts(*SOURCES.rglob("*.h"), *SOURCES.rglob("*.cuh"))
+    kernels_headers = [h for room in ("core", "cuda") for h in (SOURCES / room).glob("*.*h")]
+    of_kernels = _texts(*kernels_headers)
+    of_bindings = _texts(
+        *(h for h in (SOURCES / "bindings").glob("*.h") if not h.name.startswith("cpu"))
+    )
     of_emulator, of_ptx = _texts(*EMULATOR.rglob("*.h")), _texts(*PTX.glob("*.h"))
     common = [f"-I{SOURCES}"]
     if tuning:
@@ -148,12 +152,9 @@ def _build(flags: tuple[str, ...], tuning: str, kernels: tuple[Path, ...]) -> Em
         return result, said.read_text()
 
     def compile_one(source: Path) -> Path:
-        headers = [
-            torch.__version__,
-            of_sources,
-            of_emulator,
-            *([of_ptx] if source.parent == PTX else []),
-        ]
+        headers = [of_emulator, of_ptx if source.parent == PTX else of_kernels]
+        if source.suffix != ".cu":
+            headers += [of_bindings, torch.__version__]
         return run([*host, "-O2", "-x", "c++", "-c"], source, ".o", *headers)[0]
 
     def compile_ptx(source: Path) -> Path:
@@ -161,7 +162,7 @@ def _build(flags: tuple[str, ...], tuning: str, kernels: tuple[Path, ...]) -> Em
         return run([*host, "-O1", "-w", "-c"], source, ".o", of_emulator, of_ptx)[0]
 
     def ptx_of(source: Path) -> tuple[Path, dict[str, int]]:
-        ptx = run([*device, "-ptx", "-lineinfo"], source, ".ptx", of_sources)[0]
+        ptx = run([*device, "-ptx", "-lineinfo"], source, ".ptx", of_kernels)[0]
         report = run([*device, "-cubin", "-Xptxas=-v"], ptx, ".cubin")[1]
         used = re.findall(r"Compiling entry function '(\S+)'.*?Used (\d+) registers", report, re.S)
         return ptx, {translate.key_of(name): int(count) for name, count in used}

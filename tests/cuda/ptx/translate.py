@@ -156,7 +156,7 @@ class Function:
         head, _, rest = text.replace("\t", " ").partition(" ")
         name, *qualifiers = head.split(".")
         method = getattr(self, "op_" + name, None)
-        if method is None:
+        if method is None or {"rz", "rm", "rp", "ftz", "sat", "approx", "full"} & set(qualifiers):
             raise ValueError(f"{self.key}, {self.where}: unknown instruction {text}")
         operands = split(rest)
         self.floats = bool({"f32", "f64"} & set(qualifiers))
@@ -254,12 +254,13 @@ class Function:
         space, at = self.address(o[1], next((x for x in q if x in SPACES), "generic"))
         targets = split(o[0].strip("{}"))
         size, c = size_of(kind), C_TYPES[kind]
+        strong = bool({"acquire", "volatile", "relaxed"} & set(q))
         self.code.append(f"  {{ auto at = {at};")
         if space in ("param", "local", "const"):
             load = "ptx::plain<{c}>(at + {i})"
         elif space == "shared":
             load = f"ptx::load_shared<{{c}}>({self.here()}, at + {{i}})"
-        elif "acquire" in q or "volatile" in q or "relaxed" in q:
+        elif strong:
             weak = f"!{self.site('acquire')}" if "acquire" in q else "false"
             load = f"ptx::load_strong<{{c}}>({self.here()}, at + {{i}}, {weak})"
         else:
@@ -270,9 +271,9 @@ class Function:
                 continue
             self.put(target, load.format(c=c, i=i * size))
             if target in self.timed:
-                self.code.append(
-                    f"  w_{target[1:]} = {'t.loaded()' if space in ('global', 'generic') else '0'};"
-                )
+                # Whoever polls a word waits as long as for what it was told, however often it asks.
+                counts = space in ("global", "generic") and not strong
+                self.code.append(f"  w_{target[1:]} = {'t.loaded()' if counts else 't.now'};")
         self.code.append("  }")
 
     op_ldu = op_ld
