@@ -385,3 +385,42 @@ def test_every_call_takes_them(tmp_path):
     assert len(masks) == 2 * 4 + 3
     assert dimap.score(state, **options).keys() == masks.keys()
     assert dimap.prune(dict(state), 0.5, **options).masks.keys() == masks.keys()
+
+
+def test_a_share_of_a_module_is_of_every_tower(tmp_path):
+    from dimap.checkpoint.prune import prune_checkpoint
+    from safetensors.torch import save_file
+
+    save_file({n: torch.randn(s) for n, s in clip().items()}, tmp_path / "in.safetensors")
+    pruned = prune_checkpoint(
+        tmp_path / "in.safetensors",
+        tmp_path / "out.safetensors",
+        0.5,
+        shares={"qkv": 0.25, "text_model.qkv": 0.75},
+    )
+    assert pruned.sparsity["vision_model.qkv"] == 0.25
+    assert pruned.sparsity["text_model.qkv"] == 0.75
+    assert pruned.sparsity["text_model.mlp"] == 0.5
+
+
+def test_the_base_of_a_peft_model():
+    """Adapters are named by `ignore`; masks of the plain model fit the base below them."""
+    from dimap.masks import fit_masks
+
+    plain = build("llama", blocks=2)
+    shapes = {
+        "base_model.model." + name.replace("q_proj.weight", "q_proj.base_layer.weight"): shape
+        for name, shape in plain.items()
+    }
+    for block in range(2):
+        for part, shape in (("A", (2, 8)), ("B", (8, 2))):
+            start = f"base_model.model.model.layers.{block}.self_attn.q_proj"
+            shapes[f"{start}.lora_{part}.default.weight"] = shape
+    with pytest.raises(ValueError, match=r"unknown weight \S+lora_A"):
+        group(shapes)
+    modules = group(shapes, choose(ignore=r".*\.lora_[AB]\..*")).modules
+    assert [ly.block for ly in modules["qkv"]] == [0, 1]
+    masks = dimap.select({n: torch.randn(s) for n, s in plain.items()}, 0.5)
+    fitted = fit_masks(masks, {n: torch.empty(s) for n, s in shapes.items()})
+    assert len(fitted) == len(masks)
+    assert "base_model.model.model.layers.1.self_attn.q_proj.base_layer.weight" in fitted

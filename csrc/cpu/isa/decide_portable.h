@@ -118,6 +118,7 @@ struct Half {
 
   // Adds a sum of q² to those on a float32's grid.
   void add(u128 sum, Decided& out) const {
+    if (sum == 0) return;  // as it is where the grid lies so far below the type that no shift would do
     sum <<= 2 * unit;
     out.squares += static_cast<uint64_t>(sum);
     out.squares_high += static_cast<uint64_t>(sum >> 32);

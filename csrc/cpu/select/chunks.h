@@ -22,9 +22,10 @@ struct Chunk {
   // Filled by a reading:
   int32_t worker = 0;    // whose buffers hold what was set aside,
   bool counted = false;  // as a count for each magnitude of the bracket,
-  int64_t begin = 0;     // from where,
-  int64_t aside = 0;     // how many numbers
-  int64_t above = 0;     // weights above the bracket
+  int64_t begin = 0;     // from where, and from where their positions,
+  int64_t place = 0;
+  int64_t aside = 0;  // how many numbers
+  int64_t above = 0;  // weights above the bracket
   // Filled when ties are shared out:
   int64_t ties = 0, quota = 0;  // weights that tie with the threshold; how many of them, the first ones, are kept
 };

@@ -55,8 +55,7 @@ class Emitter {
       chunk.ties = chunk.quota = 0;
       if (cut.tie == Cut::kNoTie) return;
       if (known(chunk)) {
-        const uint32_t* keys = reading_->keys(chunk);
-        chunk.ties = std::count(keys, keys + chunk.aside, cut.tie);
+        reading_->for_aside(chunk, [&](uint32_t key, int64_t n) { chunk.ties += key == cut.tie ? n : 0; });
       } else {
         chunk.ties = run(problem_, chunk, {kNonFinite, kNonFinite, cut.tie}, nullptr).atoms;
       }
@@ -74,6 +73,19 @@ class Emitter {
     const uint32_t from = cut_of(chunk, cut).keep_from, guess = reading_->guesses[chunk.layer].bracket.guess;
     const uint32_t first = std::min(from, guess), wrong = std::max(from, guess) - first;
     const uint8_t kept = from < guess;
+    const bool some_ties = chunk.quota != 0 && chunk.quota != chunk.ties;
+    int64_t left = chunk.quota;
+    if (chunk.counted) {
+      reading_->for_aside(chunk, [&](uint32_t key, int64_t n) {
+        const std::span here(positions, static_cast<size_t>(n));
+        positions += n;
+        if (key - first < wrong)
+          for (const uint16_t at : here) mask[at] = kept;
+        if (some_ties && key == cut.tie)
+          for (const uint16_t at : here) mask[at] = left-- > 0;
+      });
+      return;
+    }
     uint16_t list[256];  // where: gathered without branches, since nothing foretells which were guessed wrong
     int64_t n = 0;
     const auto put_right = [&] {
@@ -87,8 +99,7 @@ class Emitter {
         put_right();
     }
     put_right();
-    if (chunk.quota == 0 || chunk.quota == chunk.ties) return;
-    int64_t left = chunk.quota;
+    if (!some_ties) return;
     for (int64_t i = 0; i < chunk.aside; ++i)
       if (keys[i] == cut.tie) mask[positions[i]] = left-- > 0;
   }

@@ -1,7 +1,9 @@
 #include "cpu/select/reading.h"
 
 #include <algorithm>
+#include <array>
 #include <atomic>
+#include <numeric>
 #include <utility>
 
 #include "cpu/select/survey.h"
@@ -12,11 +14,11 @@ namespace {
 // Masks of this many weights and more do not stay in the caches: they are written past them.
 constexpr int64_t kStreamFrom = int64_t{1} << 23;
 
-// Room for so many numbers and more is on large pages: enough of it will be used.
-constexpr int64_t kLargeFrom = int64_t{1} << 21;
-
 // Of more magnitudes in a bracket than this the weights are not counted: most counts would be 0.
 constexpr int64_t kMagnitudesMost = 1024;
+
+// Nor, where positions are kept too, of more than one for so many weights of a chunk.
+constexpr int64_t kWeightsPerCount = 64;
 
 // Sums the weights beyond a grid, on grids of their own: one more pass each over weights that are in the cache.
 void climb(DecideFn decide, const void* weights, int64_t n, std::span<const uint32_t> ladder, ExponentSums& sums) {
@@ -32,14 +34,6 @@ void climb(DecideFn decide, const void* weights, int64_t n, std::span<const uint
 
 }  // namespace
 
-void Aside::reserve(int64_t n, bool positions) {
-  if (n <= capacity_) return;
-  capacity_ = std::max(n, capacity_ * 3 / 2);
-  const bool large = capacity_ >= kLargeFrom;
-  keys_.room_for<uint32_t>(capacity_, used, large);
-  if (positions) positions_.room_for<uint16_t>(capacity_, used, large);
-}
-
 Reading::Reading(const Problem& problem, Loader& loader, const Pool& pool, Keeps keeps)
     : chunks(chunks_of(problem)),
       guesses(problem.layers()),
@@ -49,7 +43,7 @@ Reading::Reading(const Problem& problem, Loader& loader, const Pool& pool, Keeps
       pool_(pool),
       keeps_(keeps),
       chunks_of_layer_(problem.layers()) {
-  for (int w = 0; w < pool.workers(); ++w) aside_.push_back(std::make_unique<Aside>());
+  aside_.resize(static_cast<size_t>(pool.workers()));
   for (size_t c = 0; c < chunks.size(); ++c)
     if (chunks[c].mine) chunks_of_layer_[chunks[c].layer].push_back(static_cast<int32_t>(c));
 }
@@ -88,11 +82,13 @@ bool Reading::read(std::span<const uint8_t> wanted, std::span<uint8_t* const> ma
     for (const int32_t c : chunks_of_layer_[l]) bytes += size(chunks[c]);
   }
   pool_.begin("reading", bytes);
-  std::vector<Aside> scratch(aside_.size());  // of one chunk, before its magnitudes are counted
-  for (auto& buffer : aside_) {
-    if (all) buffer->used = 0;
+  std::vector<ChunkAside> scratch(aside_.size());
+  for (Aside& buffer : aside_) {
+    if (all) buffer.numbers.used = buffer.positions.used = 0;
     // Room for all of the budget at once: growing would hold two copies, and memory that is not touched costs nothing.
-    buffer->reserve(buffer->used + budget + Chunk::kWeights + Decided::kSlack, positions);
+    const int64_t most = budget + Chunk::kWeights + Decided::kSlack;
+    buffer.numbers.room(most);
+    if (positions) buffer.positions.room(most);
   }
   LayerLocks locks;
   std::vector<ExponentSums> outliers(aside_.size());
@@ -105,45 +101,47 @@ bool Reading::read(std::span<const uint8_t> wanted, std::span<uint8_t* const> ma
     if (!chunk.mine || !wanted[chunk.layer] || !finite.load(std::memory_order_relaxed) ||
         aside.load(std::memory_order_relaxed) > budget)
       return;
-    Aside& buffer = *aside_[worker];
-    buffer.reserve(buffer.used + chunk.n + Decided::kSlack, positions);
-    Decided out;
-    out.keys = buffer.keys() + buffer.used;
-    out.positions = buffer.positions() + buffer.used;
+    Aside& buffer = aside_[worker];
+    uint32_t* numbers = buffer.numbers.room(std::max(chunk.n, kMagnitudesMost) + Decided::kSlack);
+    uint16_t* places = positions ? buffer.positions.room(chunk.n + Decided::kSlack) : nullptr;
     const DType dtype = problem_.tensors[chunk.tensor].dtype;
-    const bool counted = counts(chunk.layer, dtype);
-    if (!positions) {
-      Aside& own = scratch[worker];
-      own.reserve(Chunk::kWeights + Decided::kSlack);
-      out.positions = own.positions();
-      if (counted) out.keys = own.keys();
-    }
-    out.stream = total >= kStreamFrom;
     const auto& [bracket, expected, ladder] = guesses[chunk.layer];
+    const Magnitudes magnitudes(bracket, dtype);
+    const bool alone = counts(chunk.layer, dtype);
+    const bool counted = alone || (positions && magnitudes.shift && magnitudes.count <= chunk.n / kWeightsPerCount);
+    Decided out;
+    out.keys = counted ? scratch[worker].keys.get() : numbers;
+    out.positions = counted || !positions ? scratch[worker].positions.get() : places;
+    out.stream = total >= kStreamFrom;
     if (ladder.empty()) out.outliers = &outliers[worker];
     uint8_t* mask = masks.empty() ? nullptr : masks[chunk.tensor] + chunk.offset;
     const DecideFn decide = kernel.decide[static_cast<int>(dtype)];
     const void* weights = loader_.load(chunk, worker);
     Bracket here = bracket;
-    if (counted) here.atom = Bracket::kNoAtom;  // it is counted like the others
+    if (alone) here.atom = Bracket::kNoAtom;  // it is counted like the others
     decide(weights, chunk.n, here, mask, out);
     climb(decide, weights, chunk.n, ladder, outliers[worker]);
     out.outliers = &outliers[worker];
     if (out.non_finite) finite.store(false, std::memory_order_relaxed);
     chunk.worker = worker;
-    chunk.begin = buffer.used;
+    chunk.begin = buffer.numbers.used;
+    chunk.place = buffer.positions.used;
     chunk.aside = out.aside;
     chunk.above = out.kept;
     chunk.counted = counted;
     if (counted) {
-      const Magnitudes magnitudes(bracket, dtype);
-      uint32_t* numbers = buffer.keys() + buffer.used;
       std::fill_n(numbers, magnitudes.count, 0u);
       for (int64_t i = 0; i < out.aside; ++i) ++numbers[magnitudes.index(out.keys[i])];
       chunk.aside = magnitudes.count;
+      if (positions) {  // in order of the magnitudes, and of position among equal ones
+        std::array<uint32_t, Chunk::kWeights / kWeightsPerCount> next;
+        std::exclusive_scan(numbers, numbers + chunk.aside, next.begin(), 0u);
+        for (int64_t i = 0; i < out.aside; ++i) places[next[magnitudes.index(out.keys[i])]++] = out.positions[i];
+      }
     }
-    buffer.used += chunk.aside;
-    aside.fetch_add(chunk.aside, std::memory_order_relaxed);
+    buffer.numbers.used += chunk.aside;
+    if (positions) buffer.positions.used += out.aside;
+    aside.fetch_add(alone ? chunk.aside : out.aside, std::memory_order_relaxed);
     pool_.advance(size(chunk));
     const std::lock_guard lock(locks.of(chunk.layer));
     layers[chunk.layer].add(out, bracket);

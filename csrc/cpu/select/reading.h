@@ -18,17 +18,35 @@
 
 namespace dimap::cpu {
 
-// Uninitialised, growing storage for what is set aside. Positions are for masks only.
-class Aside {
+// What the deciding loop sets aside of one chunk: room for all of it.
+struct ChunkAside {
+  std::unique_ptr<uint32_t[]> keys = std::make_unique_for_overwrite<uint32_t[]>(Chunk::kWeights + Decided::kSlack);
+  std::unique_ptr<uint16_t[]> positions = std::make_unique_for_overwrite<uint16_t[]>(Chunk::kWeights + Decided::kSlack);
+};
+
+// Values of a worker's chunks, one chunk after the other.
+template <typename T>
+class Row {
  public:
-  void reserve(int64_t n, bool positions = true);
-  uint32_t* keys() const { return keys_.data<uint32_t>(); }
-  uint16_t* positions() const { return positions_.data<uint16_t>(); }
+  T* room(int64_t n) {  // beyond those used
+    if (used + n > capacity_) {
+      capacity_ = std::max(used + n, capacity_ * 3 / 2);
+      values_.room_for<T>(capacity_, used, capacity_ >= kLargeFrom);
+    }
+    return values_.template data<T>() + used;
+  }
+  const T* at(int64_t begin) const { return values_.template data<T>() + begin; }
   int64_t used = 0;
 
  private:
-  LargeBuffer keys_, positions_;
+  static constexpr int64_t kLargeFrom = int64_t{1} << 21;  // on large pages: enough of them will be used
+  LargeBuffer values_;
   int64_t capacity_ = 0;
+};
+
+struct Aside {
+  Row<uint32_t> numbers;  // keys, or counts
+  Row<uint16_t> positions;
 };
 
 struct LayerSums {
@@ -55,7 +73,8 @@ class LayerLocks {
 
 // What happens to the weights when the cuts are known decides what must be known of those set aside. In memory each is
 // put right in a mask, so its key and position are kept. Where all are read once more to be written, keys alone will
-// do, and of 16-bit types how many there are of each magnitude.
+// do. Of 16-bit types, how many there are of each magnitude stands for the keys, and the positions are in order of
+// these.
 enum class Keeps { kPositions, kCounts };
 
 class Reading {
@@ -69,7 +88,7 @@ class Reading {
   // The survey of one layer through a window, as far as the bracket lets it see.
   LayerTable table(int32_t layer, Window window, std::span<Bin> bins) const;
 
-  // How many numbers a layer's guess will set aside of this rank's weights, about; whether they will be counts.
+  // How many numbers a layer's guess will set aside of this rank's weights, about; whether they will be counts alone.
   double expected(int32_t layer) const;
   bool counts(int32_t layer) const;
 
@@ -89,8 +108,8 @@ class Reading {
   std::vector<Chunk> chunks;
   std::vector<Guess> guesses;  // [layers]
   std::vector<LayerSums> layers;
-  const uint32_t* keys(const Chunk& c) const { return aside_[c.worker]->keys() + c.begin; }
-  const uint16_t* positions(const Chunk& c) const { return aside_[c.worker]->positions() + c.begin; }
+  const uint32_t* keys(const Chunk& c) const { return aside_[c.worker].numbers.at(c.begin); }  // or counts
+  const uint16_t* positions(const Chunk& c) const { return aside_[c.worker].positions.at(c.place); }
 
  private:
   // The magnitudes of a 16-bit type inside a bracket.
@@ -105,13 +124,13 @@ class Reading {
     uint32_t first;
     int64_t count;
   };
-  bool counts(int32_t layer, DType dtype) const;
+  bool counts(int32_t layer, DType dtype) const;  // alone
 
   const Problem& problem_;
   Loader& loader_;
   const Pool& pool_;
   const Keeps keeps_;
-  std::vector<std::unique_ptr<Aside>> aside_;          // [workers]
+  std::vector<Aside> aside_;                           // [workers]
   std::vector<std::vector<int32_t>> chunks_of_layer_;  // [layers]
 };
 

@@ -36,7 +36,7 @@ Survey survey(const Problem& problem, std::span<const Window> windows, int64_t b
   std::vector<LayerSums> sums(problem.layers());
   LayerLocks locks;
   const auto workers = static_cast<size_t>(pool.workers());
-  std::vector<Aside> buffers(workers);
+  std::vector<ChunkAside> buffers(workers);
   std::vector<ExponentSums> outliers(workers);
   struct Own {  // a worker's bins of the layer that it is in
     int32_t layer = -1;
@@ -65,10 +65,9 @@ Survey survey(const Problem& problem, std::span<const Window> windows, int64_t b
     if (!chunk.mine || !is_wanted(chunk.layer)) return;
     const Window window = windows[chunk.layer];
     const auto end = static_cast<uint32_t>(std::min<uint64_t>(window.end(bins), kNonFinite));
-    Aside& buffer = buffers[worker];
-    buffer.reserve(chunk.n + Decided::kSlack);
     Decided out;
-    out.keys = buffer.keys(), out.positions = buffer.positions(), out.outliers = &outliers[worker];
+    out.keys = buffers[worker].keys.get(), out.positions = buffers[worker].positions.get(),
+    out.outliers = &outliers[worker];
     const Bracket bracket{window.base, end, Bracket::kNoAtom};
     kernels().decide[static_cast<int>(problem.tensors[chunk.tensor].dtype)](loader.load(chunk, worker), chunk.n,
                                                                             bracket, nullptr, out);

@@ -46,6 +46,7 @@ def mask_others(checkpoint: Checkpoint, output: Path, masks: Path) -> list[str]:
     masks: the file of masks. Returns a note for each of `checkpoint.others`.
     """
     from . import open_checkpoint
+    from .folder import Shards
 
     folder, kept = checkpoint.files[0].parent, load_masks(masks)
     shapes = {name: tuple(mask.shape) for name, mask in kept.items()}
@@ -58,6 +59,8 @@ def mask_others(checkpoint: Checkpoint, output: Path, masks: Path) -> list[str]:
         sharded = path.parent != folder and list(path.parent.glob("*.index*.json"))
         try:
             copy = open_checkpoint(path.parent if sharded else path, all_copies=True)
+            if isinstance(copy, Shards) and copy.packed:
+                raise ValueError("they are stored as bits and values")
             if not alike(shapes, {n: spec.torch_shape for n, spec in copy.tensors.items()}):
                 raise ValueError("they are no copy of these")
             state = {n: copy.get(n) for n in copy.tensors}

@@ -51,7 +51,7 @@ class Job:
 
     def outputs(self, name: str) -> dict[str, Path]:
         """The places of OUT, masks and report for an output of that name."""
-        stem = os.path.splitext(name)[0] if name.endswith(ENDINGS) else name
+        stem = os.path.splitext(name)[0] if name.lower().endswith(ENDINGS) else name
         found = {"out": self.out_dir / name}
         if self.masks is not None:
             found["masks"] = self.masks / f"{stem}.safetensors"

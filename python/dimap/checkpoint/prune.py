@@ -275,13 +275,17 @@ def _join(
     """One sparsity, or one for each of the modules."""
     if sparsity is not None and not shares:
         return sparsity
-    for name in shares:
-        if name not in modules:
+    named: dict[str, float] = {}
+    # "qkv" is the module of every tower; "text.qkv" says more of one.
+    for name, share in sorted(shares.items(), key=lambda item: item[0] in modules):
+        here = [name] if name in modules else [m for m in modules if m.endswith(f".{name}")]
+        if not here:
             raise ValueError(f"--module must name one of {', '.join(modules)}, got {name}")
+        named |= dict.fromkeys(here, share)
     given = dict(sparsity) if isinstance(sparsity, Mapping) else {}
     if sparsity is not None and not isinstance(sparsity, Mapping):
         given = dict.fromkeys(modules, sparsity)
-    given |= shares
+    given |= named
     if missing := [name for name in modules if name not in given]:
         raise ValueError(f"--sparsity, or --module for each of {', '.join(missing)}, must be given")
     return given

@@ -37,8 +37,8 @@ __all__ = [
     "stacked",
 ]
 
-# Components that torch inserts into names: torch.compile, FSDP, activation checkpointing.
-WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+# Components that wrappers insert into names: torch.compile, FSDP, activation checkpointing, PEFT.
+WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "base_layer")
 
 # Entries of a state dict that are no parameters; an nn.Module does not list them as such.
 BUFFERS = (

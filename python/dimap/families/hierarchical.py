@@ -75,6 +75,7 @@ FAMILIES = (
         block=_BLOCK,
         stage=_STAGE,
         rows=_ANY,
+        mark=r"conv(?:1_1x1|_dw)\.weight",
         block_aux=(*_POS, *_CONV),
         aux=_AUX,
         per_block=(_WHOLE, _NONE, _MLP),

@@ -8,7 +8,10 @@ is not pruned: routers, norms, embeddings, heads and positions have no word.
 from __future__ import annotations
 
 # Parts of a block. Each is searched for in a component, in lower case.
-ATTENTION = r"att(?:n|ention)|(?:^|_)att$|(?:^|_)mh[cs]?a\d*$|^w_msa$|^[sx]?ca$|^sa$|^token_mixer$"
+ATTENTION = (
+    r"att(?:n|ention)|(?:^|_)att$|(?:^|_)mh[cs]?a\d*$|^w_msa$|^[sx]?ca$|^sa$|^token_mixer$"
+    r"|^modulation$"
+)
 MLP = (
     r"mlp|(?:^|_)ffn?s?\d*(?:_|$)|(?:^|_)ffw(?:_|$)|feed_?forward|densereludense|(?:^|_)moe(?:_|$)"
     r"|experts?(?:_|$)|^channel_mixer$"
@@ -42,18 +45,15 @@ AFFIXES = (
 INNER = ("weight", "linear", "conv", "c", "l", "ln", "base_layer", "fn", "module")
 
 # Leaves that say their role wherever they stand.
+PROJ_LEAVES = ("o_proj", "projection", "linear")
 ATTENTION_LEAVES = (
-    "q_proj",
-    "k_proj",
-    "v_proj",
-    "o_proj",
-    "qkv_proj",
-    "qkv",
-    "queries_keys_values",
-)
+    "q_proj", "k_proj", "v_proj", "qkv_proj", "qkv", "queries_keys_values", "queries",
+    "keys_values", *PROJ_LEAVES,
+)  # fmt: skip
 MLP_LEAVES = (
     "gate_proj", "up_proj", "down_proj", "gate_up_proj", "fc1", "fc2", "linear1", "linear2", "lin1",
-    "lin2", "linear_fc1", "linear_fc2", "ffn", "ffn_output", "pwconv1", "pwconv2",
+    "lin2", "linear_fc1", "linear_fc2", "ffn", "ffn_output", "pwconv1", "pwconv2", "linear_up",
+    "linear_down",
 )  # fmt: skip
 
 # The words of a role, without affixes, in the order in which the tensors of one layer are ranked.
@@ -64,35 +64,36 @@ QKV_SPLIT = (
 )
 # One tensor of all three, or a low-rank step or a gate: a layer of its own.
 QKV_ALONE = (
-    "qkv", "query_key_value", "queries_keys_values", "wqkv", "in", "c_attn", "qkvs", "pack", "wpack",
-    "qkvz", "in_qkv", "attn", "att", "in_proj", "q_a", "q_b", "kv_a", "kv_b", "kv_a_proj_with_mqa",
-    "kv_a_with_mqa", "k_b", "v_b", "wq_a", "wq_b", "wkv", "wkv_a", "wkv_b", "k_up", "v_up", "kv_down",
-    "kv_up", "q_down", "q_up", "gate", "g", "output_gate", "q_gate", "qkvg", "qkvr", "r", "vision", "text",
+    "qkv", "query_key_value", "queries_keys_values", "wqkv", "in", "c_attn", "qkvs", "pack",
+    "wpack", "qkvz", "in_qkv", "attn", "att", "in_proj", "q_a", "q_b", "kv_a", "kv_b",
+    "kv_a_proj_with_mqa", "kv_a_with_mqa", "k_b", "v_b", "wq_a", "wq_b", "wkv", "wkv_a", "wkv_b",
+    "k_up", "v_up", "kv_down", "kv_up", "q_down", "q_up", "gate", "g", "output_gate", "q_gate",
+    "qkvg", "qkvr", "r", "vision", "text",
 )  # fmt: skip
 PROJ = (
-    "o", "out", "output", "wo", "proj", "projection", "dense", "final", "post", "attention_out", "o_a",
-    "o_b", "wo_a", "wo_b", "output_dense", "oproj",
+    "o", "out", "output", "wo", "proj", "linear", "projection", "dense", "final", "post",
+    "attention_out", "o_a", "o_b", "wo_a", "wo_b", "output_dense", "oproj",
 )  # fmt: skip
 MLP_SPLIT = (
     ("gate", "w1", "wi_0", "fc1_g", "gate_dense", "w_0"),
     ("up", "w3", "wi_1", "fc1_x", "v1", "linear_v"),
 )
 MLP_ALONE = (
-    "fc1", "fc2", "fc3", "w0", "w2", "w12", "w_1", "w_2", "linear1", "linear2", "lin1", "lin2", "dense1",
-    "dense2", "dense_1", "dense_2", "gate_up", "up_gate", "down", "wi", "wo", "fc", "proj", "h_to_4h",
-    "4h_to_h", "dense_h_to_4h", "dense_4h_to_h", "intermediate", "intermediate_dense", "output_dense",
-    "linear_fc1",
-    "linear_fc2", "ffn", "ffn_output", "in", "out", "fc_in", "fc_out", "weights_in", "weights_out", "dense",
-    "input", "output", "input_linear", "output_linear", "layer1", "layer2", "layer_1", "layer_2", "linear_1",
-    "linear_2", "fc_1", "fc_2", "linear_in", "linear_out", "ff", "expand", "pw1", "pw2", "key", "value",
-    "conv1", "conv2", "dense_in", "dense_out", "ffw_layer_1", "ffw_layer_2", "*",
+    "fc1", "fc2", "fc3", "w0", "w2", "w12", "w_1", "w_2", "linear1", "linear2", "lin1", "lin2",
+    "dense1", "dense2", "dense_1", "dense_2", "gate_up", "up_gate", "down", "wi", "wo", "fc",
+    "proj", "h_to_4h", "4h_to_h", "linear_up", "linear_down", "dense_h_to_4h", "dense_4h_to_h",
+    "intermediate", "intermediate_dense", "output_dense", "linear_fc1", "linear_fc2", "ffn",
+    "ffn_output", "in", "out", "fc_in", "fc_out", "weights_in", "weights_out", "dense", "input",
+    "output", "input_linear", "output_linear", "layer1", "layer2", "layer_1", "layer_2", "linear_1",
+    "linear_2", "fc_1", "fc_2", "linear_in", "linear_out", "ff", "expand", "pw1", "pw2", "key",
+    "value", "conv1", "conv2", "dense_in", "dense_out", "ffw_layer_1", "ffw_layer_2", "*",
 )  # fmt: skip
 # Of these, the ones on the way out: they come last in their block.
 MLP_OUT = (
-    "fc2", "w2", "w_2", "linear2", "lin2", "dense2", "dense_2", "down", "wo", "4h_to_h", "dense_4h_to_h",
-    "output", "output_dense", "linear_fc2", "ffn_output", "out", "fc_out", "weights_out", "output_linear",
-    "layer2", "layer_2", "linear_2", "fc_2", "linear_out", "pw2", "value", "conv2", "dense_out", "proj",
-    "ffw_layer_2",
+    "fc2", "w2", "w_2", "linear2", "lin2", "dense2", "dense_2", "down", "wo", "4h_to_h",
+    "dense_4h_to_h", "linear_down", "output", "output_dense", "linear_fc2", "ffn_output", "out",
+    "fc_out", "weights_out", "output_linear", "layer2", "layer_2", "linear_2", "fc_2", "linear_out",
+    "pw2", "value", "conv2", "dense_out", "proj", "ffw_layer_2",
 )  # fmt: skip
 # Parameters that are no `.weight`.
 RAW = (

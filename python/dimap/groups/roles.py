@@ -58,7 +58,7 @@ def role_of(kind: str, ndim: int) -> Role | None:
         return None
     parts = kind.removesuffix(".weight").split(".")
     end = len(parts)
-    while end > 1 and parts[end - 1] in words.INNER:
+    while end > 1 and parts[end - 1] in words.INNER and parts[end - 2] != "*":
         end -= 1
     leaf = end - 1
     while leaf > 1 and parts[leaf] in ("*", "dense") and _said(parts[leaf - 1]):
