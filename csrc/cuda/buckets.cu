@@ -45,7 +45,8 @@ __global__ void __launch_bounds__(kThreads, 1) center_kernel(const __grid_consta
     __syncthreads();
     if (threadIdx.x == 0) {
       uint32_t all = 0, below = 0;
-      for (const uint32_t n : count) all += n;
+#pragma unroll 4
+      for (int e = 0; e < 255; ++e) all += count[e];
       int median = 0;
       while (median < 254 && 2 * (below + count[median]) < all) below += count[median++];
       const int lowest = median < 9 ? 0 : median - 9 > 239 ? 239 : median - 9;

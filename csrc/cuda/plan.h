@@ -22,7 +22,7 @@ struct Tuning {
   int aside_budget = 15 << 20;  // bytes for all chunks, and
   int aside_share = 24;         // the weights' bytes over this
   int sorters = 512;            // threads of a block that sorts a bucket of scores, and
-  int sorted = 15;              // keys of each, an odd number
+  int sorted = 13;              // keys of each, an odd number
   int most_buckets = 960;       // of a layer
 };
 #if defined(DIMAP_TUNING)
