@@ -31,15 +31,15 @@ from . import HUB, open_checkpoint
 from .base import Checkpoint, Progress, Silent, check_apart
 from .bitmask import Layout, lay_out
 from .card import add_card_section
-from .engine import FILL, READ, Told, begin, elements, opened
-from .folder import Shards, packed_index
 from .header import DTYPES, Entry, Header, make_header
+from .native import FILL, READ, Told, begin, elements, opened
+from .shards import Shards, packed_index
 
 if TYPE_CHECKING:
     from torch import nn
     from torch.distributed import ProcessGroup
 
-    from .memory import StateDict
+    from .state_dict import StateDict
 
 __all__ = ["Progress", "StreamPruning", "prune_checkpoint", "pruning_checkpoint"]
 
