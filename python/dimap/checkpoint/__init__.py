@@ -7,10 +7,10 @@ in an output: metadata, index, optimizer state and a folder's other files are ca
         for name, spec in checkpoint.tensors.items():
             print(name, spec.shape, checkpoint.get(name))
 
-Rooms: `locate` (what a path is), `header` (safetensors headers), `bitmask` (the sparse format), `shards`
-(safetensors), `state_dict` (`.pth` and timm; imports torch), `native` (what `_C` is handed), `prune`, `inspect` and `expand` (what is done with
-them); and of many checkpoints: `inputs` (which), `manifest` (what is done), `many` (one of them),
-`workers` (--jobs).
+Rooms: `locate` (what a path is), `header` (safetensors headers), `bitmask` (the sparse format),
+`shards` (safetensors), `state_dict` (`.pth` and timm; imports torch), `copies` (of the weights, beside
+them), `prune`, `inspect` and `expand` (what is done with them), `native` (what `_C` is handed); and
+of many checkpoints: `inputs` (which), `manifest` (what is done), `many` (one of them), `workers` (--jobs).
 """
 
 from __future__ import annotations
