@@ -201,9 +201,9 @@ def test_the_file_of_a_folder_that_is_too_large_is_named(tmp_path, monkeypatch):
 
 def fail_for(full):
     """A write that fails as the system's do: with the path that was opened."""
-    from dimap.checkpoint import engine
+    from dimap.checkpoint import native
 
-    whole = engine.begin
+    whole = native.begin
 
     def begin(output, header, **options):
         if ".m.st." in output[1]:

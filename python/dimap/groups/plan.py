@@ -27,6 +27,7 @@ from . import (
     whole,
     wholes,
 )
+from .tied import check_apart
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -110,6 +111,7 @@ class Plan:
                     "prune the checkpoint with `torchrun ... -m dimap prune` instead"
                 )
         plan.tensors = [part_of(parameters, name).detach() for name in plan.names]
+        check_apart(plan.names, plan.tensors)
         for name, tensor in zip(plan.names, plan.tensors, strict=True):
             if tensor.is_meta:
                 raise ValueError(f"{name} must hold weights, got a tensor on the meta device")

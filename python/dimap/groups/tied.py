@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -31,26 +31,28 @@ def named_tensors(model: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def ties_of(tensors: Mapping[str, Tensor]) -> list[tuple[str, ...]]:
     """The names of each set of tensors that are the same weights: one object, or one view of one
-    storage. What is alone is left out.
-
-    Raises ValueError for two contiguous ones that share a part of their memory.
-    """
+    storage. What is alone is left out."""
     same: dict[object, list[str]] = defaultdict(list)
-    extents: list[tuple[int, int, str]] = []  # bytes [begin, end) of the first of each
     for name, tensor in tensors.items():
         view = _view(tensor)
         key = id(tensor) if view is None else (*view, tuple(tensor.shape), tensor.stride())
-        if key not in same and view is not None and tensor.is_contiguous():
-            extents.append((*view, name))
         same[key].append(name)
-    extents.sort()
+    return [tuple(names) for names in same.values() if len(names) > 1]
+
+
+def check_apart(names: Iterable[str], tensors: Iterable[Tensor]) -> None:
+    """Raise ValueError for two contiguous tensors that share a part of their memory."""
+    extents = []
+    for name, tensor in zip(names, tensors, strict=True):
+        if (view := _view(tensor)) is not None and tensor.is_contiguous():
+            extents.append((*view, name))
+    extents.sort(key=lambda extent: extent[:2])
     for (_, end, name), (begin, _, other) in pairwise(extents):
         if begin < end:
             raise ValueError(
                 f"{name} and {other} must be the same weights or share no memory, got two that "
                 "overlap: clone() one of them"
             )
-    return [tuple(names) for names in same.values() if len(names) > 1]
 
 
 def _view(tensor: Tensor) -> tuple[int, int] | None:
