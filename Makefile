@@ -31,7 +31,7 @@ $(VENV)/.dimap: $(VENV)/.torch $(SOURCES)
 
 $(VENV)/.test: $(VENV)/.dimap
 	@echo "== test dependencies"
-	@$(PIP) install --quiet pytest pytest-xdist hypothesis transformers matplotlib tensorboard onnx onnxscript tqdm "pillow<13"
+	@$(PIP) install --quiet pytest pytest-xdist hypothesis transformers peft matplotlib tensorboard onnx onnxscript tqdm "pillow<13"
 	@touch $@
 
 $(VENV)/.lint: $(VENV)/.torch

@@ -60,7 +60,7 @@ def table() -> str:
 def gpu_table() -> str:
     """select and score on a GPU, or that nobody has measured them yet."""
     if not (RESULTS / "gpu.json").exists():
-        return "**No GPU results yet**: the CUDA library is compiled, not yet run on a GPU ([docs/cuda.md](docs/cuda.md))."
+        return "**No GPU results yet**: the CUDA library is compiled, its PTX tested on an emulator, not yet run on a GPU ([docs/cuda.md](docs/cuda.md))."
     machine, measured = rows("gpu")
     lines = [
         "| job | weights | dimap | beside a copy | dimap is faster than plain PyTorch |",

@@ -27,7 +27,9 @@ PAGE = Path(__file__).with_name("families.md")
 Shapes = dict[str, tuple[int, ...]]
 
 # Classes of timm that attend to tokens or pixels; the others of such names weigh channels.
-ATTENTION = re.compile(r"Attention|Attn|GPSA|MHSA|SHSA|SHMA|LiteMLA")
+ATTENTION = re.compile(
+    r"Attention|Attn|GPSA|MHSA|SHSA|SHMA|LiteMLA|FocalModulation|Parallel.*Block"
+)
 CHANNELS = {
     "SelectiveKernelAttn", "SplitAttn", "SpatialAttention", "ChannelAttention", "BatNonLocalAttn",
     "BottleneckAttn", "BilinearAttnTransform",

@@ -175,7 +175,7 @@ constexpr int32_t kBadSolve = 2;    // too many rounds: a defect
 constexpr double kThresholdOfBadWeights = -1.0;
 constexpr double kThresholdOfBadSolve = -2.0;
 
-// Columns of a table's row, as in ../wire.h: weights, weights above, their energy in words of 32 bits, then bins.
+// Columns of a table's row, as in core/wire.h: weights, weights above, their energy in words of 32 bits, then bins.
 constexpr int kWords = 20;
 constexpr int kHead = 2 + kWords;
 

@@ -1,4 +1,4 @@
-// The solver of ../solve.h as phases for a block of threads: the same bounds, the same exact scores, the same cuts.
+// The solver of core/solve.h as phases for a block of threads: the same bounds, the same exact scores, the same cuts.
 //
 // `Exec` runs a phase: each(n, f) calls f(0) ... f(n - 1) in any order and then waits for all; one(f) calls f once and
 // then waits. On the device that is a block and its barrier, on the host a loop: tests run the same code without a GPU.

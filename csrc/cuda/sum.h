@@ -1,4 +1,4 @@
-// Exact sums of squares on the device: dimap::Energy of ../energy.h without the standard library.
+// Exact sums of squares on the device: dimap::Energy of core/energy.h without the standard library.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// One read of the weights through their layers' windows, into tables: the survey of ../table.h on a grid.
+// One read of the weights through their layers' windows, into tables: the survey of core/table.h on a grid.
 #pragma once
 
 #include "cuda/block.cuh"

@@ -10,6 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from .groups.identity import same_weights
+
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
@@ -48,6 +50,7 @@ def with_weights(
     Raises ModuleNotFoundError without timm, ValueError where timm cannot build the model, or where
     a name or shape in `state` is not the model's.
     """
+    state = _as_timm_names(architecture, config, state)
     model = _skeleton(architecture, _with_classes(architecture, config, state))
     claim = f"the weights must be those of timm's {architecture}"
     _check_fit(claim, dict(model.named_parameters()), state, state)
@@ -69,6 +72,7 @@ def with_all_weights(
 
     Raises as `with_weights`, and ValueError where `state` lacks a tensor of the model.
     """
+    state = _as_timm_names(architecture, config, state)
     config = _with_classes(architecture, config, state)
     model = seeded(seed, lambda: _build(architecture, config)).float()
     wanted = model.state_dict()
@@ -76,6 +80,21 @@ def with_all_weights(
     _check_fit(claim, wanted, state, [*wanted, *state])
     model.load_state_dict(dict(state))
     return model
+
+
+def _as_timm_names(
+    architecture: str, config: Mapping[str, Any], state: Mapping[str, Tensor]
+) -> Mapping[str, Tensor]:
+    """The tensors under timm's names, where theirs differ by a prefix, wrappers or another library."""
+    wanted = _skeleton(architecture, config).state_dict()
+    shapes, own = ({n: tuple(t.shape) for n, t in some.items()} for some in (state, wanted))
+    try:
+        pairs = same_weights(shapes, own)
+    except ValueError:  # the check of what fits will say what does not
+        return state
+    if any(len(given) > 1 or len(name) > 1 for given, name in pairs):
+        return state
+    return {name[0]: state[given[0]] for given, name in pairs}
 
 
 def _check_fit(

@@ -12,8 +12,18 @@ from torch import Tensor, nn
 
 from . import ops
 from .distributed import check_whole, is_sharded
-from .groups import AUX, Choice, Model, Patterns, Slice, choose, part_of, part_shape
-from .groups.plan import Normalize, Plan, Scope, check_choice, parameters_of, renamed
+from .groups import (
+    AUX,
+    Choice,
+    Model,
+    Patterns,
+    Slice,
+    choose,
+    named_tensors,
+    part_of,
+    part_shape,
+)
+from .groups.plan import Normalize, Plan, Scope, check_choice, renamed
 from .masks import save_masks
 from .methods import METHODS
 from .report import Pruned
@@ -155,7 +165,7 @@ def _decide(
     normalize = normalize or ("scope" if saliency is not None else chosen.normalize)
     plan = Plan.of(model, scope, normalize, choice)
     _check_dense(plan)
-    parameters = parameters_of(model)
+    parameters = named_tensors(model)
     if saliency is not None or data is not None:  # only magnitudes are ranked on several processes
         check_whole(parameters.values(), "data" if saliency is None else "saliency")
     keep = plan.keep(sparsity)

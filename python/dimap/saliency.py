@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .groups import Choice, Model, Patterns, shapes_of, wholes
-from .groups.plan import Plan, parameters_of
+from .groups import Choice, Model, Patterns, named_tensors, shapes_of, tied_in, wholes
+from .groups.plan import Plan
 
 Loss: TypeAlias = Callable[[Any, Any], Tensor]
 Batches: TypeAlias = Iterable[tuple[Any, Any]]
@@ -157,6 +157,7 @@ def _to(value: Any, device: torch.device) -> Any:
 
 
 def _prunable(model: Model, patterns: Patterns | Choice | None) -> dict[str, Tensor]:
-    names = Plan.of_shapes(shapes_of(model), "layer", "layer", patterns).names
-    tensors = parameters_of(model)
+    ties = tied_in(model)
+    names = Plan.of_shapes(shapes_of(model), "layer", "layer", patterns, ties).names
+    tensors = named_tensors(model)
     return {name: tensors[name] for name in wholes(names)}

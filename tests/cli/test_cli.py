@@ -438,7 +438,7 @@ def test_failing_at_the_end_leaves_nothing(run, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("dimap.checkpoint.engine.Told.finish", full)
+    monkeypatch.setattr("dimap.checkpoint.native.Told.finish", full)
     arguments = ["o.safetensors", "-s", 0.5, "--masks", "m", "--report", "r"]
     message = fails(run, "prune", "in.safetensors", *arguments)
     assert "o.safetensors: No space left on device" in message

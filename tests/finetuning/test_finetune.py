@@ -359,12 +359,14 @@ def test_no_epochs_change_no_weight(made, tmp_path, masks_are) -> None:
         assert tensors_equal(bits(path), bits(tmp_path / "in.safetensors"))
 
 
-def test_a_new_head_needs_training(made, tmp_path) -> None:
+def test_a_new_head_alone_is_new_without_training(made, tmp_path) -> None:
     checkpoint, _, _, images = made
-    with pytest.raises(ValueError, match="epochs must be at least 1 to train the head"):
-        dimap.finetune(
-            checkpoint, images, out=tmp_path / "a", reset_head=True, **{**QUICK, "epochs": 0}
-        )
+    result = dimap.finetune(
+        checkpoint, images, out=tmp_path / "a", reset_head=True, **{**QUICK, "epochs": 0}
+    )
+    before, after = bits(checkpoint), bits(result.last)
+    changed = {n for n in before if not torch.equal(before[n], after.get(n, before[n][:0]))}
+    assert changed == {name for name in before if name.startswith("head.")}
 
 
 # Images that cannot be read

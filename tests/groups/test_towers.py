@@ -424,3 +424,50 @@ def test_the_base_of_a_peft_model():
     fitted = fit_masks(masks, {n: torch.empty(s) for n, s in shapes.items()})
     assert len(fitted) == len(masks)
     assert "base_model.model.model.layers.1.self_attn.q_proj.base_layer.weight" in fitted
+
+
+STYLES = {
+    "vit-pytorch": ("transformer.layers.{}.", ["0.to_qkv", "0.to_out.0", "1.net.1", "1.net.4"]),
+    "diffusers": (
+        "transformer_blocks.{}.",
+        ["attn1.to_q+attn1.to_k+attn1.to_v", "attn1.to_out.0", "ff.net.0.proj", "ff.net.2"],
+    ),
+    "torch": (
+        "encoder.layers.{}.",
+        ["self_attn.in_proj_weight", "self_attn.out_proj", "linear1", "linear2"],
+    ),
+    "Baichuan": (
+        "model.layers.{}.",
+        ["self_attn.W_pack", "self_attn.o_proj", "mlp.gate_proj+mlp.up_proj", "mlp.down_proj"],
+    ),
+    "InternLM2": (
+        "model.layers.{}.",
+        ["attention.wqkv", "attention.wo", "feed_forward.w1+feed_forward.w3", "feed_forward.w2"],
+    ),
+    "ChatGLM": (
+        "transformer.encoder.layers.{}.",
+        ["self_attention.query_key_value", "self_attention.dense", "mlp.dense_h_to_4h",
+         "mlp.dense_4h_to_h"],
+    ),
+    "Qwen 1": (
+        "transformer.h.{}.", ["attn.c_attn", "attn.c_proj", "mlp.w1+mlp.w3", "mlp.c_proj"]
+    ),
+    "XLM": ("attentions.{}.", ["q_lin+k_lin+v_lin", "out_lin"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_roles_in_the_words_of_others(style):
+    start, layers = STYLES[style]
+    shapes: Shapes = {"patch_embedding.weight": (8, 12), "head.weight": (4, 8)}
+    want: dict[str, list] = {}
+    for block in range(3):
+        for number, layer in enumerate(layers):
+            names = tuple(
+                f"{start.format(block)}{n}" + ("" if n.endswith("_weight") else ".weight")
+                for n in layer.split("+")
+            )
+            shapes |= dict.fromkeys(names, (8, 8))
+            want.setdefault(("qkv", "proj", "mlp", "mlp")[number], []).append(names)
+    modules = group(dict(sorted(shapes.items())), choose(family="transformer")).modules
+    assert {m: [ly.parameters for ly in ls] for m, ls in prunable(modules).items()} == want

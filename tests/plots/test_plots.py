@@ -23,8 +23,8 @@ from dimap import plots
 from dimap.checkpoint import open_checkpoint
 from dimap.cli import app
 from dimap.plots.curves import METHODS
-from dimap.plots.folder import kept_mask
 from dimap.plots.mask import KEPT, PRUNED, average
+from dimap.plots.report_folder import kept_mask
 from dimap.report import LayerReport, Report
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb

@@ -167,7 +167,7 @@ def _problem(source: str, dtype: str | None, sparsity: float, scope: str, device
         )
     else:
         with open_checkpoint(source, random_init=source.startswith("timm:")) as checkpoint:
-            plan = Plan.of_shapes(checkpoint.shapes(), scope, "layer")
+            plan = Plan.of_shapes(checkpoint.shapes(), scope, "layer", ties=checkpoint.ties())
             weights = [checkpoint.get(name) for name in plan.names]
         layers, modules, keep = plan.layers, plan.scopes, plan.keep(sparsity)
         if dtype is not None:

@@ -7,10 +7,10 @@ in an output: metadata, index, optimizer state and a folder's other files are ca
         for name, spec in checkpoint.tensors.items():
             print(name, spec.shape, checkpoint.get(name))
 
-Rooms: `locate` (what a path is), `header` (safetensors headers), `bitmask` (the sparse format), `folder`
-(safetensors), `memory` (state dicts; imports torch), `prune`, `inspect` and `expand` (what is done with
-them); and of many checkpoints: `inputs` (which), `manifest` (what is done), `many` (one of them),
-`workers` (--jobs).
+Rooms: `locate` (what a path is), `header` (safetensors headers), `bitmask` (the sparse format),
+`shards` (safetensors), `state_dict` (`.pth` and timm; imports torch), `copies` (of the weights, beside
+them), `prune`, `inspect` and `expand` (what is done with them), `native` (what `_C` is handed); and
+of many checkpoints: `inputs` (which), `manifest` (what is done), `many` (one of them), `workers` (--jobs).
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ import os
 from pathlib import Path
 
 from .base import Checkpoint
-from .folder import Shards
 from .header import Spec
 from .locate import PICKLED, SAFETENSORS, find_weights, other_weights
+from .shards import Shards
 
 __all__ = ["PICKLED", "Checkpoint", "Spec", "open_checkpoint"]
 
@@ -55,7 +55,7 @@ def open_checkpoint(
     if random_init and not text.startswith(TIMM):
         raise ValueError(f"random weights (--random-init) are only for timm:NAME, got {text}")
     if text.startswith(TIMM):
-        from .memory import open_timm
+        from .state_dict import open_timm
 
         return open_timm(text, random_init=random_init)
     file = _from_hub(text) if text.startswith(HUB) else Path(text)
@@ -68,7 +68,7 @@ def open_checkpoint(
         form = "folder" if file.is_dir() else SAFETENSORS
         checkpoint: Checkpoint = Shards(text, form, found)
     else:
-        from .memory import open_pickled
+        from .state_dict import open_pickled
 
         form = "pickled folder" if file.is_dir() else "pickled"
         checkpoint = open_pickled(text, form, found, key, all_copies)

@@ -106,7 +106,11 @@ class Checkpoint(ABC):
 
     def group(self) -> Grouping:
         """Modules, families and notes, by `choice`."""
-        return group(self.shapes(), self.choice)
+        return group(self.shapes(), self.choice, self.ties())
+
+    def ties(self) -> Sequence[tuple[str, ...]]:
+        """The names of each set of parameters that are the same weights; in safetensors none are."""
+        return ()
 
     @contextmanager
     def creating(self, out: str | os.PathLike[str], *, force: bool = False) -> Iterator[list[Path]]:

@@ -46,7 +46,7 @@ def mask_others(checkpoint: Checkpoint, output: Path, masks: Path) -> list[str]:
     masks: the file of masks. Returns a note for each of `checkpoint.others`.
     """
     from . import open_checkpoint
-    from .folder import Shards
+    from .shards import Shards
 
     folder, kept = checkpoint.files[0].parent, load_masks(masks)
     shapes = {name: tuple(mask.shape) for name, mask in kept.items()}

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 from .. import _C
 from .base import Progress, Silent
-from .engine import FILL, READ, Told, begin, opened
-from .folder import Shards
 from .locate import SAFETENSORS, find_weights
+from .native import FILL, READ, Told, begin, opened
+from .shards import Shards
 
 if TYPE_CHECKING:
     from torch import Tensor

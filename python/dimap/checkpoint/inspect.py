@@ -12,9 +12,9 @@ from .. import _C
 from ..families import Family
 from ..groups import Grouping, Slice, describe, propose, whole, wholes
 from .base import Checkpoint, Progress
-from .engine import READ, Told, elements, opened
-from .folder import Shards
 from .header import Entry
+from .native import READ, Told, elements, opened
+from .shards import Shards
 
 
 @dataclass

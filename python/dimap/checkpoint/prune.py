@@ -31,15 +31,15 @@ from . import HUB, open_checkpoint
 from .base import Checkpoint, Progress, Silent, check_apart
 from .bitmask import Layout, lay_out
 from .card import add_card_section
-from .engine import FILL, READ, Told, begin, elements, opened
-from .folder import Shards, packed_index
 from .header import DTYPES, Entry, Header, make_header
+from .native import FILL, READ, Told, begin, elements, opened
+from .shards import Shards, packed_index
 
 if TYPE_CHECKING:
     from torch import nn
     from torch.distributed import ProcessGroup
 
-    from .memory import StateDict
+    from .state_dict import StateDict
 
 __all__ = ["Progress", "StreamPruning", "prune_checkpoint", "pruning_checkpoint"]
 
@@ -157,7 +157,7 @@ def pruning_checkpoint(
         normalize = normalize or METHODS[method].normalize
         checkpoint.choice = choose(patterns, family, ignore) or checkpoint.choice
         shapes = checkpoint.shapes()
-        plan = Plan.of_shapes(shapes, scope, normalize, checkpoint.choice)
+        plan = Plan.of_shapes(shapes, scope, normalize, checkpoint.choice, checkpoint.ties())
         given = _join(sparsity, shares or {}, [name for name in plan.modules if name != AUX])
         keep, ratios = plan.keep(given), plan.ratios(given)
         _check(checkpoint, plan, out, bitmask, masks is not None, ranks)

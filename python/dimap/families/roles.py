@@ -17,7 +17,7 @@ MLP = (
     r"|experts?(?:_|$)|^channel_mixer$"
 )
 # Parts of a block that are its MLP, unless they stand in its attention.
-WEAK_MLP = r"(?:^|_)inter(?:mediate)?(?:_|$)|(?:^|_)output(?:_query|_text)?$|^linear_?\d*$"
+WEAK_MLP = r"(?:^|_)inter(?:mediate)?(?:_|$)|(?:^|_)output(?:_query|_text)?$|^linear_?\d*$|^net$"
 EXPERTS = r"^(?:local_)?experts$|^(?:input|output)_linear$"
 
 # What is never pruned, nor counted as missed: routers, norms, positions, gates and small parts of
@@ -45,10 +45,10 @@ AFFIXES = (
 INNER = ("weight", "linear", "conv", "c", "l", "ln", "base_layer", "fn", "module")
 
 # Leaves that say their role wherever they stand.
-PROJ_LEAVES = ("o_proj", "projection", "linear")
+PROJ_LEAVES = ("o_proj", "projection", "linear", "to_out")
 ATTENTION_LEAVES = (
     "q_proj", "k_proj", "v_proj", "qkv_proj", "qkv", "queries_keys_values", "queries",
-    "keys_values", *PROJ_LEAVES,
+    "keys_values", "to_q", "to_k", "to_v", "to_kv", "to_qkv", *PROJ_LEAVES,
 )  # fmt: skip
 MLP_LEAVES = (
     "gate_proj", "up_proj", "down_proj", "gate_up_proj", "fc1", "fc2", "linear1", "linear2", "lin1",
@@ -93,7 +93,7 @@ MLP_OUT = (
     "fc2", "w2", "w_2", "linear2", "lin2", "dense2", "dense_2", "down", "wo", "4h_to_h",
     "dense_4h_to_h", "linear_down", "output", "output_dense", "linear_fc2", "ffn_output", "out",
     "fc_out", "weights_out", "output_linear", "layer2", "layer_2", "linear_2", "fc_2", "linear_out",
-    "pw2", "value", "conv2", "dense_out", "proj", "ffw_layer_2",
+    "pw2", "value", "conv2", "dense_out", "c_proj", "ffw_layer_2",
 )  # fmt: skip
 # Parameters that are no `.weight`.
 RAW = (

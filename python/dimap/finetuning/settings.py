@@ -150,8 +150,6 @@ class Settings(BaseModel):
             )
         if self.mixes and self.batch_size % 2:
             raise ValueError(f"batch_size must be even for mixup, got {self.batch_size}")
-        if self.reset_head and not self.epochs:
-            raise ValueError("epochs must be at least 1 to train the head of reset_head, got 0")
         return self
 
     @property

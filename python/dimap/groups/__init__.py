@@ -36,6 +36,7 @@ from .layers import (
 )
 from .patterns import group_by
 from .roles import LEAST, TRANSFORMER, Guess, by_roles
+from .tied import named_tensors, ties_of, untie
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -56,11 +57,13 @@ __all__ = [
     "group",
     "group_names",
     "is_parameter",
+    "named_tensors",
     "part_of",
     "part_shape",
     "position",
     "propose",
     "shapes_of",
+    "tied_in",
     "whole",
     "wholes",
 ]
@@ -127,7 +130,7 @@ def find_modules(
     that are malformed, match nothing, or match a parameter of fewer than two dimensions; TypeError
     for anything but a model, a mapping of tensors, or patterns of the form above.
     """
-    return group(shapes_of(model), choose(patterns, family, ignore)).modules
+    return group(shapes_of(model), choose(patterns, family, ignore), tied_in(model)).modules
 
 
 def shapes_of(model: Model) -> dict[str, Shape]:
@@ -138,7 +141,7 @@ def shapes_of(model: Model) -> dict[str, Shape]:
     from torch import Tensor, nn
 
     if isinstance(model, nn.Module):
-        return {name: tuple(p.shape) for name, p in model.named_parameters()}
+        return {name: tuple(p.shape) for name, p in named_tensors(model).items()}
     state: object = model  # callers are not bound by the annotation
     if not isinstance(state, Mapping):
         kind = type(state).__name__
@@ -152,6 +155,12 @@ def shapes_of(model: Model) -> dict[str, Shape]:
         for name, tensor in state.items()
         if is_parameter(name, tensor.is_floating_point())
     }
+
+
+def tied_in(model: Model) -> list[tuple[str, ...]]:
+    """The names of each set of a model's parameters that are the same weights: see `ties_of`."""
+    names = shapes_of(model)
+    return ties_of({name: t for name, t in named_tensors(model).items() if name in names})
 
 
 def is_parameter(name: str, floating_point: bool) -> bool:
@@ -179,9 +188,15 @@ def family_of(shapes: Mapping[str, Sequence[int]]) -> Family | None:
 
 
 def group(
-    shapes: Mapping[str, Sequence[int]], patterns: Patterns | Choice | None = None
+    shapes: Mapping[str, Sequence[int]],
+    patterns: Patterns | Choice | None = None,
+    ties: Sequence[tuple[str, ...]] = (),
 ) -> Grouping:
-    """`group_names`, with the families and notes."""
+    """`group_names`, with the families and notes.
+
+    ties: names that are the same weights, as `tied_in` finds them; each weight is in one layer, and
+        in "aux" if any of its names is.
+    """
     choice = choose(patterns)
     seen = _without_buffers(shapes)
     if not seen:
@@ -197,6 +212,7 @@ def group(
         modules, families = _by_family(choice, names, seen, notes)
     modules, left_out = choice.leave_out(modules, seen)
     notes += left_out
+    modules = untie(modules, ties, notes)
     language = any(family.language for family in families.values())
     if (language or choice.family == TRANSFORMER) and any(_WORDS.fullmatch(n) for n, _ in names):
         notes.append(COSTLY)

@@ -83,7 +83,7 @@ def _behind_prefix(given: Mapping[str, Shape], wanted: Mapping[str, Shape]) -> l
     """Pairs of names that differ by wrappers and by one beginning, the shortest possible."""
     short = {bare(name): name for name in given}
     plain = {bare(name): name for name in wanted}
-    first = next(iter(short))
+    first = max(short, key=lambda name: name.count("."))  # the most telling one
     words = first.split(".")
     for at in range(max(1, len(words) - 2)):  # at least three words stay: a layer, not ".weight"
         tail = ".".join(words[at:])

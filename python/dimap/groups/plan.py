@@ -19,9 +19,11 @@ from . import (
     Patterns,
     Slice,
     group,
+    named_tensors,
     part_of,
     part_shape,
     shapes_of,
+    tied_in,
     whole,
     wholes,
 )
@@ -61,11 +63,15 @@ class Plan:
         scope: str,
         normalize: str,
         patterns: Patterns | Choice | None = None,
+        ties: Sequence[tuple[str, ...]] = (),
     ) -> Plan:
-        """Plan for parameters of these names and shapes, of which no weight is looked at."""
+        """Plan for parameters of these names and shapes, of which no weight is looked at.
+
+        ties: as in `group`.
+        """
         check_choice("scope", scope, get_args(Scope))
         check_choice("normalize", normalize, get_args(Normalize))
-        grouping = group(shapes, patterns)
+        grouping = group(shapes, patterns, ties)
         modules = grouping.modules
         plan = Plan(modules, notes=grouping.notes)
         of_layer = scope_names(modules, scope)
@@ -95,8 +101,8 @@ class Plan:
         model: Model, scope: str, normalize: str, patterns: Patterns | Choice | None = None
     ) -> Plan:
         """Plan for a model or a state dict, with its tensors."""
-        plan = Plan.of_shapes(shapes_of(model), scope, normalize, patterns)
-        parameters = parameters_of(model)
+        plan = Plan.of_shapes(shapes_of(model), scope, normalize, patterns, tied_in(model))
+        parameters = named_tensors(model)
         for name in plan.names:
             if isinstance(name, Slice) and hasattr(parameters[name.parameter], "placements"):
                 raise ValueError(
@@ -256,13 +262,6 @@ def _group_key(layer: Layer, module: str, normalize: str) -> tuple[str, ...]:
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
-
-
-def parameters_of(model: Model) -> dict[str, Tensor]:
-    """A model's parameters, or the entries of a state dict, by name."""
-    from torch import nn
-
-    return dict(model.named_parameters() if isinstance(model, nn.Module) else model.items())
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from .layers import AUX, Layer
+from .layers import AUX, Layer, whole
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -66,24 +66,35 @@ def _view(tensor: Tensor) -> tuple[int, int] | None:
 
 
 def untie(
-    modules: Mapping[str, Sequence[Layer]], ties: Sequence[tuple[str, ...]]
+    modules: Mapping[str, Sequence[Layer]], ties: Sequence[tuple[str, ...]], notes: list[str]
 ) -> dict[str, list[Layer]]:
     """The modules with each weight under one name: the first, or one that is never pruned.
 
-    What shares its storage with a weight that is never pruned, is never pruned itself.
+    What shares its storage with a weight that is never pruned, is never pruned itself. notes: is told.
     """
-    where = {p: m for m, layers in modules.items() for x in layers for p in x.parameters}
-    dropped = set()
+    where = {whole(p): m for m, layers in modules.items() for x in layers for p in x.parameters}
+    dropped, freed = set(), []
     for names in ties:
         known = [name for name in names if name in where]
-        if known:
-            kept = next((name for name in known if where[name] == AUX), known[0])
-            dropped |= {name for name in known if name != kept}
+        aux = [name for name in known if where[name] == AUX]
+        others = {name for name in known if name != (aux or known)[0]}
+        freed += [name for name in others if aux and where[name] != AUX]
+        dropped |= others
+    if freed:
+        notes.append(
+            f"never pruned, being tied to weights that are not: {len(freed)} parameters, such as "
+            f"{min(freed)}"
+        )
+    if len(dropped) > len(freed):
+        notes.append(
+            f"tied weights are ranked and counted once: {len(dropped) - len(freed)} parameters are "
+            "other names of them"
+        )
     return {module: list(_without(layers, dropped)) for module, layers in modules.items()}
 
 
 def _without(layers: Sequence[Layer], dropped: set[str]) -> Iterator[Layer]:
     for layer in layers:
-        left = tuple(name for name in layer.parameters if name not in dropped)
+        left = tuple(part for part in layer.parameters if whole(part) not in dropped)
         if left:
             yield layer if left == layer.parameters else replace(layer, parameters=left)

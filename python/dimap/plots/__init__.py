@@ -14,10 +14,10 @@ ending. Nothing global is changed, and matplotlib is imported only when a pictur
 from __future__ import annotations
 
 from .curves import accuracy_curves, load_rows
-from .folder import report_output, write_report
 from .histograms import weight_histograms
 from .kept import kept_ratios
 from .mask import mask_picture
+from .report_folder import report_output, write_report
 from .style import check_path
 from .timings import bench_times
 

@@ -14,12 +14,13 @@ from ..groups import (
     Slice,
     choose,
     family_of,
-    group_names,
+    group,
+    named_tensors,
     position,
     shapes_of,
+    tied_in,
     whole,
 )
-from ..groups.plan import parameters_of
 from ..report import LayerReport, Pruned, Report
 from ..report.text import names_in_blocks
 
@@ -80,8 +81,12 @@ def source_of(
         shapes, get = model.shapes(), model.get
         choice = choice or getattr(model, "choice", choice)
     else:
-        shapes, get = shapes_of(model), parameters_of(model).__getitem__
-    modules = model.modules if isinstance(model, Pruned) else group_names(shapes, choice)
+        shapes, get = shapes_of(model), named_tensors(model).__getitem__
+    if isinstance(model, Pruned):
+        modules = model.modules
+    else:
+        ties = model.ties() if hasattr(model, "ties") else tied_in(model)
+        modules = group(shapes, choice, ties).modules
     layers = prunable(modules)
     known = {whole(parameter) for layer in layers for parameter in layer.parameters}
     if odd := [name for name in masks or () if name not in known]:

@@ -6,12 +6,13 @@ import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
-from ..groups import AUX, part_shape, whole
-from ..groups.identity import addresses
+from ..groups import AUX, whole, wholes
+from ..groups.identity import addresses, same_weights
 from ..groups.plan import scope_names
 from .report import LayerReport, ModuleReport, Report
 
@@ -105,7 +106,7 @@ def build_report(
             pruned is sharded (DTensor).
         RuntimeError: the forward pass at the given `input_size` failed.
     """
-    _check_same(pruning, model)
+    names_in = _names_in(pruning, model)
     flops, notes = _flops(model, input_size)
     # Of a pruning in memory each of these is counted when it is asked for: once.
     nonzero, smallest = pruning.nonzero, pruning.smallest
@@ -119,7 +120,9 @@ def build_report(
         """density: kept share of the layer's module."""
         names = layer.parameters
         dense = (
-            [flops.parameters.get(p, 0) // pieces[p] for p in map(whole, names)] if flops else []
+            [flops.parameters.get(names_in[p], 0) // pieces[p] for p in map(whole, names)]
+            if flops
+            else []
         )
         left = dense
         if layer.module != AUX:
@@ -183,23 +186,33 @@ def _sums(parts: Sequence[LayerReport | ModuleReport], other: int | None) -> dic
     return sums
 
 
-def _check_same(pruning: Pruned, model: nn.Module | Mapping[str, Tensor] | None) -> None:
+def _names_in(pruning: Pruned, model: nn.Module | Mapping[str, Tensor] | None) -> dict[str, str]:
+    """What the model that was pruned calls each of its parameters."""
+    every = (p for layers in pruning.modules.values() for x in layers for p in x.parameters)
+    known = wholes(every)
     if model is None:
-        return
+        return {name: name for name in known}
+    shapes = {name: tuple(pruning.shapes[name]) for name in known}
     tensors: Mapping[str, Tensor] = (
         model
         if isinstance(model, Mapping)
         # Buffers too: a state dict that was pruned may hold some that look like parameters.
         else dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
     )
-    shapes = pruning.shapes
-    for name in (p for layers in pruning.modules.values() for x in layers for p in x.parameters):
-        shape, there = tuple(shapes[name]), tensors.get(whole(name))
-        got = "no such parameter" if there is None else part_shape({whole(name): there.shape}, name)
-        if got != shape:
+    there = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    names = {name: name for name, shape in shapes.items() if there.get(name) == shape}
+    if len(names) < len(shapes) and not there.keys() & shapes.keys():  # another spelling
+        with suppress(ValueError):  # what it lacks is said below
+            for given, wanted in same_weights(shapes, there):
+                if len(given) == len(wanted) == 1 and shapes[given[0]] == there[wanted[0]]:
+                    names[given[0]] = wanted[0]
+    for name, shape in shapes.items():
+        if name not in names:
+            got = there.get(name, "no such parameter")
             raise ValueError(
                 f"model must be the one that was pruned: {name} must have shape {shape}, got {got}"
             )
+    return names
 
 
 def _flops(

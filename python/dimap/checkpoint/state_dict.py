@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .. import _timm
 from .._files import naming, save_safetensors
+from ..groups.tied import ties_of
 from ..masks import apply_masks
 from .base import Checkpoint
 from .bitmask import check_storable, write_packed
@@ -88,6 +89,9 @@ class StateDict(Checkpoint):
 
     def get(self, name: str) -> Tensor:
         return self._tensors[name].detach()
+
+    def ties(self) -> Sequence[tuple[str, ...]]:
+        return ties_of({name: self._tensors[name] for name in self.shapes()})
 
     def rewrite(
         self, targets: Sequence[Path], state: Mapping[str, Tensor], masks: Mapping[str, Tensor]
