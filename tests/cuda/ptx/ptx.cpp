@@ -223,8 +223,25 @@ void touch_shared(Thread& t, const char* where, uint32_t at, uint32_t bytes, Acc
   }
 }
 
+namespace {
+// Blocks of a cooperative grid look at one cell at the same time: it is in order for one of them only.
+class Locked {
+ public:
+  explicit Locked(uint64_t at) : flag_(flags[at / 64 % flags.size()]) {
+    while (flag_.test_and_set(std::memory_order_acquire)) std::this_thread::yield();
+  }
+  ~Locked() { flag_.clear(std::memory_order_release); }
+
+ private:
+  static std::array<std::atomic_flag, 1024> flags;
+  std::atomic_flag& flag_;
+};
+std::array<std::atomic_flag, 1024> Locked::flags;
+}  // namespace
+
 void touch_global(Thread& t, const char* where, uint64_t at, uint32_t bytes, Access access) {
   GlobalCell* cells = cells_of(at);
+  const Locked lock(at);
   const auto me = static_cast<uint16_t>(threadIdx.x), here = static_cast<uint16_t>(blockIdx.x);
   for (uint32_t i = 0; i < bytes; ++i) {
     GlobalCell& c = cells[i];
