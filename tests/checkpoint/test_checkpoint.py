@@ -185,7 +185,8 @@ def test_pickled_to_safetensors_with_tied_and_transposed_weights(tmp_path):
     weight = torch.arange(6.0).reshape(2, 3)
     root = {"model": {"a": weight, "b": weight, "c": weight.t(), "d": weight[1:]}}
     torch.save(root, tmp_path / "in.pth")
-    copy(tmp_path / "in.pth", tmp_path / "out.safetensors", weight="[ab]")
+    patterns = {"one": "[ab]"}
+    prune_checkpoint(tmp_path / "in.pth", tmp_path / "out.safetensors", 0.0, patterns=patterns)
     assert same(load_file(tmp_path / "out.safetensors"), root["model"])
 
 
