@@ -193,6 +193,22 @@ def test_a_rank_with_nothing_that_is_pruned(group, tmp_path):
     check(group, source, tmp_path / "out")
 
 
+def test_experts_in_one_tensor(group, tmp_path):
+    """Each expert of a stacked tensor is a layer of its own."""
+    generator = torch.Generator().manual_seed(0)
+    state = {}
+    for i in range(2):
+        block = f"model.layers.{i}."
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            state[f"{block}self_attn.{name}.weight"] = torch.randn(16, 16, generator=generator)
+        state[f"{block}mlp.gate.weight"] = torch.randn(4, 16, generator=generator)
+        for name, shape in (("gate_up_proj", (4, 64, 16)), ("down_proj", (4, 16, 32))):
+            state[f"{block}mlp.experts.{name}"] = torch.randn(shape, generator=generator)
+    state["model.embed_tokens.weight"] = torch.randn(40, 16, generator=generator)
+    save_file({name: w.bfloat16() for name, w in state.items()}, tmp_path / "in.safetensors")
+    check(group, tmp_path / "in.safetensors", tmp_path / "out.safetensors")
+
+
 def test_a_rank_with_nothing_at_all(group, tmp_path):
     save_file(vit(width=4), tmp_path / IN)
     check(group, tmp_path / IN, tmp_path / OUT)
