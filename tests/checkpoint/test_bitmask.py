@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from commands import runner
 from dimap.checkpoint import prune
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -21,7 +22,6 @@ pytest.importorskip("safetensors")
 
 from checkpoints import BITS, CASES, DTYPES, assert_same, shards, vit
 from dimap.bitmask import expand
-from dimap.cli import app
 from dimap.stream import prune_checkpoint
 from ranks import Group
 from safetensors import safe_open
@@ -423,13 +423,7 @@ def run(capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     save_file(vit(), "in.safetensors", {"format": "pt"})
 
-    def run(*arguments):
-        with pytest.raises(SystemExit) as ended:
-            app([str(argument) for argument in arguments], prog_name="dimap")
-        out, err = capsys.readouterr()
-        return ended.value.code or 0, out, err
-
-    return run
+    return runner(capsys)
 
 
 def test_prune_and_expand_on_the_command_line(run, tmp_path):

@@ -10,6 +10,7 @@ import sys
 
 import pytest
 import torch
+from commands import runner
 
 pytest.importorskip("safetensors")
 pytest.importorskip("typer")
@@ -53,13 +54,7 @@ def run(capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     save_file(swin(), "in.safetensors", {"format": "pt", "note": "kept"})
 
-    def run(*arguments):
-        with pytest.raises(SystemExit) as ended:
-            app([str(argument) for argument in arguments], prog_name="dimap")
-        out, err = capsys.readouterr()
-        return ended.value.code or 0, out, err
-
-    return run
+    return runner(capsys)
 
 
 def fails(run, *arguments, code=1):

@@ -13,6 +13,7 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
+from commands import runner
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("typer")
@@ -21,7 +22,6 @@ import dimap
 import numpy as np
 from dimap import plots
 from dimap.checkpoint import open_checkpoint
-from dimap.cli import app
 from dimap.plots.curves import METHODS
 from dimap.plots.mask import KEPT, PRUNED, average
 from dimap.plots.report_folder import kept_mask
@@ -444,13 +444,7 @@ def run(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save_file(swin(), "in.safetensors")
 
-    def run(*arguments):
-        with pytest.raises(SystemExit) as ended:
-            app([str(argument) for argument in arguments], prog_name="dimap")
-        out, err = capsys.readouterr()
-        return ended.value.code or 0, out, err
-
-    return run
+    return runner(capsys)
 
 
 def test_plot_draws_the_same_from_a_file_its_masks_and_its_report(run, tmp_path):
