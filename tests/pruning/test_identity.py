@@ -5,8 +5,11 @@ from __future__ import annotations
 import dimap
 import pytest
 import torch
+import torch.distributed as dist
 from dimap.masks import fit_masks
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.nn.parallel import DistributedDataParallel
 
 transformers = pytest.importorskip("transformers")
 timm_swin = pytest.importorskip("timm.models.swin_transformer")
@@ -101,6 +104,32 @@ def test_wrapped_and_plain_names_mean_the_same_weights(wrap, partial):
     back = fit_masks(there, weights_of(swin()))
     assert back.keys() == masks.keys()
     assert all(torch.equal(back[name], masks[name]) for name in masks)
+
+
+@pytest.fixture
+def one_process(tmp_path):
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def fully_sharded(model):
+    return FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+
+
+@pytest.mark.parametrize("wrap", [DistributedDataParallel, fully_sharded])
+def test_masks_hold_in_data_parallel_models(one_process, wrap):
+    masks, model = random_masks(swin()), wrap(swin())
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with dimap.hold_masks(model, masks, optimizer) as holding:
+        model(torch.randn(2, 3, 32, 32)).square().mean().backward()
+        optimizer.step()
+        assert holding.masks.keys() == masks.keys()
+    weights = fit_masks(masks, weights_of(model))
+    for (name, mask), given in zip(weights.items(), masks.values(), strict=True):
+        assert torch.equal(mask, given)
+        assert not weights_of(model)[name][~mask].any()
 
 
 @pytest.mark.parametrize(
