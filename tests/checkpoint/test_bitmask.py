@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from commands import runner
-from dimap.checkpoint import prune
+from dimap.checkpoint import streaming
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -152,7 +152,7 @@ def test_a_file_comes_back_bit_by_bit(tmp_path, threads, dtype, step, sparsity, 
 def test_places_are_counted_where_the_survey_did_not_note_them(
     tmp_path, threads, monkeypatch, aside
 ):
-    monkeypatch.setattr(prune, "ASIDE", aside)
+    monkeypatch.setattr(streaming, "ASIDE", aside)
     save_file(vit(step=0.01), tmp_path / "in.safetensors")
     dense, _, back = both(tmp_path / "in.safetensors", tmp_path, 0.55)
     assert back.read_bytes() == dense.read_bytes()

@@ -163,7 +163,7 @@ def test_an_error_of_a_full_disk_names_the_output_that_was_asked_for(tmp_path, m
         # OUT is written by C++, the small files by Python: they fail alone under a limit that
         # begins when they are written.
         monkeypatch.setattr(
-            {"masks": "dimap.checkpoint.prune.begin", "report": "dimap.report.Report.to_json"}[
+            {"masks": "dimap.checkpoint.streaming.begin", "report": "dimap.report.Report.to_json"}[
                 full
             ],
             fail_for(full),

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import CASES, DTYPES, assert_same, bits, load_folder, shards, vit
-from dimap.checkpoint import prune
+from dimap.checkpoint import streaming
 
 pytest.importorskip("safetensors")
 
@@ -176,7 +176,7 @@ def test_a_wrong_guess_costs_readings_only(tmp_path, dtype):
 @pytest.mark.parametrize("step", [0.0, 0.01], ids=["distinct", "ties"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_nothing_can_be_set_aside(tmp_path, monkeypatch, dtype, step):
-    monkeypatch.setattr(prune, "ASIDE", 0)
+    monkeypatch.setattr(streaming, "ASIDE", 0)
     state = vit(DTYPES[dtype], step=step)
     save_file(state, tmp_path / "in.safetensors")
     check(tmp_path / "in.safetensors", state, tmp_path / "out.safetensors", 0.55)

@@ -156,12 +156,14 @@ def test_the_input_changes_between_the_readings(case):
 
 def test_a_read_error_of_the_system(tmp_path, monkeypatch):
     """The system's own error: a descriptor that cannot be read."""
-    from dimap.checkpoint import prune
+    from dimap.checkpoint import streaming
 
     source = tmp_path / "in.safetensors"
     save_file(vit(), source)
-    opened = prune.opened
-    monkeypatch.setattr(prune, "opened", lambda paths, flags: opened(paths, flags or os.O_WRONLY))
+    opened = streaming.opened
+    monkeypatch.setattr(
+        streaming, "opened", lambda paths, flags: opened(paths, flags or os.O_WRONLY)
+    )
     with pytest.raises(OSError, match="Bad file descriptor") as error:
         prune_checkpoint(source, tmp_path / "out.safetensors", 0.5)
     assert error.value.filename == str(source)

@@ -468,13 +468,13 @@ def test_module_is_the_command_and_shows_no_bar_without_a_terminal(run):
 
 INTERRUPTED = """
 import os, signal, sys
-from dimap.checkpoint import prune
+from dimap.checkpoint import streaming
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
-number, place = int(sys.argv.pop(1)), prune.place_of
+number, place = int(sys.argv.pop(1)), streaming.place_of
 def place_and_end(*args):
     os.kill(os.getpid(), number)
     return place(*args)
-prune.place_of = place_and_end
+streaming.place_of = place_and_end
 from dimap.cli import main
 main()
 """

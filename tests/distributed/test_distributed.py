@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from checkpoints import CASES, DTYPES, shards, vit
 from dimap import cli
-from dimap.checkpoint import prune
+from dimap.checkpoint import prune, streaming
 from dimap.distributed.group import Group as Ranks
 from dimap.distributed.launch import launched
 from dimap.stream import prune_checkpoint, pruning_checkpoint
@@ -61,17 +61,17 @@ def prune_with_settings_of_the_rank(source, out, settings):
 
 def prune_with_little_room(source, out):
     """On one rank nothing may be set aside: what lies in the windows is then read again by all."""
-    before = prune.ASIDE
-    prune.ASIDE = 0 if dist.get_rank() == 1 else before
+    before = streaming.ASIDE
+    streaming.ASIDE = 0 if dist.get_rank() == 1 else before
     try:
         return prune_each([((source, out, 0.55), {})])[0].readings
     finally:
-        prune.ASIDE = before
+        streaming.ASIDE = before
 
 
 def prune_on_a_full_disk(source, out, rank):
     """The others come late to open what the rank has failed to write by then."""
-    before = prune.opened
+    before = streaming.opened
 
     @contextmanager
     def full(paths, flags):
@@ -85,11 +85,11 @@ def prune_on_a_full_disk(source, out, rank):
             time.sleep(0.2)
         return before(paths, flags)
 
-    prune.opened = full if dist.get_rank() == rank else late
+    streaming.opened = full if dist.get_rank() == rank else late
     try:
         prune_each([((source, out, 0.55), {})])
     finally:
-        prune.opened = before
+        streaming.opened = before
 
 
 def fail_when_all_is_written(source, out, rank):
@@ -292,8 +292,10 @@ def run_command(folder, rank, port, timeout, gone, when, number, full=None):
     os.environ.update(environment(rank, 3, port) | {"DIMAP_RANK_TIMEOUT": str(timeout)})
     os.chdir(folder)
     os.dup2(os.open(f"error {rank}", os.O_CREAT | os.O_WRONLY), 2)
-    function = {"surveying": "check_agreement", "writing": "place_of"}[when]
-    before = getattr(prune, function)
+    module, function = {
+        "surveying": (prune, "check_agreement"), "writing": (streaming, "place_of"),
+    }[when]  # fmt: skip
+    before = getattr(module, function)
 
     def go(*args):
         found = before(*args)
@@ -304,7 +306,7 @@ def run_command(folder, rank, port, timeout, gone, when, number, full=None):
         raise OSError(28, "No space left on device", OUT)
 
     if rank in (gone, full):
-        setattr(prune, function, go if rank == gone else stop)
+        setattr(module, function, go if rank == gone else stop)
     arguments = ["prune", IN, OUT, "-s", "0.5", "--report", "report.json"]
     cli.app(arguments)
 

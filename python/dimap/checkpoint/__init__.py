@@ -9,8 +9,9 @@ in an output: metadata, index, optimizer state and a folder's other files are ca
 
 Rooms: `locate` (what a path is), `header` (safetensors headers), `bitmask` (the sparse format),
 `shards` (safetensors), `state_dict` (`.pth` and timm; imports torch), `copies` (of the weights, beside
-them), `prune`, `inspect` and `expand` (what is done with them), `native` (what `_C` is handed); and
-of many checkpoints: `inputs` (which), `manifest` (what is done), `many` (one of them), `workers` (--jobs).
+them); what is done with them: `prune` (with `streaming` for safetensors), `inspect`, `expand`, and
+`native`, what `_C` is handed; of many checkpoints: `inputs` (which), `manifest` (what is done), `many`
+(one of them), `workers` (--jobs).
 """
 
 from __future__ import annotations

@@ -1,24 +1,20 @@
 """Prune a checkpoint into another: exactly, and safetensors without loading them.
 
-`dimap._C` reads the weights to find the cuts, mostly once, and once more to write the output. Memory
-does not grow with the checkpoint, nor with its largest tensor, and the result is bit by bit that of
-`dimap.prune`. Here it is said which bytes are which layer, and where each goes.
+Memory does not grow with a safetensors checkpoint, nor with its largest tensor (`streaming`); what torch
+saved is pruned in memory. The result is bit by bit that of `dimap.prune`.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import cache, wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
-from .. import _C, _timm
+from .. import _timm
 from .._files import SUFFIX, naming, replacing
 from ..distributed.launch import group_of
 from ..distributed.ranks import Ranks
@@ -26,14 +22,13 @@ from ..groups import AUX, Choice, Patterns, Slice, choose, part_shape, whole, wh
 from ..groups.plan import Normalize, Plan, Scope, check_choice
 from ..methods import METHODS
 from ..plots import report_output
-from ..report import Pruned, Report, build_report
+from ..report import Report, build_report
 from . import HUB, open_checkpoint
 from .base import Checkpoint, Progress, Silent, check_apart
-from .bitmask import Layout, lay_out
 from .card import add_card_section
-from .header import DTYPES, Entry, Header, make_header
-from .native import FILL, READ, Told, begin, elements, opened
-from .shards import Shards, packed_index
+from .native import Told
+from .shards import Shards
+from .streaming import ENGINE_DTYPES, Stream, StreamPruning, check_agreement
 
 if TYPE_CHECKING:
     from torch import nn
@@ -43,42 +38,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Progress", "StreamPruning", "prune_checkpoint", "pruning_checkpoint"]
 
-ENGINE_DTYPES = {"F32": 0, "BF16": 1, "F16": 2}  # as `_C` numbers them
-ASIDE = 1 << 25  # numbers that may be set aside while the cuts are sought: 128 MiB
-
 P = ParamSpec("P")
 T = TypeVar("T")
-
-
-@dataclass(kw_only=True)
-class StreamPruning(Pruned):
-    """What was pruned: `dimap.Pruning` without the weights and masks, which lie in files.
-
-    modules, thresholds, scope, normalize, sparsity: as in `dimap.Pruning`.
-    shapes, dtypes: of every parameter, "aux" included; dtypes as torch names them, "float32".
-    kept: how many weights the masks keep, of every pruned parameter.
-    nonzero: how many are not zero in the output, of every parameter, "aux" included.
-    smallest: the smallest kept magnitude of a layer, under each of its parameters; none where
-        nothing is kept.
-    readings: how often the weights were read to find the cuts.
-    notes: what the user should know of the checkpoint and of copies of its weights.
-    """
-
-    shapes: dict[str, tuple[int, ...]]
-    dtypes: dict[str, str]
-    kept: dict[str, int] = field(default_factory=dict)
-    nonzero: dict[str, int] = field(default_factory=dict)
-    smallest: dict[str, float] = field(default_factory=dict)
-    readings: int = 1
-    notes: list[str] = field(default_factory=list)
-    summarize: Callable[[], Report] | None = field(default=None, repr=False, compare=False)
-
-    def summary(self) -> Report:
-        """The report with the checkpoint's notes, and FLOPs where it says which timm model it is."""
-        return self.summarize() if self.summarize else self.report()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"summarize": None}  # which holds the checkpoint
 
 
 @contextmanager
@@ -163,7 +124,7 @@ def pruning_checkpoint(
         _check(checkpoint, plan, out, bitmask, masks is not None, ranks)
         stream = None
         if isinstance(checkpoint, Shards):
-            stream = _Stream(checkpoint, plan, keep, bitmask, ranks)
+            stream = Stream(checkpoint, plan, keep, bitmask, ranks)
             settings = (keep, ratios, scope, normalize, masks is None, bitmask)
             check_agreement(checkpoint, plan, settings, ranks)
         parts = [p for layers in plan.modules.values() for x in layers for p in x.parameters]
@@ -318,189 +279,6 @@ def _check(
                 f"{name} must have a multiple of 8 weights for masks or a bitmask file to be "
                 f"streamed, got {size}: leave --masks and --format bitmask out"
             )
-
-
-def check_agreement(shards: Shards, plan: Plan, settings: object, ranks: Ranks) -> None:
-    """All ranks do the same job, or none does."""
-    digest = hashlib.sha256(repr((plan.names, plan.layers, plan.scopes, settings)).encode())
-    for shard in shards.shards:
-        digest.update(shard.path.name.encode() + b"\0" + shard.header.raw)
-    found = ranks.gather(digest.hexdigest())
-    for rank, other in enumerate(found):
-        if other != found[0]:
-            raise ValueError(
-                "all ranks must be given the same checkpoint and settings, "
-                f"got others on rank {rank} than on rank 0"
-            )
-
-
-def place_of(layout: Layout, entry: Entry, before: int = 0) -> tuple[int, int]:
-    """Where the weights, or the values and the bits, of a tensor go in its output.
-
-    before: values of the same parameter that stand before those of this slice of it.
-    """
-    place = layout.places[whole(entry.name)]
-    size, count = entry.dtype.size, entry.numel()
-    if place.bits is None:
-        at = entry.name.at if isinstance(entry.name, Slice) else 0
-        return place.values.begin + at * count * size, -1
-    return place.values.begin + before * size, place.bits.begin + _skipped(entry.name, count)
-
-
-def _skipped(name: str, size: int) -> int:
-    """Bytes of bits in front of a slice's, of `size` weights."""
-    return name.at * size // 8 if isinstance(name, Slice) else 0
-
-
-class _Stream:
-    """One pruning from files to files, by one rank or by several."""
-
-    def __init__(
-        self, checkpoint: Shards, plan: Plan, keep: list[int], bitmask: bool, ranks: Ranks
-    ) -> None:
-        self.checkpoint, self.plan, self.keep = checkpoint, plan, keep
-        self.bitmask, self.ranks = bitmask, ranks
-        self.shards = checkpoint.shards
-        located = {
-            e.name: (file, e) for file, s in enumerate(self.shards) for e in s.header.entries
-        }
-        self.tensors = [(located[whole(n)][0], located[whole(n)][1].part(n)) for n in plan.names]
-        for name in wholes(plan.names):
-            del located[name]
-        self.others = list(located.values())  # alike on all ranks
-        self.before = [0] * len(
-            plan.names
-        )  # of each tensor: values of its parameter before its own
-
-    def fill(
-        self, targets: list[Path], masks: Path | None, result: StreamPruning, told: Told
-    ) -> None:
-        """Decide and write this rank's part, and complete the result with the counts of all ranks."""
-        plan, ranks = self.plan, self.ranks
-        module_of = dict(zip(plan.layers, plan.scopes, strict=True))
-        with ExitStack() as files:
-            engine = _C.Pruning(
-                files.enter_context(opened(self.checkpoint.files, READ)),
-                [
-                    (file, e.begin, e.numel(), ENGINE_DTYPES[e.dtype.code], layer)
-                    for (file, e), layer in zip(self.tensors, plan.layers, strict=True)
-                ],
-                [module_of[layer] for layer in range(len(module_of))],
-                self.keep,
-                rank=ranks.rank,
-                size=ranks.size,
-                exchange=ranks.exchange if ranks.size > 1 else None,
-                progress=told,
-                aside=ASIDE,
-            )
-            try:
-                engine.decide()
-                layouts = self._lay_out(engine)
-                outputs = files.enter_context(opened(targets, FILL))
-                for output, layout in zip(outputs, layouts, strict=True):
-                    begin(output, layout.header, first=ranks.rank == 0)
-                masks_at = None
-                if masks is not None:
-                    (output,) = files.enter_context(opened([masks], FILL))
-                    header = _masks_header(plan, result)
-                    begin(output, header, first=ranks.rank == 0)
-                    begins = {entry.name: entry.begin for entry in header.entries}
-                    sizes = zip(plan.names, plan.sizes, strict=True)
-                    masks_at = (
-                        *output,
-                        [begins[whole(n)] + _skipped(n, size) for n, size in sizes],
-                    )
-                    outputs = [*outputs, output]
-                nonzero_others = engine.write(
-                    outputs[: len(targets)],
-                    [
-                        place_of(layouts[file], entry, before)
-                        for (file, entry), before in zip(self.tensors, self.before, strict=True)
-                    ],
-                    [
-                        (file, *elements(e), layouts[file].places[e.name].values.begin)
-                        for file, e in self.others
-                    ],
-                    masks=masks_at,
-                )
-            except _C.NonFiniteError as error:
-                number, index, kind = error.args
-                raise ValueError(
-                    f"{plan.names[number]} must be finite, got {kind} at flat index {index}"
-                ) from error
-            except _C.ChangedError as error:
-                file, entry = self.tensors[error.args[0]]
-                raise ValueError(
-                    f"{self.shards[file].path}: {entry.name} must not change while it is read"
-                ) from error
-            told.finish()
-            if ranks.rank > 0:  # what rank 0 brings to the disk need not be what others wrote
-                for descriptor, path in outputs:
-                    with naming(Path(path)):
-                        os.fsync(descriptor)
-        self._add_up(engine, nonzero_others, result)
-        if self.bitmask and self.checkpoint.index is not None and ranks.rank == 0:
-            headers = {s.path.name: x.header for s, x in zip(self.shards, layouts, strict=True)}
-            self.checkpoint.write_index(targets, packed_index(self.checkpoint.index, headers))
-
-    def _lay_out(self, engine: _C.Pruning) -> list[Layout]:
-        """What goes where in the outputs."""
-        if not self.bitmask:
-            return [shard.layout for shard in self.shards]
-        packed: dict[str, int] = {}
-        for i, (name, count) in enumerate(zip(self.plan.names, engine.count_packed(), strict=True)):
-            self.before[i] = packed.get(whole(name), 0)
-            packed[whole(name)] = self.before[i] + count
-        return [
-            lay_out(s.header, {n: packed[n] for n in s.entries if n in packed}, str(s.path))
-            for s in self.shards
-        ]
-
-    def _add_up(self, engine: _C.Pruning, nonzero_others: list[int], result: StreamPruning) -> None:
-        """Complete the result, once it is sure that exactly what was asked for is kept."""
-        plan = self.plan
-        result.readings = engine.readings
-        result.thresholds = dict(zip(plan.scope_names, engine.thresholds, strict=True))
-        result.kept = dict(zip(plan.names, engine.kept, strict=True))
-        kept = [0] * len(self.keep)
-        for scope, count in zip(plan.scopes, engine.kept, strict=True):
-            kept[scope] += count
-        for name, want, got in zip(plan.scope_names, self.keep, kept, strict=True):
-            if want != got:
-                raise ValueError(f"{name} must keep {want} weights, got {got}")
-        parts = self.ranks.gather((engine.nonzero, nonzero_others, engine.smallest))
-        nonzero = dict(
-            zip(plan.names, map(sum, zip(*(p[0] for p in parts), strict=True)), strict=True)
-        )
-        for (_, entry), counts in zip(
-            self.others, zip(*(p[1] for p in parts), strict=True), strict=True
-        ):
-            nonzero[entry.name] = sum(counts) if entry.dtype.size else entry.numel()
-        for name in plan.names:
-            if isinstance(name, Slice):
-                for counted in (nonzero, result.kept):
-                    counted[name.parameter] = counted.get(name.parameter, 0) + counted[name]
-        result.nonzero = {name: nonzero[name] for name in result.shapes}
-        least = {
-            name: min((v for v in values if not math.isnan(v)), default=math.nan)
-            for name, values in zip(
-                plan.names, zip(*(p[2] for p in parts), strict=True), strict=True
-            )
-        }
-        for layer in (
-            x for module, layers in plan.modules.items() if module != AUX for x in layers
-        ):
-            found = [least[p] for p in layer.parameters if not math.isnan(least[p])]
-            if found:
-                result.smallest.update(dict.fromkeys(layer.parameters, min(found)))
-
-
-def _masks_header(plan: Plan, result: StreamPruning) -> Header:
-    """The header of the file that `dimap.save_masks` would write."""
-    shapes = {name: list(result.shapes[name]) for name in wholes(plan.names)}
-    settings = result.mask_metadata() | {"dimap_masks": "1", "shapes": json.dumps(shapes)}
-    described = [(n, DTYPES["U8"], [(math.prod(shape) + 7) // 8]) for n, shape in shapes.items()]
-    return make_header(described, settings, "the file of masks")
 
 
 def _prune_state(
