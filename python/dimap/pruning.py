@@ -192,7 +192,7 @@ def _decide(
         saliency=source,
         masks=plan.merged(masks),
         parameters=parameters,
-        grouping_notes=plan.notes,
+        notes=list(plan.notes),
     )
 
 

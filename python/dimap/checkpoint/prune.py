@@ -138,7 +138,7 @@ def pruning_checkpoint(
             sparsity=ratios,
             shapes={name: part_shape(shapes, name) for name in parts},
             dtypes={name: checkpoint.tensors[whole(name)].dtype.name for name in parts},
-            grouping_notes=plan.notes,
+            notes=list(plan.notes),
         )
 
         # The first rank creates the outputs, before the work, so that one that cannot be written is
@@ -197,8 +197,7 @@ def pruning_checkpoint(
             if first:
                 model, why = _model(checkpoint, names, timm_model)
             built = build_report(result, model, input_size)
-            lacking = built.notes if model else (f"no FLOPs: {why}", *plan.notes)
-            return replace(built, notes=(*lacking, *result.notes))
+            return built if model else replace(built, notes=(f"no FLOPs: {why}", *result.notes))
 
         result.summarize = cache(summarize)
         if timm_model or input_size:

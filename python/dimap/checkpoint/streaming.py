@@ -41,7 +41,6 @@ class StreamPruning(Pruned):
     smallest: the smallest kept magnitude of a layer, under each of its parameters; none where
         nothing is kept.
     readings: how often the weights were read to find the cuts.
-    notes: what the user should know of the checkpoint and of copies of its weights.
     """
 
     shapes: dict[str, tuple[int, ...]]
@@ -50,7 +49,6 @@ class StreamPruning(Pruned):
     nonzero: dict[str, int] = field(default_factory=dict)
     smallest: dict[str, float] = field(default_factory=dict)
     readings: int = 1
-    notes: list[str] = field(default_factory=list)
     summarize: Callable[[], Report] | None = field(default=None, repr=False, compare=False)
 
     def summary(self) -> Report:

@@ -7,7 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +35,7 @@ class Pruned:
             "stage 0 block 1", "stage 0"; NaN where nothing is kept.
         scope, normalize: what the ranking used, given or the method's.
         sparsity: module name -> the ratio asked for.
-        grouping_notes: what the user should know of the grouping, one sentence each.
+        notes: what the user should know, of the grouping say, one sentence each.
         saliency: what was ranked: "magnitude", "given", or the method's name ("taylor", "snip").
 
     A subclass has, as attributes or properties, by parameter name:
@@ -53,7 +53,7 @@ class Pruned:
     normalize: Normalize
     sparsity: dict[str, float]
     saliency: str = "magnitude"
-    grouping_notes: tuple[str, ...] = ()
+    notes: list[str] = field(default_factory=list)
 
     if TYPE_CHECKING:  # a dataclass would take a property of its base for a field's default
 
@@ -170,7 +170,7 @@ def build_report(
         model=None if model is None or isinstance(model, Mapping) else type(model).__name__,
         input_size=flops.input_size if flops else None,
         flops_other=flops.other if flops else None,
-        notes=(*notes, *pruning.grouping_notes),
+        notes=(*notes, *pruning.notes),
         **_sums(modules, flops.other if flops else None),
     )
 
