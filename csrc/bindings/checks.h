@@ -53,6 +53,12 @@ inline std::string name_of(ScalarType type) {
   }
 }
 
+inline std::string shape_of(const Tensor& t) {  // as Python writes it
+  std::string text;
+  for (const int64_t size : t.sizes()) text += (text.empty() ? "" : ", ") + std::to_string(size);
+  return "(" + text + (t.dim() == 1 ? ",)" : ")");
+}
+
 inline std::string device_of(const Tensor& t) {
   if (t.is_cpu()) return "cpu";
   return t.is_cuda() ? "cuda:" + std::to_string(t.get_device_index()) : "another device";

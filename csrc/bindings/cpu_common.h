@@ -35,8 +35,8 @@ inline std::vector<Tensor> empty_like(const std::vector<Tensor>& tensors, Scalar
 }
 
 // Refuses tensors that do not serve as outputs of this type: written as one block each, while the inputs are read.
-inline void check_outputs(const std::vector<Tensor>& inputs, const std::vector<Tensor>& out, ScalarType type) {
-  check_length("out", out.size(), inputs.size());
+inline void check_outputs(const std::vector<Tensor>& weights, const std::vector<Tensor>& out, ScalarType type) {
+  check_length("out", out.size(), weights.size());
   struct Span {
     uintptr_t begin, end;
     const char* name;
@@ -45,19 +45,21 @@ inline void check_outputs(const std::vector<Tensor>& inputs, const std::vector<T
   std::vector<Span> spans;
   const auto add = [&](const Tensor& t, const char* name, size_t i, int64_t size) {
     const auto begin = reinterpret_cast<uintptr_t>(t.const_data_ptr());
-    if (t.numel()) spans.push_back({begin, begin + static_cast<uintptr_t>(t.numel() * size), name, i});
+    int64_t last = 0;  // its last element: a view's may lie further apart than there are of them
+    for (size_t d = 0; d < t.sizes().size(); ++d) last += (t.sizes()[d] - 1) * t.strides()[d];
+    if (t.numel()) spans.push_back({begin, begin + static_cast<uintptr_t>((last + 1) * size), name, i});
   };
   for (size_t i = 0; i < out.size(); ++i) {
     const Tensor& t = out[i];
     STD_TORCH_CHECK(t.scalar_type() == type, "out[", i, "] must be ", name_of(type), ", got ",
                     name_of(t.scalar_type()));
     STD_TORCH_CHECK(t.is_cpu(), "out[", i, "] must be on cpu like weights[", i, "], got ", device_of(t));
-    STD_TORCH_CHECK(std::equal(t.sizes().begin(), t.sizes().end(), inputs[i].sizes().begin(), inputs[i].sizes().end()),
-                    "out[", i, "] must have the shape of weights[", i, "]");
+    STD_TORCH_CHECK(std::ranges::equal(t.sizes(), weights[i].sizes()), "out[", i, "] must have the shape of weights[",
+                    i, "], ", shape_of(weights[i]), ", got ", shape_of(t));
     STD_TORCH_CHECK(t.is_contiguous(), "out[", i, "] must be contiguous, got a view with other strides");
     t.mutable_data_ptr();  // a lazy clone gets memory of its own
     add(t, "out", i, type == ScalarType::Bool ? 1 : 4);
-    add(inputs[i], "weights", i, size_of(dtype_of(inputs[i], i)));
+    add(weights[i], "weights", i, size_of(dtype_of(weights[i], i)));
   }
   std::sort(spans.begin(), spans.end(), [](const Span& a, const Span& b) { return a.begin < b.begin; });
   const Span* last[2] = {};  // that ends last, of outputs and of all

@@ -24,7 +24,7 @@ std::vector<Tensor> score_op(std::vector<Tensor> weights, Ints layers) {
 void score_out_op(std::vector<Tensor> weights, Ints layers, std::vector<Tensor> out) {
   const std::vector<Tensor> inputs = contiguous(weights);
   const Problem problem = layers_problem(inputs, layers);
-  check_outputs(inputs, out, ScalarType::Float);
+  check_outputs(weights, out, ScalarType::Float);
   guarded([&] { score(problem, pointers<float>(out), TorchPool()); });
 }
 
@@ -52,7 +52,7 @@ std::vector<Tensor> select_op(std::vector<Tensor> weights, Ints layers, Ints mod
 void select_out_op(std::vector<Tensor> weights, Ints layers, Ints modules, Ints keep, std::vector<Tensor> out) {
   const std::vector<Tensor> inputs = contiguous(weights);
   const Problem problem = modules_problem(inputs, layers, modules, keep);
-  check_outputs(inputs, out, ScalarType::Bool);
+  check_outputs(weights, out, ScalarType::Bool);
   select_into(problem, out);
 }
 

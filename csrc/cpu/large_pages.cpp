@@ -3,7 +3,9 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <fstream>
 #include <new>
+#include <string>
 #if defined(__linux__)
 #include <linux/mman.h>
 #include <sys/mman.h>
@@ -18,6 +20,15 @@ constexpr uintptr_t kGap = uintptr_t{1} << 14;  // between neighbours: what an a
 
 constexpr int kFew = 64;  // small pages in the place of a large one: not worth keeping
 
+#if defined(MADV_COLLAPSE)
+// Whether the system's owner wants no large pages: MADV_COLLAPSE would make them nevertheless.
+bool are_forbidden() {
+  std::ifstream file("/sys/kernel/mm/transparent_hugepage/enabled");
+  std::string line;
+  return std::getline(file, line) && line.find("[never]") != std::string::npos;
+}
+#endif
+
 }  // namespace
 
 void advise_large_pages([[maybe_unused]] void* begin, [[maybe_unused]] size_t bytes) {
@@ -28,6 +39,8 @@ void advise_large_pages([[maybe_unused]] void* begin, [[maybe_unused]] size_t by
 #if defined(MADV_COLLAPSE)
   // Where a few small pages are there already, because an allocator keeps its notes between the tensors, no large one
   // would come by itself.
+  static const bool forbidden = are_forbidden();
+  if (forbidden) return;
   const auto small = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
   std::vector<unsigned char> resident(kPage / small);
   for (uintptr_t page = first; page < end; page += kPage) {
@@ -54,7 +67,7 @@ void advise_large_pages(std::vector<Range> ranges) {
 
 void* LargeBuffer::grow(size_t bytes, size_t used, bool large) {
   if (bytes <= size_) return memory_.get();
-  if (used == 0) memory_.reset();  // two would be in the way
+  if (used == 0) memory_.reset(), size_ = 0;  // two would be in the way
   const size_t rounded = (bytes + kPage - 1) / kPage * kPage;
   std::unique_ptr<void, Free> memory(std::aligned_alloc(kPage, rounded));
   if (!memory) throw std::bad_alloc();

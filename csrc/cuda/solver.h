@@ -21,7 +21,7 @@ DIMAP_HD Word close_enough(Goal goal) {
 
 // Weights that must lie at a threshold for it to count as `yes`.
 DIMAP_HD int64_t wanted(const SolveArgs& a, const ModuleEntry& module, int which) {
-  if (a.goal != Goal::kGuess) return module.keep;
+  if (a.goal != Goal::kGuess || module.total == 0) return module.keep;
   // 4.5 deviations of a count in a sample of neighbours that are alike
   const double total = static_cast<double>(module.total), keep = static_cast<double>(module.keep);
   const double variance = 4.0 * a.sample_ratio * keep * (1 - keep / total);

@@ -91,7 +91,8 @@ def check_out(weights: _Tensors, out: _Tensors, dtype: torch.dtype) -> list[Tens
         if o.device != w.device:
             raise RuntimeError(f"out[{i}] must be on {w.device} like weights[{i}], got {o.device}")
         if o.shape != w.shape:
-            raise RuntimeError(f"out[{i}] must have the shape of weights[{i}]")
+            got = f"{tuple(w.shape)}, got {tuple(o.shape)}"
+            raise RuntimeError(f"out[{i}] must have the shape of weights[{i}], {got}")
     return list(out)
 
 

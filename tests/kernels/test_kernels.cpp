@@ -208,6 +208,8 @@ void check_decide(std::mt19937_64& random) {
   if (random() % 8 == 0) bracket.low = bracket.high;
   if (random() % 16 == 0) bracket.low = bracket.high = kKeyEnd;
   bracket.guess = bracket.low + static_cast<uint32_t>(random() % (bracket.high - bracket.low + 1));
+  if (random() % 16 == 0)  // nothing lies inside
+    bracket.low = std::min(bracket.high + static_cast<uint32_t>(random() % 100'000'000), uint32_t{kKeyEnd});
   if (random() % 3 == 0) {  // some weight's key, or between two
     bracket.atom = some_key() + static_cast<uint32_t>(random() % 2 ? 0 : random() % 70'000);
     if (bracket.atom >= bracket.high) bracket.atom = cpu::Bracket::kNoAtom;

@@ -85,3 +85,15 @@ def test_outputs_in_the_memory_of_weights(job) -> None:
     with pytest.raises(RuntimeError, match=r"must not share memory with"):
         call([w, torch.randn(3)], [w.view(kind)[:64], torch.empty(3, dtype=kind)])
     assert torch.equal(w, before)
+
+
+def test_outputs_in_the_memory_of_weights_that_are_views(job) -> None:
+    """What is read is a copy of such a weight; its own memory is not to be written all the same."""
+    call, kind = job
+    w = torch.randn(8, 8)
+    before = w.clone()
+    with pytest.raises(RuntimeError, match=r"must not share memory with"):
+        call([w.t()], [w.view(kind).flatten()[:64].view(8, 8)])
+    with pytest.raises(RuntimeError, match=r"must not share memory with"):
+        call([w[:, ::2]], [w.view(kind)[4:].flatten()[:32].view(8, 4)])
+    assert torch.equal(w, before)

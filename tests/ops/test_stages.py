@@ -39,6 +39,18 @@ def test_survey_of_nothing_is_zero(device: str) -> None:
     assert not ops.survey([], [], windows, 256).any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("base", [0x7F800000, 0x7F810000, 0x7FFF0000])
+def test_a_window_beyond_all_finite_magnitudes(base, dtype, device) -> None:
+    """No weight lies in it or above it, and nothing is written outside of the bins."""
+    granularity = int(ops.first_windows([dtype], 256)[0, 2])
+    windows = torch.tensor([[base, 16, granularity, *ops.NOTHING_KNOWN]], device=device)
+    weights = torch.randn(70_000, device=device).to(dtype)
+    table = ops.survey([weights], [0], windows, 256).cpu()
+    assert int(table[0, 0]) == 70_000
+    assert not table[0, 1:].any()
+
+
 @pytest.mark.parametrize(
     ("windows", "bins", "message"),
     [

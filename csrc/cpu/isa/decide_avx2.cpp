@@ -29,6 +29,7 @@ struct Avx2 : Vectors<32> {
     return m * reinterpret_cast<Shorts>(_mm256_shuffle_epi8(powers, raw(by | 0x8000)));
   }
   static void stream(uint8_t* to, Bytes bytes) { _mm256_stream_si256(reinterpret_cast<__m256i*>(to), raw(bytes)); }
+  static void fence() { _mm_sfence(); }
 };
 
 template <DType kType>

@@ -8,6 +8,7 @@
 //   Words pairs(Shorts q)         sums of two squares, all of which are summed once
 //   Shorts shifted(Shorts m, Shorts by)           m << by, by at most 5
 //   void stream(uint8_t*, Bytes)  a store past the caches, where there is one
+//   void fence()                  orders such stores before what follows
 #pragma once
 
 #include <cstring>
@@ -130,6 +131,7 @@ void decide_words(const uint32_t* weights, int64_t n, const Bracket& bracket, ui
     aside = set_aside(
         between, i, [&](int64_t at) { return key_of<DType::kFloat32>(weights[at]); }, out.keys, out.positions, aside);
   }
+  if (write.stream) Lanes::fence();
   out.aside = aside;
   out.kept += static_cast<int64_t>(sum_of(reinterpret_cast<Words>(-kept)));
   out.atoms += static_cast<int64_t>(sum_of(reinterpret_cast<Words>(-atoms)));
@@ -158,7 +160,7 @@ void decide_shorts(const uint16_t* weights, int64_t n, const Bracket& bracket, u
   const Writer<Lanes> write{mask, kMask && out.stream && reinterpret_cast<uintptr_t>(mask) % Lanes::kBytes == 0};
   const auto key_at = [&](int64_t at) { return key_of<kType>(weights[at]); };
   Longs sums{}, sums_high{};
-  Signed kept{}, atoms{};  // counted downwards; at most 4,096 a lane in a call of 65,536 weights
+  Signed kept{}, atoms{};  // counted downwards; at most 8,192 a lane in a call of 65,536 weights
   int64_t aside = out.aside;
   int64_t i = 0;
   for (; i + kLine <= n; i += kLine) {
@@ -200,6 +202,7 @@ void decide_shorts(const uint16_t* weights, int64_t n, const Bracket& bracket, u
         if (const uint32_t bits = weights[j] & 0x7FFFu; bits >= half.limit) sum_up(key_at(j), grid, out);
     aside = set_aside(between, i, key_at, out.keys, out.positions, aside);
   }
+  if (write.stream) Lanes::fence();
   out.aside = aside;
   out.kept += static_cast<int64_t>(sum_of(reinterpret_cast<Shorts>(-kept)));
   out.atoms += static_cast<int64_t>(sum_of(reinterpret_cast<Shorts>(-atoms)));

@@ -1,7 +1,7 @@
-// What every processor of a kind has: SSE2 on x86-64, NEON on ARM, and plain C++ elsewhere.
+// What every processor of a kind has: SSE2 on x86-64, NEON on 64-bit ARM, and plain C++ elsewhere.
 #if defined(__SSE2__)
 #include <emmintrin.h>
-#elif defined(__ARM_NEON)
+#elif defined(__aarch64__)
 #include <arm_neon.h>
 #endif
 
@@ -34,8 +34,9 @@ struct Portable : Vectors<16> {
     return m;
   }
   static void stream(uint8_t* to, Bytes bytes) { _mm_stream_si128(reinterpret_cast<__m128i*>(to), raw(bytes)); }
+  static void fence() { _mm_sfence(); }
 };
-#elif defined(__ARM_NEON)
+#elif defined(__aarch64__)
 struct Portable : Vectors<16> {
   static constexpr int kBytes = 16;
   template <typename V>
@@ -66,12 +67,13 @@ struct Portable : Vectors<16> {
     return reinterpret_cast<Shorts>(vshlq_u16(reinterpret_cast<uint16x8_t>(m), reinterpret_cast<int16x8_t>(by)));
   }
   static void stream(uint8_t* to, Bytes bytes) { memcpy(to, &bytes, sizeof bytes); }
+  static void fence() {}
 };
 #endif
 
 template <DType kType>
 void decide(const void* weights, int64_t n, const Bracket& bracket, uint8_t* mask, Decided& out) {
-#if defined(__SSE2__) || defined(__ARM_NEON)
+#if defined(__SSE2__) || defined(__aarch64__)
   decide_lanes<Portable, kType>(weights, n, bracket, mask, out);
 #else
   decide_range<kType>(static_cast<const storage_t<kType>*>(weights), 0, n, bracket, Grid(bracket.high), mask, out);

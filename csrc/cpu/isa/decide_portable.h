@@ -104,6 +104,7 @@ struct Half {
         high(bits_from<kType>(bracket.high)),
         mark(bits_from<kType>(bracket.guess < bracket.high ? bracket.guess : bracket.high)),
         atom(kNone) {
+    low = low < high ? low : high;  // then nothing is inside
     const Grid grid(bracket.high);
     exponent = grid.exponent > kBias ? grid.exponent - kBias : 1;
     unit = 23 - kFraction + static_cast<int>(exponent + kBias - grid.exponent);

@@ -196,10 +196,13 @@ LayerTable Reading::table(int32_t layer, Window window, std::span<Bin> bins) con
       key = inside.data();
       n = out.aside;
     }
+    const auto bin_of = [&](uint32_t k) -> Bin& {  // as `Magnitudes::index`
+      return bins[std::min<size_t>((k - window.base) >> window.shift, bins.size() - 1)];
+    };
     if (counted_only)
-      for (int64_t i = 0; i < n; ++i) ++bins[(key[i] - window.base) >> window.shift].count;
+      for (int64_t i = 0; i < n; ++i) ++bin_of(key[i]).count;
     else
-      for (int64_t i = 0; i < n; ++i) bins[(key[i] - window.base) >> window.shift].add(key[i]);
+      for (int64_t i = 0; i < n; ++i) bin_of(key[i]).add(key[i]);
   }
   if (counted_only)
     for (size_t b = 0; b < bins.size(); ++b) {

@@ -30,8 +30,9 @@ class Row {
  public:
   T* room(int64_t n) {  // beyond those used
     if (used + n > capacity_) {
-      capacity_ = std::max(used + n, capacity_ * 3 / 2);
-      values_.room_for<T>(capacity_, used, capacity_ >= kLargeFrom);
+      const int64_t wanted = std::max(used + n, capacity_ * 3 / 2);
+      values_.room_for<T>(wanted, used, wanted >= kLargeFrom);
+      capacity_ = wanted;
     }
     return values_.template data<T>() + used;
   }
@@ -119,7 +120,8 @@ class Reading {
           first((bracket.low + (1u << shift) - 1) >> shift),
           count(std::max<int64_t>(0, int64_t{(bracket.high + (1u << shift) - 1) >> shift} - first)) {}
     uint32_t key(int64_t i) const { return (first + static_cast<uint32_t>(i)) << shift; }
-    int64_t index(uint32_t key) const { return (key >> shift) - first; }
+    // Within the count, even of weights that somebody changes while they are read.
+    int64_t index(uint32_t key) const { return std::clamp<int64_t>(int64_t{key >> shift} - first, 0, count - 1); }
     int shift;
     uint32_t first;
     int64_t count;

@@ -68,13 +68,17 @@ Survey survey(const Problem& problem, std::span<const Window> windows, int64_t b
     Decided out;
     out.keys = buffers[worker].keys.get(), out.positions = buffers[worker].positions.get(),
     out.outliers = &outliers[worker];
-    const Bracket bracket{window.base, end, Bracket::kNoAtom};
+    const Bracket bracket{std::min(window.base, end), end, Bracket::kNoAtom};
     kernels().decide[static_cast<int>(problem.tensors[chunk.tensor].dtype)](loader.load(chunk, worker), chunk.n,
                                                                             bracket, nullptr, out);
     pool.advance(bytes(chunk));
     if (out.non_finite) finite.store(false, std::memory_order_relaxed);
     const auto add_to = [&](Bin* all) {
-      for (int64_t i = 0; i < out.aside; ++i) all[(out.keys[i] - window.base) >> window.shift].add(out.keys[i]);
+      for (int64_t i = 0; i < out.aside; ++i) {
+        // Within the bins, even of weights that somebody changes while they are read.
+        const int64_t bin = (out.keys[i] - window.base) >> window.shift;
+        all[std::min(bin, bins - 1)].add(out.keys[i]);
+      }
     };
     Own& mine = own[worker];
     if (mine.layer != chunk.layer) hand_over(mine);
