@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -457,6 +458,38 @@ def test_killed_and_continued(run, moment):
     assert same(load_file("out/a.safetensors"), pruned(1))
     assert same(load_folder(Path("out/llm")), pruned(3))
     assert sorted(os.listdir("out")) == sorted([*ALL, NAME])
+
+
+def test_begun_with_other_settings_replaces_nothing(run):
+    run("a.safetensors")
+    Path("out", NAME).write_text("".join(f"{json.dumps(line)}\n" for line in lines()[:1]))
+    shutil.copy("b.pth", "out/a.safetensors")  # anybody's
+    told, _ = run("a.safetensors", options=("-s", "0.3"), code=1)
+    assert "was begun with other settings and is replaced only by force" in str(told)
+    assert Path("out/a.safetensors").read_bytes() == Path("b.pth").read_bytes()
+    assert states(run("a.safetensors")[0]) == {"a.safetensors": "done"}  # the same command
+
+
+@pytest.mark.parametrize("end", ["ctrl-c", "killed"])
+def test_ended_while_it_replaces_what_was_done(run, monkeypatch, end):
+    """The output is still the one that was done: it is told so, and not made again."""
+    run("a.safetensors")
+    before = inodes()
+
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("dimap.checkpoint.many.prune_checkpoint", interrupted)
+        run("a.safetensors", options=("-s", "0.4", "--force"), code=130)
+    told = [(line["state"], line["settings"]["sparsity"]) for line in lines()]
+    assert told == [("begun", 0.5), ("done", 0.5), ("begun", 0.4), ("done", 0.5)]
+    if end == "killed":
+        Path("out", NAME).write_text("".join(f"{json.dumps(line)}\n" for line in lines()[:3]))
+    error = run("a.safetensors", options=("-s", "0.4"), code=1)[0]
+    assert "was made with other settings" in str(error)
+    assert states(run("a.safetensors")[0]) == {"a.safetensors": "done before"}
+    assert before.items() <= inodes().items()
 
 
 WAITING = "waiting.safetensors"

@@ -1,7 +1,8 @@
 """Prune checkpoints into a folder: what is done stays done, and what fails holds nothing up.
 
 The line "begun" in the manifest stands before an output appears, the line "done" after it is there.
-An output without "done" is thus of a command that crashed between, and is made again.
+An output without "done" is thus of a command that crashed between, and is made again by the same
+command. Where an output is replaced, "begun" holds the line of the one that it replaces.
 """
 
 from __future__ import annotations
@@ -113,6 +114,7 @@ def prune_one(job: Job, item: Item, record: Record | None) -> Outcome:
     start = time.monotonic()
     state: State = "done before"
     try:
+        record = _last(job, item, record)
         if not _is_done(job, item, record):
             state, record = "done", _prune(job, item, record)
     except Exception as error:
@@ -127,22 +129,33 @@ def prune_one(job: Job, item: Item, record: Record | None) -> Outcome:
     return Outcome(item.source, item.name, state, *counts, seconds, notes=notes)
 
 
+def _last(job: Job, item: Item, record: Record | None) -> Record | None:
+    """The line that tells of what is there: where a run ended before it replaced that, the earlier."""
+    earlier = record.get("before") if record and record["state"] == "begun" else None
+    present = _present(job.outputs(item.name))
+    return earlier if earlier and _are_those_of(earlier, present) else record
+
+
 def _is_done(job: Job, item: Item, record: Record | None) -> bool:
     """Whether all outputs are there, made with these settings from these files.
 
     Raises FileExistsError where something else is there and not `force`.
     """
     places = job.outputs(item.name)
-    present = {kind: path for kind, path in places.items() if os.path.lexists(path)}
-    if not present or (record and record["state"] == "begun"):
+    present = _present(places)
+    if not present:
         return False
-    if record is None or record["state"] != "done":
+    if record is None or record["state"] == "failed":
         why = "exists already"
+    elif record["state"] == "begun" and record["settings"] == job.settings:
+        return False
+    elif record["state"] == "begun":
+        why = "was begun with other settings"
     elif record["settings"] != job.settings:
         why = "was made with other settings"
     elif item.path and not same_files(item.path, record["input"]):
         why = f"was made when {item.source} was another"
-    elif not all(same_files(p, record["outputs"].get(kind, ())) for kind, p in present.items()):
+    elif not _are_those_of(record, present):
         why = "is not what was made"
     else:
         return len(present) == len(places)  # else the missing ones are made again
@@ -150,6 +163,15 @@ def _is_done(job: Job, item: Item, record: Record | None) -> bool:
         place = str(next(iter(present.values())))
         raise FileExistsError(errno.EEXIST, f"{why} and is replaced only by force (--force)", place)
     return False
+
+
+def _present(places: Mapping[str, Path]) -> dict[str, Path]:
+    return {kind: path for kind, path in places.items() if os.path.lexists(path)}
+
+
+def _are_those_of(record: Record, present: Mapping[str, Path]) -> bool:
+    """Whether the files are those that a "done" line tells of."""
+    return all(same_files(p, record["outputs"].get(kind, ())) for kind, p in present.items())
 
 
 def _prune(job: Job, item: Item, record: Record | None) -> Record:
@@ -161,20 +183,24 @@ def _prune(job: Job, item: Item, record: Record | None) -> Record:
     common = {"in": item.source, "settings": dict(job.settings), "dimap": __version__}
     for path in places.values():
         path.parent.mkdir(parents=True, exist_ok=True)
-    manifest.append(item.name, "begun", **common)
+    earlier = record if record and record["state"] == "done" and replace else None
+    manifest.append(item.name, "begun", **common, **({"before": earlier} if earlier else {}))
     try:
         before = _inputs(item)
         wanted = {kind: path for kind, path in places.items() if kind != "out"}
         arguments = {**job.settings, **job.more, **wanted, "force": replace}
         pruned = prune_checkpoint(item.source, places["out"], **arguments)
         report = pruned.report()
-    except Exception as error:
+    except BaseException as error:  # Ctrl-C, too
         # The outputs are what they were: so is what the manifest tells of them.
-        with suppress(OSError):
-            if record and record["state"] != "failed" and replace:
-                kept = {key: record[key] for key in record if key not in ("version", "out")}
+        with suppress(OSError, ValueError):
+            last = manifest.read().get(item.name)
+            if last is None or last["state"] != "begun":
+                pass  # another dimap was faster
+            elif earlier and _are_those_of(earlier, _present(places)):
+                kept = {key: earlier[key] for key in earlier if key not in ("version", "out")}
                 manifest.append(item.name, **kept)
-            else:
+            elif isinstance(error, Exception):
                 manifest.append(item.name, "failed", **common, error=sentence(error))
         raise
     read = _inputs(item, job.checksum)
