@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import sys
+
+_SOURCE = re.compile(r"^\w+, \S+\.(?:cpp|h|cu):\d+, ")  # where in C++ an operator's error is from
 
 
 def sentence(error: BaseException) -> str:
@@ -16,7 +19,7 @@ def sentence(error: BaseException) -> str:
     if isinstance(error, (ValueError, TypeError, OSError, ImportError)) and first:
         return str(error)
     if isinstance(error, RuntimeError) and first:  # of the operators, and of a forward pass
-        return first
+        return _SOURCE.sub("", first)
     return f"{type(error).__name__}: {first} (--debug shows where)"
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from importlib import import_module
 from typing import Annotated, Any
 
@@ -9,7 +11,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from .. import __version__, build_info
-from .._errors import unwind_on_signals
+from .._errors import sentence, unwind_on_signals
 
 COMMANDS = {  # what `dimap --help` says of them
     "prune": "Set the least important weights of checkpoints to zero.",
@@ -81,4 +83,15 @@ def _options(
 def main() -> None:
     """Entry point of the command `dimap`."""
     unwind_on_signals()
-    app(prog_name="dimap")
+    try:
+        try:
+            app(prog_name="dimap")
+        finally:
+            sys.stdout.flush()
+    except OSError as error:  # the terminal, or the file in its place, takes no more
+        from .common import print_error
+
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more
+        if not isinstance(error, BrokenPipeError):
+            print_error(f"the results cannot be printed: {sentence(error)}")
+        sys.exit(1)

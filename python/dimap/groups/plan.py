@@ -273,7 +273,7 @@ def renamed(names: Sequence[str]) -> Iterator[None]:
         yield
     except RuntimeError as error:
         # What torch puts around the message (function, file and line, stack) is left behind.
-        found = re.search(r"weights\[(\d+)\] (must be .*)", str(error))
+        found = re.search(r"weights\[(\d+)\] (must .*)", str(error))
         if found is None:
             raise
         others = re.sub(r"weights\[(\d+)\]", lambda m: names[int(m[1])], found[2])
