@@ -7,6 +7,7 @@ needed, and matplotlib's settings are as before when a picture is there.
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -77,10 +78,13 @@ def width_of(words: str, size: float = TEXT) -> float:
 def check_path(path: str | os.PathLike[str] | None) -> None:
     """Raise where a picture could not be written to `path`, before any work.
 
-    ModuleNotFoundError without matplotlib, ValueError for an ending that is not .png or .svg.
+    ModuleNotFoundError without matplotlib, ValueError for an ending that is not .png or .svg,
+    FileNotFoundError for a folder that is not there.
     """
     if path is not None and Path(path).suffix.lower() not in FORMATS:
         raise ValueError(f"a picture's path must end in {' or '.join(FORMATS)}, got {path}")
+    if path is not None and not Path(path).absolute().parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "must be in a folder that is there", str(path))
     try:
         import matplotlib  # noqa: F401
     except ModuleNotFoundError as error:
