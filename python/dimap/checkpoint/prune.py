@@ -195,7 +195,7 @@ def pruning_checkpoint(
         def summarize() -> Report:
             model, why = None, "the first rank counts them"
             if first:
-                model, why = _model(checkpoint, names, timm_model)
+                model, why = _model(checkpoint, names, timm_model, input_size)
             built = build_report(result, model, input_size)
             return built if model else replace(built, notes=(f"no FLOPs: {why}", *result.notes))
 
@@ -311,7 +311,10 @@ def _prune_state(
 
 
 def _model(
-    checkpoint: Checkpoint, names: Sequence[str], timm_model: str | None
+    checkpoint: Checkpoint,
+    names: Sequence[str],
+    timm_model: str | None,
+    input_size: Sequence[int] | None,
 ) -> tuple[nn.Module | None, str]:
     """The model for counting FLOPs, pruned or only its shapes, or the reason why there is none."""
     described = (
@@ -324,8 +327,15 @@ def _model(
     # Names and shapes are enough where the weights are not in memory.
     streamed = isinstance(checkpoint, Shards)
     state = {n: checkpoint.tensors[n].meta() if streamed else checkpoint.get(n) for n in names}
+    architecture, config = described
     try:
-        return _timm.with_weights(*described, state), ""
+        try:
+            return _timm.with_weights(architecture, config, state), ""
+        except ValueError:  # built for images of another size, it may be
+            if input_size is None:
+                raise
+            sized = {**config, "img_size": tuple(input_size)[-2:]}
+            return _timm.with_weights(architecture, sized, state), ""
     except (ValueError, ModuleNotFoundError) as error:
         if timm_model:
             raise
