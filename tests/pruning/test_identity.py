@@ -179,6 +179,31 @@ def test_addresses_of_a_file_fit_names_that_no_family_knows(tmp_path):
         fit_masks(dict(masks), weights_of(vit()))
 
 
+def test_towers_that_files_call_otherwise(tmp_path):
+    """A library writes the towers of a model under other names than it gives them in memory."""
+    image = {**VIT, "num_hidden_layers": 2}
+    words = {
+        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "vocab_size": 50,
+    }  # fmt: skip
+    config = transformers.LlavaConfig(
+        vision_config=transformers.CLIPVisionConfig(**image),
+        text_config=transformers.LlamaConfig(**words),
+    )
+    model = transformers.LlavaForConditionalGeneration(config)
+    model.save_pretrained(tmp_path / "in")
+    file = tmp_path / "m.safetensors"
+    dimap.prune_checkpoint(tmp_path / "in", tmp_path / "out", 0.5, masks=file)
+    want = dimap.select(model, 0.5)
+    on_disk = dimap.load_masks(file)
+    assert want.keys() != on_disk.keys()
+    fitted = fit_masks(on_disk, weights_of(model))
+    assert fitted.keys() == want.keys()
+    assert all(torch.equal(fitted[name], want[name]) for name in want)
+    back = fit_masks(want, dimap.load_file(tmp_path / "in" / "model.safetensors"))
+    assert all(torch.equal(back[name], on_disk[name]) for name in on_disk)
+
+
 def test_gradual_pruning_of_a_wrapped_model():
     model = torch.compile(swin())
     optimizer = torch.optim.SGD(model.parameters(), 0.1)

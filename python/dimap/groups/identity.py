@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from difflib import get_close_matches
+from math import prod
 from typing import NamedTuple
 
 from . import group_names
 from .known import bare
-from .layers import AUX, Layer, Shape, Slice, holds_experts, slices, wholes
+from .layers import AUX, Layer, Shape, Slice, holds_experts, part_shape, slices, wholes
 
 
 class Address(NamedTuple):
@@ -125,9 +126,18 @@ def _by_address(
     if len(given_at) < len(given):
         rest = {name: shape for name, shape in given.items() if name not in given_at}
         here |= {at: [*layer.parameters] for at, layer in addresses(_grouped(rest)).items()}
+    titles = _same_towers(
+        {at: sum(prod(part_shape(given, n)) for n in names) for at, names in here.items()},
+        {
+            at: sum(prod(part_shape(wanted, n)) for n in layer.parameters)
+            for at, layer in there.items()
+        },
+    )
     stacks: dict[str, tuple[list[str], list[str]]] = {}  # whole tensors of what is met in slices
     for at, names in here.items():
-        layer = there.get(at)
+        title, _, module = at.module.rpartition(".")
+        other = titles.get(title, title)
+        layer = there.get(at._replace(module=f"{other}.{module}" if other else module))
         if layer is None:
             continue
         stack = next((p.parameter for p in (*names, *layer.parameters) if isinstance(p, Slice)), "")
@@ -140,6 +150,29 @@ def _by_address(
         elif 1 in (len(names), len(layer.parameters)):
             yield Same(tuple(names), layer.parameters)
     yield from (Same(tuple(wholes(g)), tuple(wholes(w))) for g, w in stacks.values())
+
+
+def _same_towers(here: Mapping[Address, int], there: Mapping[Address, int]) -> dict[str, str]:
+    """What towers that are called otherwise are called there: those with as many weights in every
+    layer, where only one is. A library's files may call a tower otherwise than its models.
+
+    here, there: the weights of each layer.
+    """
+    ours, theirs = _layers_of_towers(here), _layers_of_towers(there)
+    titles = {}
+    for title, layers in ours.items():
+        alike = [other for other, found in theirs.items() if found == layers]
+        if title not in theirs and len(alike) == 1:
+            titles[title] = alike[0]
+    return titles
+
+
+def _layers_of_towers(sizes: Mapping[Address, int]) -> dict[str, dict[Address, int]]:
+    towers: dict[str, dict[Address, int]] = {}
+    for at, size in sizes.items():
+        title, _, module = at.module.rpartition(".")
+        towers.setdefault(title, {})[at._replace(module=module)] = size
+    return towers
 
 
 def _grouped(shapes: Mapping[str, Shape]) -> dict[str, list[Layer]]:
