@@ -109,6 +109,10 @@ def check_free(path: Path, *, folder: bool = False, force: bool = False) -> None
         raise IsADirectoryError(errno.EISDIR, "must be a file, got a folder", str(path))
     if folder and kind != "a folder":
         raise NotADirectoryError(errno.ENOTDIR, f"must be a folder, got {kind}", str(path))
+    if folder and force and not os.access(path, os.W_OK) and path.stat().st_uid != os.geteuid():
+        raise PermissionError(
+            errno.EACCES, "must be a folder whose files can be removed to be replaced", str(path)
+        )
     if not force:
         raise FileExistsError(
             errno.EEXIST, "exists already and is replaced only by force (--force)", str(path)
@@ -247,7 +251,17 @@ def _lock(path: Path) -> int | None:
 
 
 def _exchange(new: Path, path: Path) -> None:
-    """Put folder `new` in the place of folder `path`, and back again if that fails."""
+    """Put folder `new` in the place of folder `path`, in one step where the system has it."""
+    import ctypes
+
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):
+        rename = None
+    here, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    if rename and rename(here, os.fsencode(new), here, os.fsencode(path), swap) == 0:
+        remove(new)
+        return
     old = _beside(path)
     try:
         os.rename(path, old)

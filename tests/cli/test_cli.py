@@ -114,6 +114,7 @@ def test_methods_and_scopes_are_those_of_the_python_api(run, options):
 
 
 def test_outputs_can_be_read_by_others_as_the_umask_says(run):
+    os.chmod("in.safetensors", 0o666)
     run("prune", "in.safetensors", "out.safetensors", "-s", 0.5, "--masks", "m.st")
     with open("plain", "w"):
         pass
@@ -464,6 +465,32 @@ def test_module_is_the_command_and_shows_no_bar_without_a_terminal(run):
     assert "wrote o.safetensors" in done.stdout
     assert "\x1b" not in done.stdout
     assert done.stderr == ""
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+@pytest.mark.parametrize("arguments", [["--help"], ["inspect", "in.safetensors"], ["families"]])
+def test_results_that_cannot_be_printed(run, arguments):
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "dimap", *arguments]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1
+    assert len(done.stderr.splitlines()) == 1
+    assert "No space left on device" in done.stderr
+
+
+def test_flops_of_a_model_for_images_of_another_size(run):
+    vit = pytest.importorskip("timm").create_model("vit_tiny_patch16_224", img_size=32)
+    save_file(vit.state_dict(), "vit.safetensors")
+    flops = ("--timm-model", "vit_tiny_patch16_224", "--input-size", "32", "--json")
+    code, out, err = run("prune", "vit.safetensors", "o.safetensors", "-s", "0.5", *flops)
+    assert code == 0, err
+    assert json.loads(out)["report"]["input_size"] == [3, 32, 32]
+
+
+def test_an_output_is_as_private_as_its_input(run):
+    os.chmod("in.safetensors", 0o600)
+    run("prune", "in.safetensors", "o.safetensors", "-s", "0.5")
+    assert os.stat("o.safetensors").st_mode & 0o777 == 0o600
 
 
 INTERRUPTED = """

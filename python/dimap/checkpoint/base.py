@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import stat
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -116,7 +117,8 @@ class Checkpoint(ABC):
     def creating(self, out: str | os.PathLike[str], *, force: bool = False) -> Iterator[list[Path]]:
         """Empty files for weights, at `out` when the block ends, or nothing there if it fails.
 
-        They stand for `files` (one file for a timm model); a folder's other files are there already.
+        They stand for `files` (one file for a timm model), and nobody may read them who may not read
+        those; a folder's other files are there already.
         force: replace an `out` that is there already (a folder only if it holds a checkpoint).
 
         Raises FileExistsError, or another OSError where `out` cannot be written; ValueError where
@@ -127,13 +129,14 @@ class Checkpoint(ABC):
         if folder and force and target.is_dir():
             _check_replaceable(target)
         with replacing(target, folder=folder, force=force) as temporary:
-            if not folder:
-                yield [temporary]
-                return
-            files = [temporary / file.name for file in self.files]
-            copy_folder(self.files[0].parent, temporary, [file.name for file in files])
-            for file in files:
-                file.touch(exist_ok=False)
+            files = [temporary]
+            if folder:
+                files = [temporary / file.name for file in self.files]
+                copy_folder(self.files[0].parent, temporary, [file.name for file in files])
+                for file in files:
+                    file.touch(exist_ok=False)
+            for file, source in zip(files, self.files, strict=False):  # a timm model has none
+                file.chmod(stat.S_IMODE(file.stat().st_mode) & (source.stat().st_mode | 0o600))
             yield files
 
     def _check_place(self, out: Path) -> None:
