@@ -8,7 +8,8 @@ hold (`Replicate`) only the first of them counts; all of them get its mask.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -214,6 +215,26 @@ def select_cuts(
     return masks, torch.tensor(thresholds, dtype=torch.float64)
 
 
+def select_nm(
+    names: Sequence[str], tensors: Sequence[Tensor], n: int, m: int, axis: int
+) -> list[Tensor]:
+    """`dimap.ops.select_nm` on DTensors, of which each rank must hold whole groups. As `select_cuts`."""
+    with _ranks_of(tensors) as ranks:
+        held = [local_of(*each, 0, 0) for each in zip(names, tensors, strict=True)]
+        share_out(held, ranks)
+        for local in held:
+            begin, size = local.offset[axis], local.weights.shape[axis]
+            if begin % m or size % m:
+                raise ValueError(
+                    f"{local.name} must be sharded in whole groups of {m} along its input, got "
+                    f"[{begin}, {begin + size}) on rank {ranks.rank}"
+                )
+        with _named(held):
+            masks = ops.select_nm([local.weights for local in held], n, m, axis)
+        ranks.gather(None)  # nobody goes on where another one failed
+    return [local.dressed(mask) for local, mask in zip(held, masks, strict=True)]
+
+
 def apply_(tensors: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
     """`dimap.ops.apply_` on the local shards."""
     ops.apply_([local_part(t) for t in tensors], [local_part(m) for m in masks])
@@ -281,6 +302,20 @@ def _decide_on_devices(
         return ranks.sum(table).cpu().numpy().data
 
     return _C.decide_surveys(survey, granularities, sizes, module_of, keep)
+
+
+@contextmanager
+def _named(held: Sequence[Local]) -> Iterator[None]:
+    """Say of what is not finite where it is in the whole tensor."""
+    try:
+        yield
+    except RuntimeError as error:
+        told = re.search(
+            r"weights\[(\d+)\] must be finite, got (\w+) at flat index (\d+)", str(error)
+        )
+        if told is None:
+            raise
+        raise held[int(told[1])].non_finite(int(told[3]), told[2]) from error
 
 
 # Ties: the first ones are kept, by tensor and by flat index in the whole

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import comb, prod
 
 from .choice import set_aside
-from .layers import AUX, Layer, Modules, Shape, Slice, part_shape, whole
+from .layers import AUX, Modules, Shape, Slice, part_shape, whole
 
 LARGEST = 16  # weights of a group
 
@@ -24,7 +26,9 @@ class NM:
         """From "2:4", "auto" (of 4) or "auto:8". Raises ValueError for anything else."""
         if text is None:
             return None
-        found = re.fullmatch(r"(\d+):(\d+)|auto(?::(\d+))?", text) if isinstance(text, str) else None
+        found = (
+            re.fullmatch(r"(\d+):(\d+)|auto(?::(\d+))?", text) if isinstance(text, str) else None
+        )
         m = int(found[2] or found[3] or 4) if found else 0
         n = int(found[1]) if found and found[1] else None
         if not 2 <= m <= LARGEST or not 0 < (n or 1) <= m or n == 0:
@@ -33,6 +37,15 @@ class NM:
                 f"auto, or auto:M, got {text!r}"
             )
         return NM(n, m)
+
+    def refuse(self, **given: object) -> None:
+        """Refuse what a fixed N of M leaves nothing to say of. Raises ValueError."""
+        for name, value in given.items():
+            if self.n is not None and value is not None and value != {}:
+                raise ValueError(
+                    f"{name} must be left out with nm {self}, where every group keeps {self.n}, "
+                    f"got {value!r}"
+                )
 
     def __str__(self) -> str:
         return f"{'auto' if self.n is None else self.n}:{self.m}"
@@ -117,12 +130,35 @@ def leave_ragged(
     return set_aside(modules, shapes, out), axes, [note]
 
 
-def inner(shape: Sequence[int], axis: int) -> int:
-    """How many weights of a tensor lie from one of a group to its next."""
-    count = 1
-    for size in list(shape)[len(shape) + axis + 1 :]:
-        count *= size
-    return count
+def as_groups(shape: Sequence[int], axis: int) -> tuple[int, int, int]:
+    """A tensor's shape as [outer, length, inner], length being that of an axis counted from the end."""
+    at = len(shape) + axis
+    return prod(shape[:at]), shape[at], prod(shape[at + 1 :])
+
+
+def in_layers(patterns: Sequence[str | None]) -> str:
+    """Patterns of layers in words: "3:4 in 9, 2:4 in 30 of 48 layers"; "" where none has any."""
+    found = Counter(sorted(filter(None, patterns))).most_common()
+    told = ", ".join(f"{nm} in {count}" for nm, count in found)
+    return f"{told} of {len(patterns)} layers" if told else ""
+
+
+def pattern_of(most: Sequence[int], nonzero: int, weights: int) -> str | None:
+    """The N:M that a layer has: "2:4"; None where it has none but by chance.
+
+    most: of m = 0 … 16, the most nonzero weights in a group of m. nonzero, weights: of the layer.
+    Many a sparse layer has a group of 16 that none fills: a pattern counts where, were the zeros
+    strewn at random, at least 3 groups would be expected to hold more than N. Of several the
+    one with the least share is named, then the one of the smallest M.
+    """
+    density = nonzero / weights if weights else 0.0
+    found = []
+    for m in range(2, LARGEST + 1):
+        n = most[m]
+        more = sum(comb(m, k) * density**k * (1 - density) ** (m - k) for k in range(n + 1, m + 1))
+        if 0 < n < m and weights / m * more >= 3:
+            found.append((n / m, m, n))
+    return "{2}:{1}".format(*min(found)) if found else None
 
 
 STATES = 1 << 16  # totals that are followed

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from . import (
     AUX,
@@ -27,7 +27,7 @@ from . import (
     whole,
     wholes,
 )
-from .nm import NM, inner, leave_ragged, round_kept
+from .nm import NM, as_groups, leave_ragged, round_kept
 from .tied import check_apart
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ class Plan:
                 plan.sizes.append(math.prod(shape))
                 if nm is not None:
                     plan.axes.append(axes[parameter])
-                    plan.inners.append(inner(shape, axes[parameter]))
+                    plan.inners.append(as_groups(shape, axes[parameter])[2])
                 plan.layers.append(number)
                 plan.scopes.append(scopes[name])
         if not plan.names:
@@ -146,7 +146,7 @@ class Plan:
         stacked = {name.parameter for name in self.names if isinstance(name, Slice)}
         return {n: torch.stack(p) if n in stacked else p[0] for n, p in parts.items()}
 
-    def keep(self, sparsity: float | Mapping[str, float]) -> list[int]:
+    def keep(self, sparsity: float | Mapping[str, float] | None) -> list[int]:
         """How many weights each scope keeps."""
         if isinstance(sparsity, Mapping) and None in self.scope_modules:
             raise ValueError(
@@ -163,9 +163,10 @@ class Plan:
             for n, module in zip(totals, self.scope_modules, strict=True)
         ]
 
-    def ratios(self, sparsity: float | Mapping[str, float]) -> dict[str, float]:
-        """The ratio of each prunable module, checked."""
+    def ratios(self, sparsity: float | Mapping[str, float] | None) -> dict[str, float]:
+        """The ratio of each prunable module, checked; None is what the caller forgot."""
         names = [name for name in self.modules if name != AUX]
+        given: dict[str, Any]
         if isinstance(sparsity, Mapping):
             if set(sparsity) != set(names):
                 raise ValueError(
@@ -184,7 +185,10 @@ class Plan:
         return {name: float(value) for name, value in given.items()}
 
     def counts(self, kept: Sequence[int] = ()) -> dict[str, int]:
-        """The N of each layer by name. kept: for nm "auto", how many weights `select` keeps of each tensor."""
+        """The N of each layer by name.
+
+        kept: for nm "auto", how many weights `select` keeps of each tensor.
+        """
         assert self.nm is not None
         layers = [x for module, found in self.modules.items() if module != AUX for x in found]
         if self.nm.n is not None:
