@@ -23,6 +23,7 @@ constexpr struct {
   int64_t aside_share = 16;                 // at most one weight in this many is set aside,
   int64_t aside_least = 1 << 17;            // this many in any case,
   double layer_share = 0.25;                // a layer of which more would be set aside is looked at otherwise
+  double missed_share = 1.0 / 8;            // a module of which more was guessed wrong is counted as a whole
   int rounds = 64;                          // far more than any input needs
 } kTuning;
 
@@ -116,7 +117,13 @@ void Decision::decide(std::span<uint8_t* const> masks) {
   if (any(unsure)) count(unsure);
   read(open, masks);
   solve_open(open, /*surveys=*/false);
-  for (size_t m = 0; m < open.size(); ++m) unsure[m] = open[m] && !counted[m];
+  // Of thousands of layers some few lie outside their brackets: these alone are surveyed below.
+  std::vector<int64_t> missed(problem_.modules());
+  for (size_t l = 0; l < problem_.layers(); ++l)
+    if (!read_[l]) missed[problem_.layer_module[l]] += problem_.layer_total[l];
+  for (size_t m = 0; m < open.size(); ++m)
+    unsure[m] = open[m] && !counted[m] &&
+                static_cast<double>(missed[m]) > kTuning.missed_share * static_cast<double>(problem_.module_total[m]);
   if (any(unsure)) {
     Flags left = unsure;
     count(unsure);
