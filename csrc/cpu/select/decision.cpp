@@ -61,28 +61,6 @@ Decision::Decision(const Problem& problem, const Pool& pool, const Exchange* exc
   for (size_t l = 0; l < problem.layers(); ++l) read_[l] = read_[l] && suffices(l);
 }
 
-Decision::Decision(const Problem& problem, const Pool& pool, SurveyFn survey)
-    : cuts(problem.layers()),
-      modules(problem.modules()),
-      problem_(problem),
-      pool_(pool),
-      exchange_(nullptr),
-      loader_(problem, pool.workers()),
-      reading_(problem, loader_, pool, Keeps::kCounts),
-      survey_(std::move(survey)),
-      budget_(0),
-      read_(problem.layers()),
-      layers_(problem.modules()),
-      bins_(problem.layers()),
-      windows_(problem.layers()),
-      survey_bins_(survey_bins_of(problem)) {
-  number_layers();
-  for (size_t l = 0; l < problem.layers(); ++l)
-    windows_[l] = window_over(0, kNonFinite - 1, survey_bins_, problem.layer_granularity[l]);
-  Flags open(problem.modules(), 1);
-  solve_open(open, /*surveys=*/true);
-}
-
 void Decision::number_layers() {
   for (size_t l = 0; l < problem_.layers(); ++l) layers_[problem_.layer_module[l]].push_back(static_cast<int32_t>(l));
 }
@@ -215,8 +193,7 @@ void Decision::solve_open(Flags& open, bool surveys) {
     Survey seen;
     if (any(surveyed)) {
       ++readings;
-      seen = survey_ ? survey_(windows_, survey_bins_)
-                     : survey(problem_, windows_, survey_bins_, surveyed, loader_, pool_);
+      seen = survey(problem_, windows_, survey_bins_, surveyed, loader_, pool_);
       for (size_t l = 0; l < problem_.layers(); ++l)
         if (surveyed[l]) tables[l] = seen.tables[l];
     }
