@@ -126,14 +126,8 @@ def prune(
     choice = choose(patterns, family, ignore)
     pruning = _decide(model, sparsity, method, scope, normalize, saliency, data, loss, choice)
     weights = [pruning.parameters[name].detach() for name in pruning.masks]
-    masks = list(pruning.masks.values())
-    if is_sharded(weights):
-        from .distributed import _dtensor
-
-        _dtensor.apply_(weights, masks)
-    else:
-        with renamed(list(pruning.masks)):
-            ops.apply_(weights, masks)
+    with renamed(list(pruning.masks)):
+        ops.apply_(weights, list(pruning.masks.values()))
     return pruning
 
 

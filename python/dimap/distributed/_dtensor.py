@@ -3,12 +3,14 @@
 No weight leaves its process. Each surveys its local shards, the tables are summed over the device
 mesh, each solves the same, and each emits the masks of its shards. Of a shard that several processes
 hold (`Replicate`) only the first of them counts; all of them get its mask.
+
+torch.ops.dimap.apply_ and prune_ take DTensors by the rules here.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -214,9 +216,54 @@ def select_cuts(
     return masks, torch.tensor(thresholds, dtype=torch.float64)
 
 
-def apply_(tensors: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
-    """`dimap.ops.apply_` on the local shards."""
-    ops.apply_([local_part(t) for t in tensors], [local_part(m) for m in masks])
+def placed(mask: Tensor, like: Tensor) -> Tensor:
+    """A mask placed over the ranks as `like` is; a plain one is the same on every rank.
+
+    Nothing is sent where it is placed so already, or is plain. Of a `Partial` tensor, whose parts are
+    added up, each part has the whole mask.
+    """
+    if not isinstance(like, DTensor):
+        return mask.full_tensor() if isinstance(mask, DTensor) else mask
+    placements = [Replicate() if p.is_partial() else p for p in like.placements]
+    if isinstance(mask, DTensor) and mask.device_mesh == like.device_mesh:
+        return mask.redistribute(like.device_mesh, placements)
+    whole = mask.full_tensor() if isinstance(mask, DTensor) else mask.to(like.device)
+    return distribute_tensor(whole, like.device_mesh, placements, src_data_rank=None)
+
+
+def local_pair(tensor: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """What this rank holds of a tensor, and the mask of that."""
+    here, kept = local_part(tensor), local_part(placed(mask, tensor))
+    if here.shape != kept.shape:
+        raise ValueError(
+            "a sharded tensor must be in even parts as torch.chunk makes them, so that this rank has "
+            f"shape {tuple(kept.shape)}, got {tuple(here.shape)}"
+        )
+    return here, kept
+
+
+def apply_(weights: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
+    """`dimap.ops.apply_` where some are DTensors: each rank does its part."""
+    pairs = [local_pair(*pair) for pair in zip(weights, masks, strict=True)]
+    ops.apply_([weight for weight, _ in pairs], [mask for _, mask in pairs])
+
+
+def prune_(
+    weights: Sequence[Tensor], layers: Sequence[int], modules: Sequence[int], keep: Sequence[int]
+) -> None:
+    """`dimap.ops.prune_` where some are DTensors: all ranks call it together."""
+    names = [f"weights[{i}]" for i in range(len(weights))]
+    apply_(weights, select_cuts(names, weights, layers, modules, keep)[0])
+
+
+def _register(name: str, rule: Callable[..., None]) -> None:
+    torch.library.register_torch_dispatch(
+        f"dimap::{name}", DTensor, lambda _, __, ___, args=(), ____=None: rule(*args)
+    )
+
+
+_register("apply_", apply_)
+_register("prune_", prune_)
 
 
 def _ranks_of(tensors: Sequence[Tensor]) -> Group:
