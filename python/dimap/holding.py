@@ -12,8 +12,8 @@ the dense model's names, and copies, exports, compiled and distributed models ar
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from types import MappingProxyType
 from typing import Any
 
@@ -152,7 +152,7 @@ def hold_masks(
     for each in optimizers:
         _chain(each)
     parameters = _named(model)
-    masks = _through_flat(model, masks) if _is_flat(model) else fit_masks(masks, parameters)
+    masks = _through_flat(model, masks) if is_flat(model) else fit_masks(masks, parameters)
     seen: dict[nn.Parameter, str] = {}
     for name, mask in masks.items():
         first = seen.setdefault(parameters[name], name)
@@ -182,12 +182,24 @@ def _placed(mask: Tensor, parameter: Tensor) -> Tensor:
     return mask.to(parameter.device)
 
 
-def _is_flat(model: nn.Module) -> bool:
+def is_flat(model: nn.Module) -> bool:
     """Whether a part of the model is in FullyShardedDataParallel."""
     fsdp = sys.modules.get("torch.distributed.fsdp")  # not loaded: then there is none
     return fsdp is not None and any(
         isinstance(module, fsdp.FullyShardedDataParallel) for module in model.modules()
     )
+
+
+@contextmanager
+def whole_weights(model: nn.Module) -> Iterator[dict[str, nn.Parameter]]:
+    """The model's parameters by name; in FullyShardedDataParallel every rank has all of them here."""
+    if not is_flat(model):
+        yield _named(model)
+        return
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    with FullyShardedDataParallel.summon_full_params(model):
+        yield _named(model)
 
 
 def _through_flat(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -196,16 +208,13 @@ def _through_flat(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, Te
     Masks go the way of the weights: for a moment they are the weights of the whole model, which
     FullyShardedDataParallel then shards. So it needs the memory of the whole model once.
     """
-    from torch.distributed.fsdp import FullyShardedDataParallel
-
     here = {name: p for name, p in _named(model).items() if p.is_floating_point()}
     before = {name: parameter.detach().clone() for name, parameter in here.items()}
     with torch.no_grad():
         try:
             for parameter in here.values():
                 parameter.fill_(1)
-            with FullyShardedDataParallel.summon_full_params(model):
-                whole = _named(model)
+            with whole_weights(model) as whole:
                 fitted = fit_masks(masks, whole)
                 for name, mask in fitted.items():
                     whole[name].copy_(mask)

@@ -67,6 +67,12 @@ class Local:
         whole = int(self.whole_index(index))
         return ValueError(f"{self.name} must be finite, got {kind} at flat index {whole}")
 
+    def check_positive(self) -> None:
+        if bool((negative := self.weights.flatten() < 0).any()):
+            at = int(negative.int().argmax())
+            got = f"{float(self.weights.flatten()[at]):g} at flat index {int(self.whole_index(at))}"
+            raise ValueError(f"{self.name} must not be negative, got {got}")
+
     def ties(self, key: int) -> Positions:
         """The flat indices in the whole tensor of the local weights of this magnitude; of -1 none."""
         if key < 0:
@@ -187,8 +193,12 @@ def select_cuts(
     layers: Sequence[int],
     modules: Sequence[int],
     keep: Sequence[int],
+    *,
+    signed: bool = True,
 ) -> tuple[list[Tensor], Tensor]:
     """`dimap.ops.select_cuts` on DTensors, with plain tensors that are the same on every rank.
+
+    signed: whether a number may be negative, as those of a saliency may not.
 
     All processes of the mesh call it together (those of the default group, where there are several
     meshes). Returns masks with the placements of `tensors`, the same as of the gathered tensors.
@@ -198,6 +208,8 @@ def select_cuts(
     """
     with _ranks_of(tensors) as ranks:
         held = [local_of(*each) for each in zip(names, tensors, layers, modules, strict=True)]
+        for local in held if not signed else ():
+            local.check_positive()
         devices = share_out(held, ranks)
         sizes, module_of = [0] * (max(layers) + 1), [0] * (max(layers) + 1)  # of each layer
         for local in held:
@@ -216,18 +228,18 @@ def select_cuts(
     return masks, torch.tensor(thresholds, dtype=torch.float64)
 
 
-def placed(mask: Tensor, like: Tensor) -> Tensor:
-    """A mask placed over the ranks as `like` is; a plain one is the same on every rank.
+def placed(tensor: Tensor, like: Tensor) -> Tensor:
+    """A mask, or another tensor for a weight, placed over the ranks as that is.
 
-    Nothing is sent where it is placed so already, or is plain. Of a `Partial` tensor, whose parts are
-    added up, each part has the whole mask.
+    A plain tensor is the same on every rank. Nothing is sent where it is placed so already, or is
+    plain. For a `Partial` gradient, whose parts are added up, each rank has all of it.
     """
     if not isinstance(like, DTensor):
-        return mask.full_tensor() if isinstance(mask, DTensor) else mask
+        return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
     placements = [Replicate() if p.is_partial() else p for p in like.placements]
-    if isinstance(mask, DTensor) and mask.device_mesh == like.device_mesh:
-        return mask.redistribute(like.device_mesh, placements)
-    whole = mask.full_tensor() if isinstance(mask, DTensor) else mask.to(like.device)
+    if isinstance(tensor, DTensor) and tensor.device_mesh == like.device_mesh:
+        return tensor.redistribute(like.device_mesh, placements)
+    whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.to(like.device)
     return distribute_tensor(whole, like.device_mesh, placements, src_data_rank=None)
 
 
