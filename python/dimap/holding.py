@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +38,7 @@ class Holding(AbstractContextManager["Holding"]):
         masks: Mapping[str, Tensor],
         optimizers: Sequence[Optimizer],
         *,
-        gradients: bool,
+        gradients: bool | Literal["early"],
     ) -> None:
         self._masks = {name: _placed(mask, parameters[name]) for name, mask in masks.items()}
         self._held = {parameters[name]: mask for name, mask in self._masks.items()}
@@ -53,6 +53,10 @@ class Holding(AbstractContextManager["Holding"]):
             # Of the outermost, whose state is loaded; a wrapper may lack the means.
             if hasattr(outer, "_optimizer_load_state_dict_post_hooks"):
                 handle = outer.register_load_state_dict_post_hook(self._after_load)
+                self._handles.append(handle)
+        for p in self._held if gradients == "early" else ():
+            if p.requires_grad:
+                handle = p.register_post_accumulate_grad_hook(lambda p: self._zero_gradients([p]))
                 self._handles.append(handle)
 
     @property
@@ -72,9 +76,13 @@ class Holding(AbstractContextManager["Holding"]):
         """Set the gradients of pruned weights to +0 now.
 
         Each step begins with it unless ``gradients=False``. Call it before the gradients' norm is
-        taken, so that clipping sees only the gradients that are used.
+        taken, so that clipping sees only the gradients that are used; with ``gradients="early"`` no
+        call is needed.
         """
-        pairs = self._pairs(self._held)
+        self._zero_gradients(self._held)
+
+    def _zero_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        pairs = self._pairs(parameters)
         zero_dropped((p.grad, m) for p, m in pairs if p.grad is not None and _dense(p.grad))
 
     def zero_state(self) -> None:
@@ -115,7 +123,7 @@ def hold_masks(
     masks: Mapping[str, Tensor],
     optimizer: Optimizer | Sequence[Optimizer],
     *,
-    gradients: bool = True,
+    gradients: bool | Literal["early"] = True,
 ) -> Holding:
     """Keep the weights that `masks` drop at exactly +0 after every step of `optimizer`.
 
@@ -129,7 +137,9 @@ def hold_masks(
     optimizer: one, or several that share the model. Any whose steps run hooks, as all of
         torch.optim and timm.optim do; fused, foreach, within GradScaler.
     gradients: also zero the gradients of pruned weights before each step, so that the optimizer's
-        memory of them (momentum, exp_avg) is zero as well.
+        memory of them (momentum, exp_avg) is zero as well. "early": as soon as they have been added
+        up, for a loop of somebody else's that takes their norm; by hooks of the parameters, which the
+        flat ones of FullyShardedDataParallel do not run.
 
     Pruned weights are zeroed at once, and so is what the optimizer remembers of them; again when a
     state dict is loaded into the optimizer. NaN and infinity become zero too, and no zero is

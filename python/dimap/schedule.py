@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -87,7 +87,7 @@ class GradualPruning:
             optimizer.step()
             gradual.step()
 
-    model, optimizer: as in `dimap.hold_masks`.
+    model, optimizer, gradients: as in `dimap.hold_masks`.
     schedule: a number (or one for each module) prunes once, at the start; None never.
     masks: held from the start; what they drop stays dropped.
     steps: of the optimizer that are done already: then nothing is pruned at the start.
@@ -106,6 +106,7 @@ class GradualPruning:
         *,
         masks: Mapping[str, Tensor] | None = None,
         steps: int = 0,
+        gradients: bool | Literal["early"] = True,
         **options: Any,
     ) -> None:
         self.schedule = schedule if isinstance(schedule, CubicSchedule) else _Once(schedule)
@@ -114,7 +115,8 @@ class GradualPruning:
         given = {name: options.pop(name, None) for name in ("patterns", "family", "ignore")}
         options["patterns"] = choose(**given)
         self._model, self._optimizer, self._options = unwrap(model), optimizer, options
-        self._holding: Holding | None = None
+        self._gradients = gradients
+        self.holding: Holding | None = None  # what holds the masks now
         self._masks: Mapping[str, Tensor] = {}
         if masks:
             self._hold(masks)
@@ -155,16 +157,11 @@ class GradualPruning:
         self._hold(before | {n: mask & before.get(n, mask) for n, mask in masks.items()})
         self.sparsity = sparsity
 
-    def zero_gradients(self) -> None:
-        """`Holding.zero_gradients`, where anything is held."""
-        if self._holding is not None:
-            self._holding.zero_gradients()
-
     def _hold(self, masks: Mapping[str, Tensor]) -> None:
         self.remove()
-        self._holding = hold_masks(self._model, masks, self._optimizer)
+        self.holding = hold_masks(self._model, masks, self._optimizer, gradients=self._gradients)
         # Those of flat parameters are of this rank alone.
-        self._masks = masks if is_flat(self._model) else self._holding.masks
+        self._masks = masks if is_flat(self._model) else self.holding.masks
 
     def _saliency(self, method: Method, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The saliency of what is left; what is pruned ranks below a weight left with saliency 0."""
@@ -198,6 +195,6 @@ class GradualPruning:
 
     def remove(self) -> None:
         """Let go of the masks; the weights stay as they are."""
-        if self._holding is not None:
-            self._holding.remove()
-            self._holding, self._masks = None, {}
+        if self.holding is not None:
+            self.holding.remove()
+            self.holding, self._masks = None, {}
