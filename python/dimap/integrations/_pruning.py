@@ -88,7 +88,5 @@ class TrainingPruner:
 
     def _whole_masks(self) -> dict[str, Tensor]:
         """The masks as plain tensors; of a sharded model all ranks call it together."""
-        return {
-            name: mask.full_tensor() if is_sharded([mask]) else mask  # type: ignore[operator]
-            for name, mask in self.masks.items()
-        }
+        masks: dict[str, Any] = dict(self.masks)
+        return {n: m.full_tensor() if is_sharded([m]) else m for n, m in masks.items()}

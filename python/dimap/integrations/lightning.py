@@ -1,9 +1,9 @@
 """A callback for the Trainer of Lightning.
 
-    from dimap.integrations.lightning import PruningCallback
+from dimap.integrations.lightning import PruningCallback
 
-    trainer = Trainer(max_epochs=3, callbacks=[PruningCallback(0.5)])
-    trainer.fit(module, loader)                    # or fit(..., ckpt_path="last.ckpt")
+trainer = Trainer(max_epochs=3, callbacks=[PruningCallback(0.5)])
+trainer.fit(module, loader)                    # or fit(..., ckpt_path="last.ckpt")
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """A callback for the Trainer of Hugging Face transformers.
 
-    from dimap.integrations.transformers import PruningCallback
+from dimap.integrations.transformers import PruningCallback
 
-    trainer = Trainer(model, arguments, train_dataset=data, callbacks=[PruningCallback(0.5)])
-    trainer.train()                                # or train(resume_from_checkpoint=True)
+trainer = Trainer(model, arguments, train_dataset=data, callbacks=[PruningCallback(0.5)])
+trainer.train()                                # or train(resume_from_checkpoint=True)
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..masks import load_masks, save_masks
@@ -25,7 +24,7 @@ __all__ = ["MASKS", "PruningCallback"]
 MASKS = "dimap_masks.safetensors"  # in every checkpoint that the Trainer writes
 
 
-class PruningCallback(TrainingPruner, TrainerCallback):  # type: ignore[misc]
+class PruningCallback(TrainingPruner, TrainerCallback):
     """Prunes the Trainer's model, and holds what is pruned at zero while it trains.
 
     sparsity: the share of weights to drop when training begins, as in `dimap.prune`; or a
@@ -46,18 +45,11 @@ class PruningCallback(TrainingPruner, TrainerCallback):  # type: ignore[misc]
     _gradients = "early"  # the Trainer clips before it calls anybody
 
     def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        *,
-        model: nn.Module,
-        optimizer: Optimizer,
-        **_: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **having: Any
     ) -> None:
         """Prune, or go on as the checkpoint was."""
         masks = self._saved(args, state.global_step) if state.global_step else None
-        self._begin(model, optimizer, state.global_step, masks)
+        self._begin(having["model"], having["optimizer"], state.global_step, masks)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
