@@ -103,7 +103,8 @@ def select(
 
     A model may be sharded: parameters that are DTensors (FSDP2). Then all processes of its mesh call
     this together, no weight is gathered, and the masks are DTensors with the same placements; the
-    order in which ties are kept is that of the whole tensors.
+    order in which ties are kept is that of the whole tensors. A saliency is placed as the weights are,
+    or whole and the same on every rank; methods that need data are refused.
 
     Returns parameter name -> bool tensor, True where the weight is kept. In each scope of N weights
     exactly ``N - round(sparsity * N)`` are kept; ties go to the earlier parameter, then to the lower
@@ -136,14 +137,8 @@ def prune(
     choice = choose(patterns, family, ignore)
     pruning = _decide(model, sparsity, nm, method, scope, normalize, saliency, data, loss, choice)
     weights = [pruning.parameters[name].detach() for name in pruning.masks]
-    masks = list(pruning.masks.values())
-    if is_sharded(weights):
-        from .distributed import _dtensor
-
-        _dtensor.apply_(weights, masks)
-    else:
-        with renamed(list(pruning.masks)):
-            ops.apply_(weights, masks)
+    with renamed(list(pruning.masks)):
+        ops.apply_(weights, list(pruning.masks.values()))
     return pruning
 
 
@@ -183,8 +178,8 @@ def _decide(
     plan = Plan.of(model, scope, normalize, choice, groups)
     _check_dense(plan)
     parameters = named_tensors(model)
-    if saliency is not None or data is not None:  # only magnitudes are ranked on several processes
-        check_whole(parameters.values(), "data" if saliency is None else "saliency")
+    if data is not None:
+        check_whole(parameters.values(), "data")
     keep = plan.keep(ratio)
     source, tensors, labels = "magnitude", plan.tensors, plan.names
     if chosen.saliency is not None:
@@ -193,12 +188,17 @@ def _decide(
         source = "given"
     if saliency is not None:
         tensors, labels = plan.ranked(saliency), [f"saliency of {name}" for name in plan.names]
+    sharded = is_sharded(plan.tensors)
+    if sharded:
+        from .distributed import _dtensor
+
+        tensors = [_dtensor.placed(t, w) for t, w in zip(tensors, plan.tensors, strict=True)]
     thresholds, counts = {}, {}
     if groups is None or groups.n is None:
-        if is_sharded(tensors):
-            from .distributed import _dtensor
-
-            masks, cuts = _dtensor.select_cuts(plan.names, tensors, plan.layers, plan.scopes, keep)
+        if sharded:
+            masks, cuts = _dtensor.select_cuts(
+                labels, tensors, plan.layers, plan.scopes, keep, signed=saliency is None
+            )
         else:
             with renamed(labels):
                 masks, cuts = ops.select_cuts(tensors, plan.layers, plan.scopes, keep)
@@ -206,7 +206,7 @@ def _decide(
     if groups is not None:
         kept = [_count_kept(mask) for mask in masks] if groups.n is None else []
         counts, thresholds = plan.counts(kept), {}
-        masks = _select_groups(plan, tensors, labels, plan.of_tensors(counts), groups.m)
+        masks = _select_groups(plan, tensors, labels, plan.of_tensors(counts), saliency is None)
     return Pruning(
         modules=plan.modules,
         thresholds=thresholds,
@@ -228,9 +228,14 @@ def _count_kept(mask: Tensor) -> int:
 
 
 def _select_groups(
-    plan: Plan, tensors: Sequence[Tensor], labels: Sequence[str], counts: Sequence[int], m: int
+    plan: Plan,
+    tensors: Sequence[Tensor],
+    labels: Sequence[str],
+    counts: Sequence[int],
+    signed: bool,
 ) -> list[Tensor]:
-    """The masks of groups of `m`, of which each tensor keeps so many."""
+    """The masks of the plan's groups, of which each tensor keeps so many."""
+    assert plan.nm is not None
     together: dict[tuple[int, int], list[int]] = {}
     for i, each in enumerate(zip(counts, plan.axes, strict=True)):
         together.setdefault(each, []).append(i)
@@ -240,10 +245,10 @@ def _select_groups(
         if is_sharded(tensors):
             from .distributed import _dtensor
 
-            found = _dtensor.select_nm(names, here, n, m, axis)
+            found = _dtensor.select_nm(names, here, n, plan.nm.m, axis, signed=signed)
         else:
             with renamed(names):
-                found = ops.select_nm(here, n, m, axis)
+                found = ops.select_nm(here, n, plan.nm.m, axis)
         masks |= zip(places, found, strict=True)
     return [masks[i] for i in range(len(tensors))]
 

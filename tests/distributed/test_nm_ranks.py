@@ -67,7 +67,9 @@ def test_sharded_models(group, axis, options) -> None:
 
 
 def test_groups_that_a_shard_would_cut_are_refused_by_all(group) -> None:
-    for name, message in group.outcomes(prune_sharded, 1, {"nm": {2: "2:16", 3: "2:12"}[group.size]}):
+    for name, message in group.outcomes(
+        prune_sharded, 1, {"nm": {2: "2:16", 3: "2:12"}[group.size]}
+    ):
         assert name in ("ValueError", "RuntimeError")
         assert "must be sharded in whole groups of" in message
     assert group(prune_sharded, 0, {"nm": "2:4"}) == [True] * group.size
