@@ -45,8 +45,8 @@ class Problem:
 class Row:
     """One job.
 
-    job: "copy", "score", "select", "prune_", with ", graph" where a CUDA graph was replayed; "plain
-        score", "plain select": sort, cumsum, divide, scatter, topk, compare; "torch prune":
+    job: "copy", "score", "select", ``"prune_"``, with ", graph" where a CUDA graph was replayed;
+        "plain score", "plain select": sort, cumsum, divide, scatter, topk, compare; "torch prune":
         `torch.nn.utils.prune.global_unstructured` by magnitude, which answers another question.
     weights, nbytes: what it worked on; a slow yardstick may have had a part.
     timing: its rounds.

@@ -39,6 +39,7 @@ class Pruned:
         saliency: what was ranked: "magnitude", "given", or the method's name ("taylor", "snip").
 
     A subclass has, as attributes or properties, by parameter name:
+
         shapes: of every parameter, "aux" included.
         kept: how many weights the masks keep, of every pruned parameter.
         nonzero: how many weights are not zero after pruning, of every parameter, "aux" included.
