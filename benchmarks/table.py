@@ -96,7 +96,11 @@ def draw_speed(path: Path) -> None:
             time = seconds[job]
             axes.barh(place, time, height=0.6, color=color)
             words = f"{time:.1f} s" if time > 1 else f"{time * 1e3:.0f} ms"
-            beside = "" if job in ("copy", "select") else f", {time / seconds['select']:.0f} times as long"
+            beside = (
+                ""
+                if job in ("copy", "select")
+                else f", {time / seconds['select']:.0f} times as long"
+            )
             axes.text(time, place, f"  {words}{beside}", va="center")
         axes.set_yticks(range(len(bars)), [name for name, _ in bars.values()])
         axes.invert_yaxis()
@@ -170,6 +174,19 @@ def commands_table() -> str:
     return "\n".join([*lines, "", f"{about(result['machine'])}."])
 
 
+def csr_table() -> str:
+    """torch's sparse product beside the dense one."""
+    machine, measured = rows("csr")
+    lines = [
+        "| zeros | " + " | ".join(f"{100 * row['sparsity']:.0f} %" for row in measured) + " |",
+        "|---|" + "---|" * len(measured),
+        "| time beside dense | "
+        + " | ".join(f"{row['beside dense']:.2f} ×" for row in measured)
+        + " |",
+    ]
+    return "\n".join([*lines, "", f"{machine['cpu']}, one thread, torch {machine['torch']}."])
+
+
 def about(machine: dict) -> str:
     cpu, cores, load = machine["cpu"], machine["cores"], machine["load_before"]
     return f"{cpu}, {cores} cores, load {load:.1f} before, commit {machine['commit']}"
@@ -178,6 +195,7 @@ def about(machine: dict) -> str:
 ROOT = RESULTS.parent.parent
 TABLES = {  # file -> marker -> what makes the table
     "README.md": {"summary": summary, "measured": table, "measured on a GPU": gpu_table},
+    "docs/questions.md": {"csr": csr_table},
     "docs/streaming.md": {"measured": files_table},
     "docs/performance.md": {"commands": commands_table},
 }

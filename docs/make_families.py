@@ -1,4 +1,4 @@
-"""Write docs/families.md: which models are known by their parameter names, and which are not.
+"""Write docs/families.md: which models are known by their parameter names, and which are not; README.md says how many.
 
     python docs/make_families.py [--check]
 
@@ -24,6 +24,7 @@ from dimap.groups.roles import LEAST
 from torch import nn
 
 PAGE = Path(__file__).with_name("families.md")
+README = PAGE.parents[1] / "README.md"
 Shapes = dict[str, tuple[int, ...]]
 
 # Classes of timm that attend to tokens or pixels; the others of such names weigh channels.
@@ -159,10 +160,38 @@ def page() -> str:
     return "\n".join([INTRO, named(), timm_table(), transformers_table()])
 
 
+def summary(text: str) -> str:
+    """How many models a page knows: what README.md says."""
+    counts = []
+    for part in text.split("\n## ")[2:]:
+        rows = [line.strip("| ").split(" | ")[-2:] for line in part.splitlines() if "| " in line][1:]
+        sizes = [(said.startswith("refused"), len(names.split(", "))) for said, names in rows]
+        library = part.split(":")[0]
+        known = sum(size for refused, size in sizes if not refused)
+        counts.append((library, known, sum(size for _, size in sizes)))
+    (timm, *of_timm), (transformers, *of_transformers) = counts
+    return (
+        f"Very likely: {len(FAMILIES)} ways of naming are known, and by them **{of_timm[0]} of the {of_timm[1]} "
+        f"models with attention in {timm}**, and {of_transformers[0]} of the {of_transformers[1]} model types that "
+        f"{transformers} builds: Swin, ViT, DINO, SAM, CLIP, BERT, T5, Whisper, Llama, Qwen and\n"
+        "[others](docs/families.md)."
+    )
+
+
+def write_summary(text: str) -> None:
+    """Write it between the marks of README.md."""
+    old = README.read_text(encoding="utf-8")
+    marks = r"(<!-- families -->\n).*?(<!-- /families -->)"
+    README.write_text(
+        re.sub(marks, lambda m: m[1] + summary(text) + "\n" + m[2], old, flags=re.S), encoding="utf-8"
+    )
+
+
 def main() -> int:
     text = page()
     if "--check" not in sys.argv[1:]:
         PAGE.write_text(text, encoding="utf-8")
+        write_summary(text)
         return 0
     old = PAGE.read_text(encoding="utf-8").splitlines()
     for was, is_now in itertools.zip_longest(old, text.splitlines()):
