@@ -193,3 +193,19 @@ def test_what_a_page_says_runs(
     reader.failed = block
     getattr(reader, block.language)(block)
     reader.failed = None
+
+
+def test_every_operator_is_on_its_page():
+    schemas = (ROOT / "csrc/schema.cpp").read_text(encoding="utf-8")
+    page = (ROOT / "docs/operators.md").read_text(encoding="utf-8")
+    names = re.findall(r'"([a-z_.]+)\(', schemas)
+    assert {"score", "score.out", "unpack"} <= set(names)
+    assert [name for name in names if not re.search(rf"`{re.escape(name)}[(`]", page)] == []
+    assert set(dimap.ops.__all__) == {name for name in names if "." not in name} | {"first_windows"}
+
+
+def test_every_public_name_is_in_the_reference():
+    pages = "".join(p.read_text(encoding="utf-8") for p in (ROOT / "docs/api").glob("*.md"))
+    modules = {"ops"}  # docs/operators.md
+    names = set(dimap.__all__) - modules - {"__version__"}
+    assert [n for n in sorted(names) if not re.search(rf":: dimap\.{n}\n", pages)] == []
