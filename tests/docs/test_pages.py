@@ -73,10 +73,10 @@ def test_no_commands_hide_in_indented_blocks():
 
 
 def fashion(folder: Path) -> None:
-    """Four files of Fashion-MNIST's names, with 24 and 12 images of noise."""
+    """Four files of Fashion-MNIST's names, with 128 and 12 images of noise."""
     folder.mkdir(parents=True)
     generator = torch.Generator().manual_seed(0)
-    for name, count in (("train", 24), ("t10k", 12)):
+    for name, count in (("train", 128), ("t10k", 12)):
         images = torch.randint(256, (count, 28, 28), generator=generator, dtype=torch.uint8)
         labels = (torch.arange(count) % 10).to(torch.uint8)
         head = struct.pack(">IIII", 2051, count, 28, 28)
@@ -124,6 +124,7 @@ def given() -> dict[str, Any]:
         "batches": batches,
         "loader": batches,
         "optimizer": torch.optim.AdamW(model.parameters()),
+        "train": lambda model, optimizer: optimizer.step(),
     }
 
 
