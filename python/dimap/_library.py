@@ -162,8 +162,26 @@ torch.library.register_autograd("dimap::score", _refuse_gradient)
 _IMPLEMENTATIONS = torch.library.Library("dimap", "IMPL")
 
 
+def _check_apart(weights: _Tensors, out: _Tensors) -> None:
+    """Raise where an output shares memory with a weight or another output."""
+
+    def span(t: Tensor, name: str) -> tuple[int, int, str]:
+        last = sum((n - 1) * step for n, step in zip(t.shape, t.stride(), strict=True))
+        return t.data_ptr(), t.data_ptr() + (last + 1) * t.element_size(), name
+
+    spans = [span(t, f"out[{i}]") for i, t in enumerate(out) if t.numel()]
+    spans += [span(t, f"weights[{i}]") for i, t in enumerate(weights) if t.numel()]
+    furthest: dict[bool, tuple[int, str]] = {}  # where outputs end, and where weights do
+    for begin, end, name in sorted(spans):
+        output = name.startswith("out")
+        for which in (True, False) if output else (True,):
+            if which in furthest and furthest[which][0] > begin:
+                raise RuntimeError(f"{name} must not share memory with {furthest[which][1]}")
+        furthest[output] = max(furthest.get(output, (0, "")), (end, name))
+
+
 def _score_out(weights: _Tensors, layers: _Ints, *, out: _Tensors) -> None:
-    check_out(weights, out, torch.float32)
+    _check_apart(weights, check_out(weights, out, torch.float32))
     for o, scores in zip(out, torch.ops.dimap.score(weights, layers), strict=True):
         o.copy_(scores)
 
@@ -171,7 +189,7 @@ def _score_out(weights: _Tensors, layers: _Ints, *, out: _Tensors) -> None:
 def _select_out(
     weights: _Tensors, layers: _Ints, modules: _Ints, keep: _Ints, *, out: _Tensors
 ) -> None:
-    check_out(weights, out, torch.bool)
+    _check_apart(weights, check_out(weights, out, torch.bool))
     for o, mask in zip(out, torch.ops.dimap.select(weights, layers, modules, keep), strict=True):
         o.copy_(mask)
 
