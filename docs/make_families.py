@@ -1,9 +1,9 @@
-"""Write docs/families.md: which models are known by their parameter names, and which are not; README.md says how many.
+"""Write docs/families.md: which models are known by their parameter names, and which are not.
 
     python docs/make_families.py [--check]
 
 Builds every timm model with attention, and every model type of Transformers, on the meta device:
-minutes. --check compares instead of writing. Needs timm and transformers.
+minutes. README.md gets their numbers. --check compares instead of writing. Needs timm and transformers.
 """
 
 from __future__ import annotations
@@ -164,17 +164,22 @@ def summary(text: str) -> str:
     """How many models a page knows: what README.md says."""
     counts = []
     for part in text.split("\n## ")[2:]:
-        rows = [line.strip("| ").split(" | ")[-2:] for line in part.splitlines() if "| " in line][1:]
+        rows = [line.strip("| ").split(" | ")[-2:] for line in part.splitlines() if "| " in line][
+            1:
+        ]
         sizes = [(said.startswith("refused"), len(names.split(", "))) for said, names in rows]
         library = part.split(":")[0]
         known = sum(size for refused, size in sizes if not refused)
         counts.append((library, known, sum(size for _, size in sizes)))
     (timm, *of_timm), (transformers, *of_transformers) = counts
+    words = re.search(r"transformer` knows (\d+)", text)
+    assert words is not None
     return (
-        f"Very likely: {len(FAMILIES)} ways of naming are known, and by them **{of_timm[0]} of the {of_timm[1]} "
-        f"models with attention in {timm}**, and {of_transformers[0]} of the {of_transformers[1]} model types that "
-        f"{transformers} builds: Swin, ViT, DINO, SAM, CLIP, BERT, T5, Whisper, Llama, Qwen and\n"
-        "[others](docs/families.md)."
+        f"Very likely. {len(FAMILIES)} ways of naming are known, and with them **{of_timm[0]} of the "
+        f"{of_timm[1]} models with attention in {timm}**,\nand {of_transformers[0]} of the "
+        f"{of_transformers[1]} model types of {transformers}; `--family transformer` knows {words[1]} "
+        "of these. Among them are Swin, ViT,\nDINO, SAM, CLIP, BERT, T5, Whisper, Llama and Qwen: "
+        "[all names](docs/families.md)."
     )
 
 
@@ -183,7 +188,8 @@ def write_summary(text: str) -> None:
     old = README.read_text(encoding="utf-8")
     marks = r"(<!-- families -->\n).*?(<!-- /families -->)"
     README.write_text(
-        re.sub(marks, lambda m: m[1] + summary(text) + "\n" + m[2], old, flags=re.S), encoding="utf-8"
+        re.sub(marks, lambda m: m[1] + summary(text) + "\n" + m[2], old, flags=re.S),
+        encoding="utf-8",
     )
 
 

@@ -163,13 +163,16 @@ def readers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Read
     found: dict[str, Reader] = {}
     with pytest.MonkeyPatch.context() as patch:
         create = timm.create_model
-        patch.setattr(
-            timm, "create_model", lambda *a, **k: create(*a, **k | {"pretrained": False})
-        )
+        patch.setattr(timm, "create_model", lambda *a, **k: create(*a, **k | {"pretrained": False}))
         with socket.socket() as free:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
-        here = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+        here = {
+            "RANK": "0",
+            "WORLD_SIZE": "1",
+            "MASTER_ADDR": "localhost",
+            "MASTER_PORT": str(port),
+        }
         for page in dict.fromkeys(block.page for block in RUN):
             folder = tmp_path_factory.mktemp("page")
             fill(folder)
