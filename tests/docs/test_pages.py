@@ -161,6 +161,8 @@ class Reader:
 def readers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Reader]]:
     """Page -> its reader; what pages change in this process is put back."""
     found: dict[str, Reader] = {}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         create = timm.create_model
         patch.setattr(timm, "create_model", lambda *a, **k: create(*a, **k | {"pretrained": False}))
@@ -180,6 +182,7 @@ def readers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Read
         for name, value in here.items():
             patch.setenv(name, value)  # a group of one process, where a page makes one
         yield found
+    torch.set_num_threads(threads)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
