@@ -39,6 +39,7 @@ docs/questions
 :hidden:
 :caption: Guides
 docs/guide
+docs/integrations
 docs/methods
 docs/families
 docs/streaming

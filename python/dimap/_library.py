@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import TypeAlias
 
@@ -206,6 +208,9 @@ def _count_writes(name: str, overload: str, written: str) -> None:
     def kernel(
         keys: torch._C.DispatchKeySet, weights: _Tensors, *rest: object, **named: _Tensors
     ) -> None:
+        dtensor = sys.modules.get("torch.distributed.tensor")  # not loaded: then there is none
+        if dtensor is not None and any(isinstance(w, dtensor.DTensor) for w in weights):
+            import_module(".distributed._dtensor", __package__)  # has the rules for them
         torch.autograd.graph.increment_version(named.get(written, weights))
         after = keys & torch._C._after_ADInplaceOrView_keyset
         operator.redispatch(after, weights, *rest, **named)

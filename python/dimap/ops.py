@@ -130,9 +130,11 @@ def prune_(
 def _looks(weights: Sequence[Tensor]) -> bool:
     """Whether to ask a CUDA operator, which does not wait for the device, how it went.
 
-    Not while a graph is captured or a program traced: there nothing can be asked.
+    Not while a graph is captured or a program traced: there nothing can be asked. Nor of DTensors,
+    whose parts are asked.
     """
-    if not weights[0].is_cuda or torch.compiler.is_compiling():
+    sharded = any(hasattr(w, "placements") for w in weights)
+    if not weights[0].is_cuda or sharded or torch.compiler.is_compiling():
         return False
     return not torch.cuda.is_current_stream_capturing()
 

@@ -94,7 +94,8 @@ def select(
 
     A model may be sharded: parameters that are DTensors (FSDP2). Then all processes of its mesh call
     this together, no weight is gathered, and the masks are DTensors with the same placements; the
-    order in which ties are kept is that of the whole tensors.
+    order in which ties are kept is that of the whole tensors. A saliency is placed as the weights are,
+    or whole and the same on every rank; methods that need data are refused.
 
     Returns parameter name -> bool tensor, True where the weight is kept. In each scope of N weights
     exactly ``N - round(sparsity * N)`` are kept; ties go to the earlier parameter, then to the lower
@@ -126,14 +127,8 @@ def prune(
     choice = choose(patterns, family, ignore)
     pruning = _decide(model, sparsity, method, scope, normalize, saliency, data, loss, choice)
     weights = [pruning.parameters[name].detach() for name in pruning.masks]
-    masks = list(pruning.masks.values())
-    if is_sharded(weights):
-        from .distributed import _dtensor
-
-        _dtensor.apply_(weights, masks)
-    else:
-        with renamed(list(pruning.masks)):
-            ops.apply_(weights, masks)
+    with renamed(list(pruning.masks)):
+        ops.apply_(weights, list(pruning.masks.values()))
     return pruning
 
 
@@ -166,8 +161,8 @@ def _decide(
     plan = Plan.of(model, scope, normalize, choice)
     _check_dense(plan)
     parameters = named_tensors(model)
-    if saliency is not None or data is not None:  # only magnitudes are ranked on several processes
-        check_whole(parameters.values(), "data" if saliency is None else "saliency")
+    if data is not None:
+        check_whole(parameters.values(), "data")
     keep = plan.keep(sparsity)
     source, tensors, labels = "magnitude", plan.tensors, plan.names
     if chosen.saliency is not None:
@@ -176,10 +171,13 @@ def _decide(
         source = "given"
     if saliency is not None:
         tensors, labels = plan.ranked(saliency), [f"saliency of {name}" for name in plan.names]
-    if is_sharded(tensors):
+    if is_sharded(plan.tensors):
         from .distributed import _dtensor
 
-        masks, cuts = _dtensor.select_cuts(plan.names, tensors, plan.layers, plan.scopes, keep)
+        tensors = [_dtensor.placed(t, w) for t, w in zip(tensors, plan.tensors, strict=True)]
+        masks, cuts = _dtensor.select_cuts(
+            labels, tensors, plan.layers, plan.scopes, keep, signed=saliency is None
+        )
     else:
         with renamed(labels):
             masks, cuts = ops.select_cuts(tensors, plan.layers, plan.scopes, keep)

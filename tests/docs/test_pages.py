@@ -35,6 +35,14 @@ BLOCK = re.compile(
 )
 # Lines of a shell block that are run by others, or fetch something.
 ELSEWHERE = re.compile(r"(make \w|pip (install|download) |python -m pip )")
+SMALL = {
+    "img_size": 32,
+    "patch_size": 16,
+    "embed_dim": 32,
+    "depth": 3,
+    "num_heads": 2,
+    "num_classes": 4,
+}
 
 
 class Block(NamedTuple):
@@ -111,12 +119,39 @@ def fill(folder: Path) -> None:
         (bin / name).chmod(0o755)
 
 
-def given() -> dict[str, Any]:
+def trainers() -> dict[str, Any]:
+    """A small model and data for the Trainer of Transformers, and for Lightning's."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    pytest.importorskip("peft")
+    lightning = pytest.importorskip("lightning.pytorch")
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "vocab_size": 32}
+    config = transformers.LlamaConfig(num_attention_heads=2, num_key_value_heads=2, **sizes)
+
+    class Module(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = timm.models.VisionTransformer(**SMALL)
+
+        def training_step(self, batch: Any, _: int) -> torch.Tensor:
+            return torch.nn.functional.cross_entropy(self.model(batch[0]), batch[1])
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.AdamW(self.parameters())
+
+    ids = torch.arange(8)
+    return {
+        "model": transformers.LlamaForCausalLM(config),
+        "data": [{"input_ids": ids, "labels": ids}] * 8,
+        "module": Module(),
+    }
+
+
+def given(page: str) -> dict[str, Any]:
     """What Python blocks use and do not make: a model, its data, an optimizer."""
-    model = timm.models.VisionTransformer(
-        img_size=32, patch_size=16, embed_dim=32, depth=3, num_heads=2, num_classes=4
-    )
+    model = timm.models.VisionTransformer(**SMALL)
     batches = [(torch.randn(2, 3, 32, 32), torch.tensor([0, 1]))] * 2
+    own = trainers() if page == "docs/integrations.md" else {}
     return {
         "dimap": dimap,
         "torch": torch,
@@ -125,6 +160,7 @@ def given() -> dict[str, Any]:
         "loader": batches,
         "optimizer": torch.optim.AdamW(model.parameters()),
         "train": lambda model, optimizer: optimizer.step(),
+        **own,
     }
 
 
@@ -133,7 +169,7 @@ class Reader:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.names = given()
+        self.names: dict[str, Any] | None = None
         self.environment = {
             **os.environ,
             "PATH": f"{folder / 'bin'}:{os.environ['PATH']}",
@@ -152,6 +188,8 @@ class Reader:
         assert ran.returncode == 0, f"{block}\n{ran.stdout}\n{ran.stderr}"
 
     def python(self, block: Block) -> None:
+        if self.names is None:
+            self.names = given(block.page)
         text = "\n" * (block.line - 1) + block.text
         linecache.cache[str(block)] = (len(text), None, text.splitlines(keepends=True), str(block))
         exec(compile(text, str(block), "exec"), self.names)

@@ -3,12 +3,14 @@
 No weight leaves its process. Each surveys its local shards, the tables are summed over the device
 mesh, each solves the same, and each emits the masks of its shards. Of a shard that several processes
 hold (`Replicate`) only the first of them counts; all of them get its mask.
+
+torch.ops.dimap.apply_ and prune_ take DTensors by the rules here.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -61,6 +63,13 @@ class Local:
         """The error for a local weight, by its place in the whole tensor."""
         whole = self.whole_index(torch.tensor(index)).item()
         return ValueError(f"{self.name} must be finite, got {kind} at flat index {whole}")
+
+    def check_positive(self) -> None:
+        weights = self.weights.flatten()
+        if bool((negative := weights < 0).any()):
+            at = negative.int().argmax()
+            got = f"{float(weights[at]):g} at flat index {int(self.whole_index(at))}"
+            raise ValueError(f"{self.name} must not be negative, got {got}")
 
     def ties(self, key: int) -> Tensor:
         """The flat indices in the whole tensor of the local weights of this magnitude; of -1 none."""
@@ -181,8 +190,12 @@ def select_cuts(
     layers: Sequence[int],
     modules: Sequence[int],
     keep: Sequence[int],
+    *,
+    signed: bool = True,
 ) -> tuple[list[Tensor], Tensor]:
     """`dimap.ops.select_cuts` on DTensors, with plain tensors that are the same on every rank.
+
+    signed: whether a number may be negative, as those of a saliency may not.
 
     All processes of the mesh call it together (those of the default group, where there are several
     meshes). Returns masks with the placements of `tensors`, the same as of the gathered tensors.
@@ -192,6 +205,8 @@ def select_cuts(
     """
     with _ranks_of(tensors) as ranks:
         held = [local_of(*each) for each in zip(names, tensors, layers, modules, strict=True)]
+        for local in held if not signed else ():
+            local.check_positive()
         devices = share_out(held, ranks)
         sizes, module_of = [0] * (max(layers) + 1), [0] * (max(layers) + 1)  # of each layer
         for local in held:
@@ -210,9 +225,54 @@ def select_cuts(
     return masks, torch.tensor(thresholds, dtype=torch.float64)
 
 
-def apply_(tensors: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
-    """`dimap.ops.apply_` on the local shards."""
-    ops.apply_([local_part(t) for t in tensors], [local_part(m) for m in masks])
+def placed(tensor: Tensor, like: Tensor) -> Tensor:
+    """A mask, or another tensor for a weight, placed over the ranks as that is.
+
+    A plain tensor is the same on every rank. Nothing is sent where it is placed so already, or is
+    plain. For a `Partial` gradient, whose parts are added up, each rank has all of it.
+    """
+    if not isinstance(like, DTensor):
+        return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    placements = [Replicate() if p.is_partial() else p for p in like.placements]
+    if isinstance(tensor, DTensor) and tensor.device_mesh == like.device_mesh:
+        return tensor.redistribute(like.device_mesh, placements)
+    whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.to(like.device)
+    return distribute_tensor(whole, like.device_mesh, placements, src_data_rank=None)
+
+
+def local_pair(tensor: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """What this rank holds of a tensor, and the mask of that."""
+    here, kept = local_part(tensor), local_part(placed(mask, tensor))
+    if here.shape != kept.shape:
+        raise ValueError(
+            "a sharded tensor must be in even parts as torch.chunk makes them, so that this rank has "
+            f"shape {tuple(kept.shape)}, got {tuple(here.shape)}"
+        )
+    return here, kept
+
+
+def apply_(weights: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
+    """`dimap.ops.apply_` where some are DTensors: each rank does its part."""
+    pairs = [local_pair(*pair) for pair in zip(weights, masks, strict=True)]
+    ops.apply_([weight for weight, _ in pairs], [mask for _, mask in pairs])
+
+
+def prune_(
+    weights: Sequence[Tensor], layers: Sequence[int], modules: Sequence[int], keep: Sequence[int]
+) -> None:
+    """`dimap.ops.prune_` where some are DTensors: all ranks call it together."""
+    names = [f"weights[{i}]" for i in range(len(weights))]
+    apply_(weights, select_cuts(names, weights, layers, modules, keep)[0])
+
+
+def _register(name: str, rule: Callable[..., None]) -> None:
+    torch.library.register_torch_dispatch(
+        f"dimap::{name}", DTensor, lambda _, __, ___, args=(), ____=None: rule(*args)
+    )
+
+
+_register("apply_", apply_)
+_register("prune_", prune_)
 
 
 def _ranks_of(tensors: Sequence[Tensor]) -> Group:
