@@ -25,6 +25,7 @@ myst_heading_anchors = 4
 napoleon_use_ivar = True
 default_role = "py:obj"  # `find_modules` in a docstring is a link where there is such a thing
 autodoc_member_order = "bysource"
+autodoc_mock_imports = ["transformers", "lightning"]  # as large as torch, for a base class
 autodoc_preserve_defaults = True
 python_maximum_signature_line_length = 88
 toc_object_entries_show_parents = "hide"

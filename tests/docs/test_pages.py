@@ -150,14 +150,15 @@ def trainers() -> dict[str, Any]:
 def given(page: str) -> dict[str, Any]:
     """What Python blocks use and do not make: a model, its data, an optimizer."""
     model = timm.models.VisionTransformer(**SMALL)
-    batches = [(torch.randn(2, 3, 32, 32), torch.tensor([0, 1]))] * 2
+    images = [(torch.randn(3, 32, 32), label) for label in range(4)]
+    loader = torch.utils.data.DataLoader(images, batch_size=2)
     own = trainers() if page == "docs/integrations.md" else {}
     return {
         "dimap": dimap,
         "torch": torch,
         "model": model,
-        "batches": batches,
-        "loader": batches,
+        "batches": list(loader),
+        "loader": loader,
         "optimizer": torch.optim.AdamW(model.parameters()),
         "train": lambda model, optimizer: optimizer.step(),
         **own,
