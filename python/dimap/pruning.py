@@ -174,7 +174,8 @@ def _decide(
     if is_sharded(plan.tensors):
         from .distributed import _dtensor
 
-        tensors = [_dtensor.placed(t, w) for t, w in zip(tensors, plan.tensors, strict=True)]
+        if saliency is not None:
+            tensors = [_dtensor.placed(t, w) for t, w in zip(tensors, plan.tensors, strict=True)]
         masks, cuts = _dtensor.select_cuts(
             labels, tensors, plan.layers, plan.scopes, keep, signed=saliency is None
         )
