@@ -120,6 +120,31 @@ def _(weights: _Tensors, masks: _Tensors) -> None:
     _check(weights, masks=masks)
 
 
+def _check_groups(weights: _Tensors, n: int, m: int, dim: int) -> None:
+    _check(weights)
+    if not 2 <= m <= 16:
+        raise RuntimeError(f"m must be in [2, 16], got {m}")
+    if not 0 <= n <= m:
+        raise RuntimeError(f"n must be in [0, {m}], got {n}")
+    for i, w in enumerate(weights):
+        if not -w.dim() <= dim < w.dim():
+            raise RuntimeError(f"dim must be one of the {w.dim()} of weights[{i}], got {dim}")
+        if w.shape[dim] % m:
+            wanted = f"a multiple of m, {m}, along dim {dim}"
+            raise RuntimeError(f"weights[{i}] must have {wanted}, got {w.shape[dim]}")
+
+
+@torch.library.register_fake("dimap::select_nm")
+def _(weights: _Tensors, n: int, m: int, dim: int) -> list[Tensor]:
+    _check_groups(weights, n, m, dim)
+    return _like(weights, torch.bool)
+
+
+@torch.library.register_fake("dimap::nm_")
+def _(weights: _Tensors, n: int, m: int, dim: int) -> None:
+    _check_groups(weights, n, m, dim)
+
+
 @torch.library.register_fake("dimap::survey")
 def _(weights: _Tensors, layers: _Ints, windows: Tensor, bins: int) -> Tensor:
     _check(weights, layers=layers)
@@ -221,5 +246,6 @@ def _count_writes(name: str, overload: str, written: str) -> None:
 
 _count_writes("prune_", "default", "weights")
 _count_writes("apply_", "default", "weights")
+_count_writes("nm_", "default", "weights")
 _count_writes("score", "out", "out")
 _count_writes("select", "out", "out")

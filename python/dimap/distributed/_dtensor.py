@@ -10,7 +10,8 @@ torch.ops.dimap.apply_ and prune_ take DTensors by the rules here.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 
@@ -225,6 +226,34 @@ def select_cuts(
     return masks, torch.tensor(thresholds, dtype=torch.float64)
 
 
+def select_nm(
+    names: Sequence[str],
+    tensors: Sequence[Tensor],
+    n: int,
+    m: int,
+    axis: int,
+    *,
+    signed: bool = True,
+) -> list[Tensor]:
+    """`dimap.ops.select_nm` on DTensors, of which each rank must hold whole groups. As `select_cuts`."""
+    with _ranks_of(tensors) as ranks:
+        held = [local_of(*each, 0, 0) for each in zip(names, tensors, strict=True)]
+        for local in held if not signed else ():
+            local.check_positive()
+        share_out(held, ranks)
+        for local in held:
+            begin, size = local.offset[axis], local.weights.shape[axis]
+            if begin % m or size % m:
+                raise ValueError(
+                    f"{local.name} must be sharded in whole groups of {m} along its input, got "
+                    f"[{begin}, {begin + size}) on rank {ranks.rank}"
+                )
+        with _named(held):
+            masks = ops.select_nm([local.weights for local in held], n, m, axis)
+        ranks.gather(None)  # nobody goes on where another one failed
+    return [local.dressed(mask) for local, mask in zip(held, masks, strict=True)]
+
+
 def placed(tensor: Tensor, like: Tensor) -> Tensor:
     """A mask, or another tensor for a weight, placed over the ranks as that is.
 
@@ -233,9 +262,9 @@ def placed(tensor: Tensor, like: Tensor) -> Tensor:
     """
     if not isinstance(like, DTensor):
         return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-    placements = [Replicate() if p.is_partial() else p for p in like.placements]
+    placements = tuple(Replicate() if p.is_partial() else p for p in like.placements)
     if isinstance(tensor, DTensor) and tensor.device_mesh == like.device_mesh:
-        return tensor.redistribute(like.device_mesh, placements)
+        return tensor if tensor.placements == placements else tensor.redistribute(like.device_mesh, placements)
     whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.to(like.device)
     return distribute_tensor(whole, like.device_mesh, placements, src_data_rank=None)
 
@@ -265,6 +294,12 @@ def prune_(
     apply_(weights, select_cuts(names, weights, layers, modules, keep)[0])
 
 
+def nm_(weights: Sequence[Tensor], n: int, m: int, dim: int) -> None:
+    """`dimap.ops.nm_` where some are DTensors: all ranks call it together."""
+    names = [f"weights[{i}]" for i in range(len(weights))]
+    apply_(weights, select_nm(names, weights, n, m, dim))
+
+
 def _register(name: str, rule: Callable[..., None]) -> None:
     torch.library.register_torch_dispatch(
         f"dimap::{name}", DTensor, lambda _, __, ___, args=(), ____=None: rule(*args)
@@ -273,6 +308,7 @@ def _register(name: str, rule: Callable[..., None]) -> None:
 
 _register("apply_", apply_)
 _register("prune_", prune_)
+_register("nm_", nm_)
 
 
 def _ranks_of(tensors: Sequence[Tensor]) -> Group:
@@ -328,17 +364,24 @@ def _decide_on_devices(
         table = ops.survey([], [], windows, BINS)
         for device, mine in on.items():
             weights, layers = [local.weights for local in mine], [local.layer for local in mine]
-            try:
+            with _named(mine):
                 table += ops.survey(weights, layers, windows.to(device), BINS).to(here)
-            except RuntimeError as error:
-                told = re.search(
-                    r"weights\[(\d+)\] must be finite, got (\w+) at flat index (\d+)", str(error)
-                )
-                if told is None:
-                    raise
-                raise mine[int(told[1])].non_finite(int(told[3]), told[2]) from error
         cuts, quota, thresholds, windows = ops.solve(ranks.sum(table), windows, module_of, keep)
     return [(first, tie) for first, tie in cuts.tolist()], quota.tolist(), thresholds.tolist()
+
+
+@contextmanager
+def _named(held: Sequence[Local]) -> Iterator[None]:
+    """Say of what is not finite where it is in the whole tensor."""
+    try:
+        yield
+    except RuntimeError as error:
+        told = re.search(
+            r"weights\[(\d+)\] must be finite, got (\w+) at flat index (\d+)", str(error)
+        )
+        if told is None:
+            raise
+        raise held[int(told[1])].non_finite(int(told[3]), told[2]) from error
 
 
 # Ties: the first ones are kept, by tensor and by flat index in the whole
