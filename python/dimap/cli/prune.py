@@ -48,7 +48,7 @@ def prune(
         typer.Option(
             metavar="N:M",
             help="Keep N of every M weights along a layer's input, as in 2:4, and no --sparsity; or "
-            "auto, or auto:M: the N of each layer is that of its share at --sparsity.",
+            "auto, or auto:M, where the N of each layer is that of its share at --sparsity.",
             show_default=False,
         ),
     ] = None,
