@@ -45,7 +45,7 @@ demo: $(VENV)/.dimap  ## Prune a trained Swin at 55 % and show what it costs
 
 # A file stays in one worker, with what its tests share. Idle threads of one do not spin on the other's core.
 WORKERS ?= 2
-test: $(VENV)/.test  ## Run the tests (WORKERS=2 of them at a time)
+test: $(VENV)/.test docs  ## Build the documentation, and run the tests (WORKERS=2 of them at a time)
 	@echo "== tests"
 	@OMP_WAIT_POLICY=passive $(BIN)/python -m pytest tests -n $(WORKERS) --dist loadfile
 

@@ -255,3 +255,11 @@ def test_every_public_name_is_in_the_reference():
     modules = {"ops"}  # docs/operators.md
     names = set(dimap.__all__) - modules - {"__version__"}
     assert [n for n in sorted(names) if not re.search(rf":: dimap\.{n}\n", pages)] == []
+
+
+def test_tables_are_those_of_the_results():
+    import table
+
+    for page, makers in table.TABLES.items():
+        text = (ROOT / page).read_text(encoding="utf-8")
+        assert [m for m, make in makers.items() if make() not in text] == [], page
