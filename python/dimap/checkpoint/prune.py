@@ -261,7 +261,7 @@ def _join(
         given = dict.fromkeys(modules, sparsity)
     given |= named
     if missing := [name for name in modules if name not in given]:
-        raise ValueError(f"--sparsity, or --module for each of {', '.join(missing)}, must be given")
+        raise ValueError(f"give --sparsity, or --module NAME=SHARE for {' and '.join(missing)} too")
     return given
 
 

@@ -48,7 +48,7 @@ def prune(
         typer.Option(
             metavar="N:M",
             help="Keep N of every M weights along a layer's input, as in 2:4, and no --sparsity; or "
-            "auto, or auto:M: the N of each layer is that of its share at --sparsity.",
+            "auto, or auto:M, where the N of each layer is that of its share at --sparsity.",
             show_default=False,
         ),
     ] = None,
@@ -58,7 +58,7 @@ def prune(
     ] = None,
     method: Annotated[
         Literal["dimap", "lamp", "uniform", "global_magnitude"],
-        typer.Option(help="A ready-made choice of --scope and --normalize."),
+        typer.Option(help="A name for a choice of --scope and --normalize."),
     ] = "dimap",
     scope: Annotated[
         Scope | None,
@@ -145,10 +145,10 @@ def prune(
 
     OUT appears complete or not at all. Metadata, dtypes and a folder's other files are kept.
 
-    With --out-dir many checkpoints are pruned. DIR/dimap-manifest.jsonl tells what is done, with
+    With --out-dir many checkpoints are pruned. DIR/dimap-manifest.jsonl lists what is done, with
     length, times and inode of inputs and outputs: after a crash the same command continues and
-    does nothing again. Where the settings, an IN or an OUT are other than told there, OUT is kept;
-    --force replaces it. One that fails is told and the others go on; the exit code is then 1.
+    repeats nothing. Where the settings, an IN or an OUT differ from that list, OUT is kept and
+    reported; --force replaces it. If one fails, the others go on, and the exit code is 1.
 
     Under torchrun its processes share the checkpoints, or the one checkpoint.
     """
