@@ -32,7 +32,9 @@ class Pruning:
     files: open descriptor and path (for errors) of each. tensors: in the order in which ties are
     kept: (file, offset, weights, dtype, layer). modules: of each layer. keep: of each module, how
     many weights. rank, size, exchange: of several processes that see the same files each does a
-    part, neighbouring bytes.
+    part, neighbouring bytes. patterns: instead of what modules keep, N:M of each tensor, (n, m, how
+    many weights lie from one of a group to its next): then nothing is read to decide, there are no
+    cuts and thresholds, and what is not finite is found in writing.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class Pruning:
         exchange: Exchange | None = None,
         progress: Progress | None = None,
         aside: int = 1 << 25,  # numbers of 4 bytes that may be set aside
+        patterns: Sequence[tuple[int, int, int]] = (),
     ) -> None: ...
     def decide(self) -> None:
         """Find the cuts. Raises NonFiniteError, OSError."""
@@ -124,6 +127,20 @@ def count_nonzero(
     progress: Progress | None = None,
 ) -> list[int]:
     """Elements that are not zero: tensors are (file, offset, elements, bytes of one, mask) as in `rest`."""
+
+def count_groups(
+    files: Sequence[tuple[int, str]],
+    tensors: Sequence[tuple[int, int, int, int, int, int, int]],
+    *,
+    threads: int = 0,
+    progress: Progress | None = None,
+) -> list[tuple[int, list[int]]]:
+    """What N:M the tensors have: how many elements are not zero, and of m = 0 … 16 the most in a group of m.
+
+    tensors: (file, offset, bytes of an element, mask as in `rest`, and the tensor as [outer, length,
+    inner]), of which `length` is cut into groups. 0 bytes: one bit an element, and the offset is in
+    bits. Where m does not divide the length, and for m below 2, the most is m.
+    """
 
 def expand(
     files: Sequence[tuple[int, str]],

@@ -4,13 +4,14 @@ No weight leaves its process. Each surveys its local shards, the tables are summ
 mesh, each solves the same, and each emits the masks of its shards. Of a shard that several processes
 hold (`Replicate`) only the first of them counts; all of them get its mask.
 
-torch.ops.dimap.apply_ and prune_ take DTensors by the rules here.
+torch.ops.dimap.apply_, prune_ and nm_ take DTensors by the rules here.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -193,12 +194,8 @@ def select_cuts(
     layers: Sequence[int],
     modules: Sequence[int],
     keep: Sequence[int],
-    *,
-    signed: bool = True,
 ) -> tuple[list[Tensor], Tensor]:
     """`dimap.ops.select_cuts` on DTensors, with plain tensors that are the same on every rank.
-
-    signed: whether a number may be negative, as those of a saliency may not.
 
     All processes of the mesh call it together (those of the default group, where there are several
     meshes). Returns masks with the placements of `tensors`, the same as of the gathered tensors.
@@ -208,8 +205,6 @@ def select_cuts(
     """
     with _ranks_of(tensors) as ranks:
         held = [local_of(*each) for each in zip(names, tensors, layers, modules, strict=True)]
-        for local in held if not signed else ():
-            local.check_positive()
         devices = share_out(held, ranks)
         sizes, module_of = [0] * (max(layers) + 1), [0] * (max(layers) + 1)  # of each layer
         for local in held:
@@ -226,6 +221,34 @@ def select_cuts(
         if ranks.sum(kept).tolist() != list(keep):
             raise ValueError("the weights must not change while their masks are selected")
     return masks, torch.tensor(thresholds, dtype=torch.float64)
+
+
+def select_nm(
+    names: Sequence[str], tensors: Sequence[Tensor], n: int, m: int, axis: int
+) -> list[Tensor]:
+    """`dimap.ops.select_nm` on DTensors, of which each rank must hold whole groups. As `select_cuts`."""
+    with _ranks_of(tensors) as ranks:
+        held = [local_of(*each, 0, 0) for each in zip(names, tensors, strict=True)]
+        share_out(held, ranks)
+        for local in held:
+            begin, size = local.offset[axis], local.weights.shape[axis]
+            if begin % m or size % m:
+                raise ValueError(
+                    f"{local.name} must be sharded in whole groups of {m} along its input, got "
+                    f"[{begin}, {begin + size}) on rank {ranks.rank}"
+                )
+        with _named(held):
+            masks = ops.select_nm([local.weights for local in held], n, m, axis)
+        ranks.gather(None)  # nobody goes on where another one failed
+    return [local.dressed(mask) for local, mask in zip(held, masks, strict=True)]
+
+
+def check_positive(names: Sequence[str], tensors: Sequence[Tensor]) -> None:
+    """Refuse negative numbers, whichever rank has them; all ranks call it together."""
+    with _ranks_of(tensors) as ranks:
+        for each in zip(names, tensors, strict=True):
+            local_of(*each, 0, 0).check_positive()
+        ranks.gather(None)
 
 
 def placed(tensor: Tensor, like: Tensor) -> Tensor:
@@ -274,8 +297,14 @@ def _register(name: str, rule: Callable[..., None]) -> None:
     )
 
 
+def _nm_(weights: Sequence[Tensor], n: int, m: int, dim: int) -> None:
+    names = [f"weights[{i}]" for i in range(len(weights))]
+    apply_(weights, select_nm(names, weights, n, m, dim))
+
+
 _register("apply_", apply_)
 _register("prune_", prune_)
+_register("nm_", _nm_)
 
 
 def _ranks_of(tensors: Sequence[Tensor]) -> Group:
@@ -340,6 +369,20 @@ def _decide_on_devices(
         return ranks.sum(table).cpu().numpy().data
 
     return _C.decide_surveys(survey, granularities, sizes, module_of, keep)
+
+
+@contextmanager
+def _named(held: Sequence[Local]) -> Iterator[None]:
+    """Say of what is not finite where it is in the whole tensor."""
+    try:
+        yield
+    except RuntimeError as error:
+        told = re.search(
+            r"weights\[(\d+)\] must be finite, got (\w+) at flat index (\d+)", str(error)
+        )
+        if told is None:
+            raise
+        raise held[int(told[1])].non_finite(int(told[3]), told[2]) from error
 
 
 # Ties: the first ones are kept, by tensor and by flat index in the whole
