@@ -29,6 +29,7 @@ from .groups.plan import Normalize, Plan, Scope, check_choice, renamed
 from .masks import save_masks
 from .methods import METHODS
 from .report import Pruned
+from .rows import select_rows
 from .saliency import Batches, Loss
 
 __all__ = ["Normalize", "Pruning", "Scope", "prune", "score", "select"]
@@ -194,7 +195,12 @@ def _decide(
             tensors = [_dtensor.placed(t, w) for t, w in zip(tensors, plan.tensors, strict=True)]
             _dtensor.check_positive(labels, tensors)
     thresholds, counts = {}, {}
-    if groups is None or groups.n is None:
+    if scope == "row":
+        check_whole(tensors, "scope='row'")
+        shares = plan.of_rows(plan.ratios(ratio))
+        each = zip(labels, tensors, plan.axes, shares, strict=True)
+        masks = [select_rows(*given) for given in each]
+    elif groups is None or groups.n is None:
         if is_sharded(tensors):
             from .distributed import _dtensor
 
