@@ -25,19 +25,21 @@ def select_rows(name: str, values: Tensor, axis: int, sparsity: float) -> Tensor
     Raises ValueError for a NaN or an infinity.
     """
     flip = values.ndim == 2 and axis == -2
+    if not values.numel():
+        return torch.empty(values.shape, dtype=torch.bool, device=values.device)
     rows = (values.t() if flip else values).reshape(count_rows(values.shape, axis), -1)
-    length = rows.shape[1] if rows.numel() else 0
+    length = rows.shape[1]
     keep = length - round(sparsity * length)
     parts = []
-    for part in rows.split(max(1, CHUNK // max(1, length))):
+    for part in rows.split(max(1, CHUNK // length)):
         part = part.detach().abs().float()  # exact, of all three types
-        if part.numel() and not math.isfinite(part.amax()):
+        if not math.isfinite(part.amax()):
             bad = ~values.detach().isfinite().flatten()
             at = int(bad.int().argmax())
             kind = "nan" if math.isnan(values.flatten()[at]) else "inf"
             raise ValueError(f"{name} must be finite, got {kind} at flat index {at}")
         parts.append(_largest(part, keep))
-    mask = torch.cat(parts) if parts else torch.empty(rows.shape, dtype=torch.bool)
+    mask = torch.cat(parts)
     return mask.t().contiguous() if flip else mask.view(values.shape)
 
 
