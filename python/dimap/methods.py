@@ -46,6 +46,6 @@ METHODS: Mapping[str, Method] = {
     "uniform": Method("layer", "layer", "magnitude, the same ratio in every layer"),
     "global_magnitude": Method("global", "scope", "magnitude, one threshold for the network"),
     "taylor": Method("global", "scope", "Molchanov et al., CVPR 2019", "taylor"),
-    "wanda": Method("row", "layer", "Sun et al., ICLR 2024", "wanda"),
     "snip": Method("global", "scope", "Lee et al., ICLR 2019", "snip"),
+    "wanda": Method("row", "layer", "Sun et al., ICLR 2024", "wanda"),
 }

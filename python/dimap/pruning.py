@@ -87,9 +87,10 @@ def select(
         layers whose inputs are no multiple of M are left dense, with a note.
     method: a name of `dimap.methods.METHODS`, which says the saliency, and the scope and the
         normalisation where they are not given: "dimap", "lamp", "uniform", "global_magnitude",
-        "taylor", "snip".
+        "taylor", "snip", "wanda".
     scope: where one threshold holds: "module" (the paper), "global" (one for the network: LAMP),
         "layer" (the same ratio in every layer: uniform magnitude; `normalize` changes nothing),
+        "row" (the same of each output of a layer: a row of [out, in]; nor there),
         "type" (a module with FC1 and FC2 apart), "block" or "stage" (all modules of it together).
     normalize: where the squares are summed, within the scope: over "layer" (the paper), the
         module's part of a "block" or "stage", "module", or the whole "scope". The last ranks by plain
