@@ -13,7 +13,6 @@
 #include <tuple>
 #include <vector>
 
-#include "core/wire.h"
 #include "cpu/files/expand.h"
 #include "cpu/files/groups.h"
 #include "cpu/files/prune.h"
@@ -219,39 +218,6 @@ Decided decide_shards(const std::vector<std::tuple<uintptr_t, int64_t, int, int3
   return decided_of(cpu::Decision(problem, pool, &sum, cpu::Keeps::kCounts, {}));
 }
 
-Decided decide_surveys(const std::function<py::buffer(py::bytes, int64_t)>& survey,
-                       const std::vector<int32_t>& granularities, const std::vector<int64_t>& totals,
-                       const std::vector<int64_t>& modules, const std::vector<int64_t>& keep) {
-  Problem problem;
-  set_modules(problem, modules, keep, totals);
-  if (granularities.size() != modules.size())
-    throw py::value_error("granularities must have one entry for each of the " + std::to_string(modules.size()) +
-                          " layers, got " + std::to_string(granularities.size()));
-  problem.layer_granularity = granularities;
-  const auto ask = [&](std::span<const Window> windows, int64_t bins) {
-    const py::gil_scoped_acquire gil;
-    std::vector<int64_t> rows(windows.size() * static_cast<size_t>(kWindowColumns));
-    for (size_t l = 0; l < windows.size(); ++l)
-      write_window({windows[l], granularities[l]}, rows.data() + l * static_cast<size_t>(kWindowColumns));
-    const py::bytes given(reinterpret_cast<const char*>(rows.data()), rows.size() * 8);
-    const py::buffer_info table = survey(given, bins).request();
-    const auto columns = static_cast<size_t>(wire_columns(bins));
-    if (static_cast<size_t>(table.size * table.itemsize) != windows.size() * columns * 8)
-      throw py::value_error("survey must return " + std::to_string(windows.size()) + " rows of " +
-                            std::to_string(columns) + " int64");
-    cpu::Survey seen{{}, std::vector<Bin>(windows.size() * static_cast<size_t>(bins))};
-    const auto* row = static_cast<const int64_t*>(table.ptr);
-    for (size_t l = 0; l < windows.size(); ++l, row += columns) {
-      const auto mine = std::span(seen.bins).subspan(l * static_cast<size_t>(bins), static_cast<size_t>(bins));
-      seen.tables.push_back(read_table(row, {windows[l], granularities[l]}, mine));
-    }
-    return seen;
-  };
-  const cpu::ThreadPool pool(1);
-  const py::gil_scoped_release release;
-  return decided_of(cpu::Decision(problem, pool, ask));
-}
-
 std::vector<int64_t> count_nonzero(const Files& files, const std::vector<ElementTuple>& tensors, int threads,
                                    Progress progress) {
   const cpu::ThreadPool pool(threads, watch_of(std::move(progress)));
@@ -379,8 +345,6 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly("smallest", &Pruning::smallest);
   m.def("decide_shards", &decide_shards, py::arg("tensors"), py::arg("totals"), py::arg("modules"), py::arg("keep"),
         py::kw_only(), py::arg("exchange"), py::arg("size"));
-  m.def("decide_surveys", &decide_surveys, py::arg("survey"), py::arg("granularities"), py::arg("totals"),
-        py::arg("modules"), py::arg("keep"));
   m.def("count_nonzero", &count_nonzero, py::arg("files"), py::arg("tensors"), py::kw_only(), py::arg("threads") = 0,
         py::arg("progress") = py::none());
   m.def("count_groups", &count_groups, py::arg("files"), py::arg("tensors"), py::kw_only(), py::arg("threads") = 0,

@@ -27,7 +27,7 @@ constexpr int64_t size_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2
 constexpr int granularity(DType dtype) { return dtype == DType::kBFloat16 ? 16 : dtype == DType::kFloat16 ? 13 : 0; }
 
 // The bits of an infinity: those of a finite magnitude are below.
-constexpr uint32_t infinity_bits(DType dtype) {
+DIMAP_HD constexpr uint32_t infinity_bits(DType dtype) {
   return dtype == DType::kFloat32 ? kNonFinite : dtype == DType::kBFloat16 ? 0x7F80u : 0x7C00u;
 }
 

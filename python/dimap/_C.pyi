@@ -105,20 +105,6 @@ def decide_shards(
     layer in all ranks together. A quota says how many of the weights that tie with the threshold are kept.
     """
 
-def decide_surveys(
-    survey: Callable[[bytes, int], Buffer],
-    granularities: Sequence[int],
-    totals: Sequence[int],
-    modules: Sequence[int],
-    keep: Sequence[int],
-) -> tuple[list[tuple[int, int]], list[int], list[float]]:
-    """The same where only surveys can be had, of a GPU's weights for example.
-
-    survey(windows, bins): windows are int64 [layers, 7] as dimap.ops.survey takes them; it returns
-    the int64 table [layers, 22 + 3 * bins], already added up over ranks. granularities: low zero bits
-    of every key of a layer: 0, 16 or 13 for float32, bfloat16, float16.
-    """
-
 def count_nonzero(
     files: Sequence[tuple[int, str]],
     tensors: Sequence[tuple[int, int, int, int, int]],

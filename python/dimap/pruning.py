@@ -190,22 +190,23 @@ def _decide(
         source = "given"
     if saliency is not None:
         tensors, labels = plan.ranked(saliency), [f"saliency of {name}" for name in plan.names]
-        if is_sharded(plan.tensors):
-            from .distributed import _dtensor
+    sharded = is_sharded(plan.tensors)
+    if sharded:
+        from .distributed import _dtensor
 
+        if saliency is not None:
             tensors = [_dtensor.placed(t, w) for t, w in zip(tensors, plan.tensors, strict=True)]
-            _dtensor.check_positive(labels, tensors)
     thresholds, counts = {}, {}
     if scope == "row":
-        check_whole(tensors, "scope='row'")
+        check_whole(plan.tensors, "scope='row'")
         shares = plan.of_rows(plan.ratios(ratio))
         each = zip(labels, tensors, plan.axes, shares, strict=True)
         masks = [select_rows(*given) for given in each]
     elif groups is None or groups.n is None:
-        if is_sharded(tensors):
-            from .distributed import _dtensor
-
-            masks, cuts = _dtensor.select_cuts(labels, tensors, plan.layers, plan.scopes, keep)
+        if sharded:
+            masks, cuts = _dtensor.select_cuts(
+                labels, tensors, plan.layers, plan.scopes, keep, signed=saliency is None
+            )
         else:
             with renamed(labels):
                 masks, cuts = ops.select_cuts(tensors, plan.layers, plan.scopes, keep)
@@ -213,7 +214,7 @@ def _decide(
     if groups is not None:
         kept = [_count_kept(mask) for mask in masks] if groups.n is None else []
         counts, thresholds = plan.counts(kept), {}
-        masks = _select_groups(plan, tensors, labels, plan.of_tensors(counts), groups.m)
+        masks = _select_groups(plan, tensors, labels, plan.of_tensors(counts), saliency is None)
     return Pruning(
         modules=plan.modules,
         thresholds=thresholds,
@@ -235,9 +236,14 @@ def _count_kept(mask: Tensor) -> int:
 
 
 def _select_groups(
-    plan: Plan, tensors: Sequence[Tensor], labels: Sequence[str], counts: Sequence[int], m: int
+    plan: Plan,
+    tensors: Sequence[Tensor],
+    labels: Sequence[str],
+    counts: Sequence[int],
+    signed: bool,
 ) -> list[Tensor]:
-    """The masks of groups of `m`, of which each tensor keeps so many."""
+    """The masks of the plan's groups, of which each tensor keeps so many."""
+    assert plan.nm is not None
     together: dict[tuple[int, int], list[int]] = {}
     for i, each in enumerate(zip(counts, plan.axes, strict=True)):
         together.setdefault(each, []).append(i)
@@ -247,10 +253,10 @@ def _select_groups(
         if is_sharded(tensors):
             from .distributed import _dtensor
 
-            found = _dtensor.select_nm(names, here, n, m, axis)
+            found = _dtensor.select_nm(names, here, n, plan.nm.m, axis, signed=signed)
         else:
             with renamed(names):
-                found = ops.select_nm(here, n, m, axis)
+                found = ops.select_nm(here, n, plan.nm.m, axis)
         masks |= zip(places, found, strict=True)
     return [masks[i] for i in range(len(tensors))]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import cuda_emulator
 import dimap
 import pytest
 import torch
@@ -125,6 +126,27 @@ def compare_as_on_gpus(kind, step):
         select_bad("nan")
     finally:
         _dtensor._decide_in_memory = before
+
+
+def compare_emulated(library):
+    """By the stages of the CUDA operators, on an emulated device: what they are given is on the CPU."""
+    from dimap.distributed import _dtensor
+
+    torch.ops.load_library(library)
+    mesh = mesh_of(dist.get_world_size())
+    state = vit(width=20, step=0.01)
+    wanted = [dimap.select(state, **options) for options in OPTIONS]
+    before = torch.ops.dimap, _dtensor._decide_in_memory
+    torch.ops.dimap, _dtensor._decide_in_memory = (
+        torch.ops.dimap_emulated, _dtensor._decide_on_devices,
+    )  # fmt: skip
+    try:
+        for kind in ("rows", "mixed"):
+            sharded = distributed(state, placements(kind), mesh)
+            for options, want in zip(OPTIONS, wanted, strict=True):
+                assert_masks(dimap.select(sharded, **options), want, sharded)
+    finally:
+        torch.ops.dimap, _dtensor._decide_in_memory = before
 
 
 class Block(nn.Module):
@@ -295,6 +317,17 @@ def test_tensors_that_are_surveyed_by_operators(group, kind):
     if group.size == 4:
         pytest.skip("two and three ranks tell")
     told_that_a_weight_is_not_finite(group.outcomes(compare_as_on_gpus, kind, 0.01))
+
+
+@pytest.mark.skipif(cuda_emulator.COMPILER is None, reason="needs a C++ compiler")
+@pytest.mark.parametrize("size", [4, 8])
+def test_the_stages_of_the_cuda_operators(size):
+    library = str(cuda_emulator.build().path)
+    group = Group(size)
+    try:
+        group(compare_emulated, library)
+    finally:
+        group.close()
 
 
 def test_fsdp2(group):
