@@ -116,3 +116,16 @@ def nm_counts(kept: Sequence[int], sizes: Sequence[int], m: int) -> list[int]:
         return abs(sum(errors)), sum(map(abs, errors))
 
     return list(min(ways, key=order))
+
+
+def wanda(weights: Tensor, norms: Tensor) -> Tensor:
+    """|w| · ‖x‖ of float32 numbers: their product is exact in float64, and rounded once."""
+    return (weights.double().abs() * norms.double()).float()
+
+
+def select_rows(values: Tensor, sparsity: float) -> Tensor:
+    """The mask of a matrix [rows, n]: in each row the largest magnitudes, ties to the first."""
+    rows = [row.abs() for row in values]
+    keep = [len(row) - round(sparsity * len(row)) for row in rows]
+    masks = select_by(rows, range(len(rows)), keep)
+    return torch.stack(masks) if masks else torch.empty(values.shape, dtype=torch.bool)
