@@ -4,7 +4,6 @@
 #include <utility>
 
 #include "cpu/files/io.h"
-#include "cpu/sparse/pack.h"
 
 namespace dimap::cpu {
 namespace {
