@@ -415,6 +415,7 @@ PYBIND11_MODULE(_C, m) {
         py::arg("threads") = 0, py::arg("progress") = py::none());
   m.def("pack_bits", &pack_bits, py::arg("mask"));
   m.def("count_set", &count_set, py::arg("data"), py::arg("size"), py::arg("mask"));
+  m.def("threads", [] { return cpu::ThreadPool(0).workers(); });
   m.def("split", &split, py::arg("data"), py::arg("size"));
   m.def("merge", &merge, py::arg("content"), py::arg("size"), py::arg("out"));
 }

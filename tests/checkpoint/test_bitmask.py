@@ -127,7 +127,7 @@ def both(source, folder, sparsity, **options):
     """Pruned dense and as bitmask, and the latter expanded: the paths."""
     dense, packed, back = (folder / (name + source.suffix) for name in ("dense", "packed", "back"))
     a = prune_checkpoint(source, dense, sparsity, **options)
-    b = prune_checkpoint(source, packed, sparsity, bitmask=True, **options)
+    b = prune_checkpoint(source, packed, sparsity, format="bitmask", **options)
     assert a == b or repr(a) == repr(b)  # NaN thresholds differ from themselves
     expand(packed, back)
     return dense, packed, back
@@ -233,7 +233,7 @@ def test_only_pruned_tensors_are_packed_and_only_where_that_is_smaller(tmp_path)
     save_file(state, tmp_path / "in.safetensors")
     ratios = {"qkv": 0.55, "proj": 0.0, "mlp": 1.0}
     prune_checkpoint(
-        tmp_path / "in.safetensors", tmp_path / "out.safetensors", ratios, bitmask=True
+        tmp_path / "in.safetensors", tmp_path / "out.safetensors", ratios, format="bitmask"
     )
     with safe_open(tmp_path / "out.safetensors", "pt") as file:
         names = list(file.keys())
@@ -247,7 +247,7 @@ def test_only_pruned_tensors_are_packed_and_only_where_that_is_smaller(tmp_path)
 def prune_in_group(jobs):
     """What every rank runs."""
     for source, out in jobs:
-        prune_checkpoint(source, out, 0.55, bitmask=True, group=dist.group.WORLD)
+        prune_checkpoint(source, out, 0.55, format="bitmask", group=dist.group.WORLD)
 
 
 @pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
@@ -263,7 +263,7 @@ def test_several_processes_write_the_same(tmp_path):
         group.close()
     for source, out in jobs:
         one = tmp_path / f"one{source.suffix}"
-        prune_checkpoint(source, one, 0.55, bitmask=True)
+        prune_checkpoint(source, one, 0.55, format="bitmask")
         if source.is_dir():
             names = sorted(p.name for p in one.iterdir())
             assert sorted(p.name for p in out.iterdir()) == names
@@ -305,7 +305,7 @@ def peak():
         return next(int(line.split()[1]) for line in file if line.startswith("VmHWM"))
 open("/proc/self/clear_refs", "w").write("5")
 before = peak()
-dimap.stream.prune_checkpoint(sys.argv[1], sys.argv[2], 0.55, patterns={"all": "w"}, bitmask=True)
+dimap.stream.prune_checkpoint(sys.argv[1], sys.argv[2], 0.55, patterns={"all": "w"}, format="bitmask")
 pruned = peak() - before
 open("/proc/self/clear_refs", "w").write("5")
 before = peak()

@@ -31,7 +31,7 @@ NAME = "blocks.0.attn.qkv.weight"
 def packed(tmp_path):
     save_file(vit(), tmp_path / "in.safetensors", {"format": "pt"})
     prune_checkpoint(
-        tmp_path / "in.safetensors", tmp_path / "packed.safetensors", 0.55, bitmask=True
+        tmp_path / "in.safetensors", tmp_path / "packed.safetensors", 0.55, format="bitmask"
     )
     return tmp_path / "packed.safetensors"
 
@@ -188,7 +188,7 @@ def test_any_byte_may_be_wrong(tmp_path, data):
 def test_an_index_that_does_not_match(tmp_path):
     source = shards(tmp_path / "in", vit())
     folder = tmp_path / "packed"
-    prune_checkpoint(source, folder, 0.55, bitmask=True)
+    prune_checkpoint(source, folder, 0.55, format="bitmask")
     good = json.loads((folder / INDEX).read_text())
 
     def refuse(index, message):
@@ -227,7 +227,7 @@ if sys.argv[1] == "limit":
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 signal.signal(signal.SIGINT, signal.default_int_handler)
 if sys.argv[2] == "prune":
-    stream.prune_checkpoint(sys.argv[3], sys.argv[4], 0.55, bitmask=True, progress=Progress())
+    stream.prune_checkpoint(sys.argv[3], sys.argv[4], 0.55, format="bitmask", progress=Progress())
 else:
     bitmask.expand(sys.argv[3], sys.argv[4], progress=Progress())
 """
@@ -253,7 +253,7 @@ def test_ended_in_the_middle(packed, job, end):
     left = [p.name for p in packed.parent.iterdir() if p.name.endswith(".dimap-tmp")]
     assert len(left) == (end == "SIGKILL")
     if job == "prune":
-        prune_checkpoint(source, out, 0.55, bitmask=True)
+        prune_checkpoint(source, out, 0.55, format="bitmask")
     else:
         expand(source, out)
     assert sorted(p.name for p in packed.parent.iterdir()) == [
@@ -284,7 +284,7 @@ def test_the_input_changes_while_it_is_pruned(packed):
         source.write_bytes(data)
 
     with pytest.raises(ValueError, match="must not change while it is read"):
-        prune_checkpoint(source, out, 0.55, bitmask=True, progress=At("writing", zero))
+        prune_checkpoint(source, out, 0.55, format="bitmask", progress=At("writing", zero))
     assert not out.exists()
 
 

@@ -29,7 +29,7 @@ from dimap.checkpoint.base import Silent
 from dimap.stream import prune_checkpoint
 source, home = sys.argv[1], Path(sys.argv[2])
 prune_checkpoint(source, home / "packed", 0.55, masks=home / "masks", report=home / "report.json",
-                 bitmask=True)
+                 format="bitmask")
 expand(home / "packed", home / "dense")
 with open_checkpoint(home / "dense") as checkpoint:
     print(inspect(checkpoint, Silent()).total.nonzero)
@@ -81,8 +81,8 @@ def test_nonzero_elements_of_every_dtype_are_those_that_torch_finds(tmp_path, dt
 
 
 @pytest.mark.parametrize("code", ["F4", "F6_E2M3", "F6_E3M2"])
-@pytest.mark.parametrize("bitmask", [False, True])
-def test_elements_of_less_than_a_byte_pass_through(tmp_path, code, bitmask):
+@pytest.mark.parametrize("form", FORMATS)
+def test_elements_of_less_than_a_byte_pass_through(tmp_path, code, form):
     save_file(vit(), tmp_path / "plain.safetensors")
     data = (tmp_path / "plain.safetensors").read_bytes()
     length = int.from_bytes(data[:8], "little")
@@ -93,8 +93,8 @@ def test_elements_of_less_than_a_byte_pass_through(tmp_path, code, bitmask):
     text = json.dumps(header).encode()
     source, out = tmp_path / "in.safetensors", tmp_path / "out.safetensors"
     source.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :] + packed)
-    prune_checkpoint(source, out, 0.55, bitmask=bitmask)
-    if bitmask:
+    prune_checkpoint(source, out, 0.55, format=form)
+    if form != "dense":
         expand(out, tmp_path / "back.safetensors")
         out = tmp_path / "back.safetensors"
     assert out.read_bytes().endswith(packed)

@@ -38,9 +38,11 @@ void split(const char* elements, const Packing& packing, int64_t count, uint8_t*
       std::memcpy(dense, elements + at * kSize<T>, static_cast<size_t>(n * kSize<T>));
       const T* end = pack_chunk(dense, n, bits + at / 8, values, values + kStep + 8);
       const int64_t stored = end - values;
-      for (int64_t i = 0; i < stored; ++i) values[i] = std::rotl(values[i], 1);
-      for (int64_t j = 0; j < kSize<T>; ++j)
-        for (int64_t i = 0; i < stored; ++i) to[j * count + i] = static_cast<uint8_t>(values[i] >> 8 * j);
+      for (int64_t j = 0; j < kSize<T>; ++j) {
+        uint8_t* plane = to + j * count;
+        const auto turn = static_cast<int>(8 * j - 1);  // of an element that is rotated left by one, byte j comes first
+        for (int64_t i = 0; i < stored; ++i) plane[i] = static_cast<uint8_t>(std::rotr(values[i], turn));
+      }
       to += stored;
     }
   });

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING
 
 from .. import _C
 from .base import Progress, Silent
+from .compact import bits_error, decoded, write_fully
+from .header import Entry
 from .locate import SAFETENSORS, find_weights
 from .native import FILL, READ, Told, begin, opened
-from .shards import Shards
+from .shards import Shard, Shards
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,8 +27,8 @@ def load_file(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     Raises OSError where a file cannot be read; ValueError where it is damaged, holds no tensors, or
     is of a version of the bitmask format that this dimap does not know.
     """
-    checkpoint = _open(path, alone=True)
-    return {name: checkpoint.get(name) for name in checkpoint.tensors}
+    shards = _open(path, alone=True).shards
+    return {name: tensor for shard in shards for name, tensor in shard.load(shard.entries).items()}
 
 
 def expand(
@@ -53,6 +55,8 @@ def expand(
     shards = checkpoint.shards
     packed, names, rest = [], [], []
     for file, shard in enumerate(shards):
+        if shard.layout.form == "compact":
+            continue
         for entry in shard.header.entries:
             values, bits = shard.layout.places[entry.name]
             if bits is None:
@@ -61,7 +65,8 @@ def expand(
             numbers = (values.begin, values.numel(), bits.begin, entry.numel(), entry.dtype.size)
             packed.append((file, *numbers, entry.begin))
             names.append(f"{shard.path}: {entry.name}")
-    told = Told(progress or Silent())
+    progress = progress or Silent()
+    told = Told(progress)
     with (
         checkpoint.creating(target, force=force) as targets,
         opened([shard.path for shard in shards], READ) as sources,
@@ -72,15 +77,24 @@ def expand(
         try:
             _C.expand(sources, outputs, packed, rest, progress=told)
         except _C.BitsError as error:
-            number, required, got = error.args
-            if required < 0:
-                raise ValueError(
-                    f"{names[number]} must have zeros in the unused bits, got ones"
-                ) from error
-            raise ValueError(
-                f"{names[number]} must have as many values as its bits say, {required}, got {got}"
-            ) from error
+            raise bits_error(names[error.args[0]], error) from error
         told.finish()
+        for output, shard in zip(outputs, shards, strict=True):
+            if shard.layout.form == "compact":
+                _expand_blocks(shard, output, progress)
+
+
+def _expand_blocks(shard: Shard, output: tuple[int, str], progress: Progress) -> None:
+    """Fill an output, which has its header, from a compact file."""
+
+    def write(entry: Entry, first: int, data: memoryview) -> int:
+        size = len(data)
+        write_fully(output, data, entry.begin + first * (entry.dtype.size or 1))
+        return size
+
+    progress.step("expanding", sum(entry.nbytes for entry in shard.header.entries))
+    for written in decoded(shard.path, shard.blocks(shard.entries), write):
+        progress.advance(written)
 
 
 def _open(path: str | os.PathLike[str], *, alone: bool) -> Shards:

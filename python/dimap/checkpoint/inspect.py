@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from math import prod
 from pathlib import Path
@@ -12,9 +12,10 @@ from .. import _C
 from ..families import Family
 from ..groups import Grouping, Slice, describe, propose, whole, wholes
 from .base import Checkpoint, Progress
+from .compact import decoded
 from .header import Entry
 from .native import READ, Told, elements, opened
-from .shards import Shards
+from .shards import Shard, Shards
 
 
 @dataclass
@@ -129,10 +130,13 @@ def _count_in_files(checkpoint: Shards, names: list[str], progress: Progress) ->
     number = {shard.path: file for file, shard in enumerate(checkpoint.shards)}
     stored: dict[str, tuple[int, Entry]] = {}
     found: dict[str, int] = {}
+    compact: dict[Path, dict[str, list[str]]] = {}  # its tensors, and those and slices of them
     for name in names:
         home = checkpoint.home[whole(name)]
         place = home.layout.places[whole(name)]
-        if place.bits and isinstance(name, Slice):
+        if home.layout.form == "compact":
+            compact.setdefault(home.path, {}).setdefault(whole(name), []).append(name)
+        elif place.bits and isinstance(name, Slice):
             found[name] = _count_bits(home.path, place.bits, name, home.entries[name.parameter])
         else:
             stored[name] = number[home.path], place.values.part(name)
@@ -143,6 +147,32 @@ def _count_in_files(checkpoint: Shards, names: list[str], progress: Progress) ->
     told.finish()
     for (name, (_, entry)), count in zip(stored.items(), counts, strict=True):
         found[name] = count if entry.dtype.size else entry.numel()
+    for shard in checkpoint.shards:
+        if parts := compact.get(shard.path):
+            found |= _count_in_blocks(shard, parts, progress)
+    return found
+
+
+def _count_in_blocks(
+    shard: Shard, parts: Mapping[str, list[str]], progress: Progress
+) -> dict[str, int]:
+    """Of a compact file. parts: of its tensors, by their names."""
+
+    def count(entry: Entry, first: int, data: memoryview) -> tuple[int, list[tuple[str, int]]]:
+        size, begin, counts = entry.dtype.size or 1, entry.begin, []
+        begin += first * size
+        for name in parts[entry.name]:
+            part = entry.part(name)
+            mine = data[max(part.begin - begin, 0) : max(part.end - begin, 0)]
+            counts.append((name, _C.count_set(mine, size, entry.dtype.mask)))
+        return len(data), counts
+
+    found: dict[str, int] = dict.fromkeys((name for names in parts.values() for name in names), 0)
+    progress.step("reading", sum(shard.entries[name].nbytes for name in parts))
+    for size, counts in decoded(shard.path, shard.blocks(parts), count):
+        progress.advance(size)
+        for name, nonzero in counts:
+            found[name] += nonzero
     return found
 
 

@@ -24,6 +24,7 @@ from ..methods import METHODS
 from ..plots import report_output
 from ..report import Report, build_report
 from . import HUB, open_checkpoint
+from .bitmask import VERSIONS, Format
 from .base import Checkpoint, Progress, Silent, check_apart
 from .card import add_card_section
 from .native import Told
@@ -57,7 +58,7 @@ def pruning_checkpoint(
     ignore: str | Sequence[str] | None = None,
     masks: str | os.PathLike[str] | None = None,
     report: str | os.PathLike[str] | None = None,
-    bitmask: bool = False,
+    format: Format = "dense",
     key: str | None = None,
     all_copies: bool = False,
     random_init: bool = False,
@@ -82,8 +83,8 @@ def pruning_checkpoint(
         are not given.
     masks: a file for the masks (see `dimap.load_masks`), one bit a weight.
     report: a file that ends in .json for the report; or a folder for it, pictures and a page.
-    bitmask: write files of one bit a weight and the nonzero values (docs/format.md), which
-        `dimap.load_file` and `dimap expand` read.
+    format: "bitmask" writes files of one bit a weight and the nonzero values, "compact" has these
+        compressed (docs/format.md); `dimap.load_file` and `dimap expand` read both.
     all_copies: give other copies of the weights the same masks: a teacher's beside them in a file,
         earlier checkpoints in a folder.
     timm_model, input_size: for counting FLOPs: timm's name of the model, where the checkpoint does
@@ -113,6 +114,7 @@ def pruning_checkpoint(
         out = Path(target)
 
         # Which weights, and how many of them are kept.
+        check_choice("format", format, ["dense", *VERSIONS.values()])
         check_choice("method", method, [n for n, m in METHODS.items() if not m.needs_data])
         scope = scope or METHODS[method].scope
         normalize = normalize or METHODS[method].normalize
@@ -121,11 +123,11 @@ def pruning_checkpoint(
         plan = Plan.of_shapes(shapes, scope, normalize, checkpoint.choice, checkpoint.ties())
         given = _join(sparsity, shares or {}, [name for name in plan.modules if name != AUX])
         keep, ratios = plan.keep(given), plan.ratios(given)
-        _check(checkpoint, plan, out, bitmask, masks is not None, ranks)
+        _check(checkpoint, plan, out, format, masks is not None, ranks)
         stream = None
         if isinstance(checkpoint, Shards):
-            stream = Stream(checkpoint, plan, keep, bitmask, ranks)
-            settings = (keep, ratios, scope, normalize, masks is None, bitmask)
+            stream = Stream(checkpoint, plan, keep, format, ranks)
+            settings = (keep, ratios, scope, normalize, masks is None, format)
             check_agreement(checkpoint, plan, settings, ranks)
         parts = [p for layers in plan.modules.values() for x in layers for p in x.parameters]
         names = wholes(parts)
@@ -182,7 +184,7 @@ def pruning_checkpoint(
         else:
             held: StateDict = checkpoint  # type: ignore[assignment]  # the only other kind
             ending = out.suffix.lower()
-            _prune_state(held, given, files, ending, packed, bitmask, result, progress)
+            _prune_state(held, given, files, ending, packed, format, result, progress)
         result.notes += checkpoint.notes
         if first and all_copies and checkpoint.others and packed is not None:
             from .copies import mask_others
@@ -252,9 +254,14 @@ def _join(
 
 
 def _check(
-    checkpoint: Checkpoint, plan: Plan, out: Path, bitmask: bool, masks: bool, ranks: Ranks
+    checkpoint: Checkpoint, plan: Plan, out: Path, form: Format, masks: bool, ranks: Ranks
 ) -> None:
     """Refuse what cannot be pruned, or not be written as it is asked for."""
+    if form == "compact" and ranks.size > 1:  # its blocks follow each other, each as long as it gets
+        raise ValueError(
+            f"one process must write with --format compact, got {ranks.size} ranks: leave torchrun out, "
+            "or let them write with --format bitmask"
+        )
     if isinstance(checkpoint, Shards):
         if checkpoint.packed:
             raise ValueError(
@@ -264,19 +271,19 @@ def _check(
         raise ValueError(
             f"IN must be safetensors to be shared among {ranks.size} ranks, got {checkpoint.path}"
         )
-    elif bitmask and (checkpoint.is_folder or out.suffix.lower() != ".safetensors"):
-        raise ValueError(f"the output must end in .safetensors with --format bitmask, got {out}")
+    elif form != "dense" and (checkpoint.is_folder or out.suffix.lower() != ".safetensors"):
+        raise ValueError(f"the output must end in .safetensors with --format {form}, got {out}")
     for name in wholes(plan.names):
         dtype = checkpoint.tensors[name].dtype
         if dtype.code not in ENGINE_DTYPES:
             raise ValueError(f"{name} must be float32, bfloat16 or float16, got {dtype.name}")
-    if not isinstance(checkpoint, Shards) or not (bitmask or masks):
+    if not isinstance(checkpoint, Shards) or not (form == "bitmask" or masks):
         return
     for name, size in zip(plan.names, plan.sizes, strict=True):
         if isinstance(name, Slice) and size % 8:  # each begins with a byte of its own
             raise ValueError(
                 f"{name} must have a multiple of 8 weights for masks or a bitmask file to be "
-                f"streamed, got {size}: leave --masks and --format bitmask out"
+                f"streamed, got {size}: leave --masks out, and take --format compact for a smaller file"
             )
 
 
@@ -286,7 +293,7 @@ def _prune_state(
     targets: list[Path],
     ending: str,
     masks: Path | None,
-    bitmask: bool,
+    form: Format,
     result: StreamPruning,
     progress: Progress,
 ) -> None:
@@ -301,7 +308,7 @@ def _prune_state(
     checkpoint.mask_copies(pruning.masks)
     progress.step("writing")
     checkpoint.save(
-        targets, safetensors=ending == ".safetensors", pack=pruning.masks if bitmask else ()
+        targets, safetensors=ending == ".safetensors", pack=pruning.masks, form=form
     )
     if masks is not None:
         pruning.save_masks(masks)

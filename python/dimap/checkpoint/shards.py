@@ -5,7 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import mmap
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING
 from .._files import naming
 from .base import Checkpoint, raw_bytes
 from .bitmask import DENSE_KEY, check_bits, is_packed, read_layout
+from .compact import decoded
 from .header import Entry, Header, read_header
 from .locate import Weights, check_index, read_index
 
@@ -42,6 +44,8 @@ class Shard:
 
     def get(self, name: str) -> Tensor:
         place, entry = self.layout.places[name], self.entries[name]
+        if self.layout.form == "compact":
+            return self.load([name])[name]
         values = self._tensor(place.values)
         if place.bits is None:
             return values
@@ -50,6 +54,29 @@ class Shard:
         bits = self._tensor(place.bits)
         check_bits(raw_bytes(bits), entry.numel(), values.numel(), f"{self.path}: {name}")
         return ops.unpack(bits, values, entry.shape)
+
+    def load(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Tensors by their names; those of a compact file are all read at the same time."""
+        if self.layout.form != "compact":
+            return {name: self.get(name) for name in names}
+        import torch
+
+        found, memory = {}, {}
+        for name in names:
+            entry = self.entries[name]
+            found[name] = torch.empty(entry.torch_shape, dtype=entry.dtype.torch())
+            memory[name] = raw_bytes(found[name])
+
+        def fill(entry: Entry, first: int, data: memoryview) -> None:
+            begin = first * (entry.dtype.size or 1)
+            memory[entry.name][begin : begin + len(data)] = data
+
+        deque(decoded(self.path, self.blocks(found), fill), maxlen=0)
+        return found
+
+    def blocks(self, names: Iterable[str]) -> list[tuple[Entry, Entry]]:
+        """Of a compact file: the dense entries and the stored ones."""
+        return [(self.entries[name], self.layout.places[name].values) for name in names]
 
     def _tensor(self, entry: Entry) -> Tensor:
         import torch

@@ -1,0 +1,274 @@
+"""What version 2 of the bitmask format keeps of a tensor: blocks of bits and byte planes, by zstd.
+
+Each block stands alone, so that any number of threads make them, and read them back. The format is
+written down in docs/format.md; a file is hostile until it is checked.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from struct import Struct
+from threading import Lock
+from types import TracebackType
+from typing import TYPE_CHECKING, NamedTuple, NoReturn, TypeVar
+from zlib import crc32
+
+from .. import _C
+from .._files import naming
+from .header import DTYPES, Entry, Header, make_header, refuse
+
+if TYPE_CHECKING:
+    import zstandard
+
+T, R = TypeVar("T"), TypeVar("R")
+
+STEP = 1 << 21  # bytes of a dense tensor in a block, about
+MOST_IN_BLOCK = 1 << 24  # that a reader takes
+LEVEL = 1  # higher ones are slower by far and gain less than a percent
+ROW = Struct("<III")  # of each block: its elements, the bytes of its frame, the last 4 of these
+END = Struct("<II")  # how many rows; CRC-32 of the tensor's name and them
+
+_compressors: list[zstandard.ZstdCompressor] = []  # those that no thread uses at the moment
+_decompressors: list[zstandard.ZstdDecompressor] = []
+
+
+class Block(NamedTuple):
+    """One block of a tensor. at, size: of its frame in the file. first: of its elements."""
+
+    at: int
+    size: int
+    check: int
+    first: int
+    elements: int
+
+
+class Writer:
+    """A compact file, made of the bytes of its dense one as they come.
+
+    file: the empty file. dense: the dense file's header. metadata: what the file is to hold.
+    """
+
+    def __init__(
+        self, file: Path, dense: Header, metadata: Mapping[str, str], where: str
+    ) -> None:
+        self._path, self._dense, self._metadata, self._where = file, dense, metadata, where
+        self._begins = [entry.begin for entry in dense.entries]
+        self._sizes: list[int] = []  # of the tensors that are complete
+        self._rows: list[bytes] = []  # of the one that is not
+        # The sizes are known at the end. These are above them, and take no fewer digits.
+        self._start = len(self._header([2 * e.nbytes + 1024 for e in dense.entries]).raw)
+        self._begun = self._start
+        self._next = len(dense.raw)  # the byte of the dense file that is written next
+        self._waiting: dict[int, tuple[int, list[tuple[int, int, bytes]]]] = {}
+        self._lock = Lock()
+        self._file = open(file, "r+b")  # noqa: SIM115 - closed by `__exit__`
+        self._file.seek(self._start)
+
+    def put(self, at: int, data: memoryview) -> None:
+        """Take bytes of the dense file, whole elements, from its byte `at` on, from any thread.
+
+        What comes before its turn waits in memory, compressed.
+        """
+        blocks = list(self._compress(at, data))
+        with self._lock, naming(self._path):
+            self._waiting[at] = len(data), blocks
+            while self._next in self._waiting:
+                size, blocks = self._waiting.pop(self._next)
+                self._next += size
+                for number, elements, frame in blocks:
+                    self._end_before(number)
+                    check = int.from_bytes(frame[-4:], "little")
+                    self._rows.append(ROW.pack(elements, len(frame), check))
+                    self._file.write(frame)
+
+    def _compress(self, at: int, data: memoryview) -> Iterator[tuple[int, int, bytes]]:
+        """A block for each tensor that has a part in the bytes: its number, elements and frame."""
+        while data:
+            number = bisect_right(self._begins, at) - 1
+            entry = self._dense.entries[number]
+            size, mine = entry.dtype.size or 1, data[: entry.end - at]
+            yield number, len(mine) // size, _frame(_C.split(mine, size), len(mine) // size, size)
+            at, data = at + len(mine), data[len(mine) :]
+
+    def _end_before(self, number: int) -> None:
+        """Complete the tensors before this one."""
+        while len(self._sizes) < number:
+            rows, name = b"".join(self._rows), self._dense.entries[len(self._sizes)].name
+            self._file.write(rows + END.pack(len(self._rows), _check(name, rows)))
+            at = self._file.tell()
+            self._sizes.append(at - self._begun)
+            self._begun, self._rows = at, []
+
+    def finish(self) -> Header:
+        """Complete the file, whose header is returned. All bytes of the dense one must have come."""
+        assert self._next == self._dense.file_size, "bytes of the dense file are missing"
+        with naming(self._path):
+            self._end_before(len(self._dense.entries))
+            header = self._header(self._sizes, self._start)
+            assert len(header.raw) == self._start, "the header does not fit in front of the data"
+            self._file.seek(0)
+            self._file.write(header.raw)
+            self._file.flush()
+        return header
+
+    def _header(self, sizes: Iterable[int], length: int = 0) -> Header:
+        entries = zip(self._dense.entries, sizes, strict=True)
+        described = [(entry.name, DTYPES["U8"], [size]) for entry, size in entries]
+        return make_header(described, self._metadata, self._where, length)
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: BaseException | TracebackType | None) -> None:
+        with suppress(*([OSError] if kind else [])):
+            self._file.close()
+
+
+def decoded(
+    path: Path,
+    tensors: Iterable[tuple[Entry, Entry]],
+    work: Callable[[Entry, int, memoryview], R],
+) -> Iterator[R]:
+    """What `work` makes of each block: of the dense tensor, its first element and the dense bytes.
+
+    tensors: the dense entry and the stored one of each. It is called from several threads; what it
+    returns comes in order. Raises ValueError for a damaged file, OSError where it cannot be read.
+    """
+    with open(path, "rb") as file:
+        source = (file.fileno(), path)
+
+        def make(item: tuple[Entry, Block]) -> R:
+            entry, block = item
+            return work(entry, block.first, memoryview(_dense(source, entry, block)))
+
+        yield from in_parallel(
+            make, ((entry, b) for entry, stored in tensors for b in _blocks(source, entry, stored))
+        )
+
+
+def in_parallel(work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+    """What `work` makes of each item, in order, a few at a time in threads."""
+    threads = _C.threads()
+    pool, begun = ThreadPoolExecutor(threads), deque[Future[R]]()
+    try:
+        for item in items:
+            begun.append(pool.submit(work, item))
+            if len(begun) > 2 * threads:
+                yield begun.popleft().result()
+        while begun:
+            yield begun.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _frame(content: bytes, elements: int, size: int) -> bytes:
+    """A zstd frame, with a zstd block of its own, or several, for the bits and for each plane."""
+    import zstandard
+
+    bits = (elements + 7) // 8
+    plane = (len(content) - bits) // size
+    ends = [0, bits, *(bits + plane * (j + 1) for j in range(size if plane else 0))]
+    compressor = (
+        _compressors.pop()
+        if _compressors
+        else zstandard.ZstdCompressor(level=LEVEL, write_checksum=True)
+    )
+    stream, view, parts = compressor.compressobj(size=len(content)), memoryview(content), []
+    for begin, end in zip(ends, ends[1:], strict=False):
+        parts += [stream.compress(view[begin:end])]
+        parts += [stream.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK)]
+    frame = b"".join([*parts, stream.flush()])
+    _compressors.append(compressor)
+    return frame
+
+
+def _dense(source: tuple[int, Path], entry: Entry, block: Block) -> bytearray:
+    """The elements of a block. Its size is that which the header gives, whatever its frame says."""
+    import zstandard
+
+    what, size = f"{source[1]}: {entry.name}", entry.dtype.size or 1
+    frame, bits = _read(source, block.size, block.at), (block.elements + 7) // 8
+    if int.from_bytes(frame[-4:], "little") != block.check:
+        _damaged(what, block, "another in its place")
+    decompressor = _decompressors.pop() if _decompressors else zstandard.ZstdDecompressor()
+    try:
+        told = zstandard.get_frame_parameters(frame)
+        if not told.has_checksum or not bits <= told.content_size <= bits + block.elements * size:
+            _damaged(what, block, f"one of {told.content_size} bytes, or without a checksum")
+        content = decompressor.decompress(frame, allow_extra_data=False)
+        out = bytearray(block.elements * size)
+        _C.merge(content, size, out)
+    except zstandard.ZstdError as error:
+        _damaged(what, block, error)
+    except _C.BitsError as error:
+        raise bits_error(what, error) from error
+    _decompressors.append(decompressor)
+    return out
+
+
+def bits_error(what: str, error: _C.BitsError) -> ValueError:
+    """What is wrong with a tensor's bits, in words."""
+    _, required, got = error.args
+    if required < 0:
+        return ValueError(f"{what} must have zeros in the unused bits, got ones")
+    return ValueError(f"{what} must have as many values as its bits say, {required}, got {got}")
+
+
+def _blocks(source: tuple[int, Path], entry: Entry, stored: Entry) -> list[Block]:
+    """The blocks of a tensor, checked to be all of it."""
+    what, size = f"{source[1]}: {entry.name}", entry.dtype.size or 1
+    room = stored.nbytes - END.size
+    if room < 0:
+        refuse(what, "end with what tells its blocks", f"{stored.nbytes} bytes")
+    rows, check = END.unpack(_read(source, END.size, stored.end - END.size))
+    if rows * ROW.size > room:
+        refuse(what, f"have {rows} blocks", f"{stored.nbytes} bytes")
+    table = _read(source, rows * ROW.size, stored.end - END.size - rows * ROW.size)
+    if check != _check(entry.name, table):
+        refuse(what, "tell its own blocks", "a wrong checksum of them")
+    blocks, at, first = [], stored.begin, 0
+    for elements, length, checksum in ROW.iter_unpack(table):
+        if not 0 < elements * size <= MOST_IN_BLOCK:
+            refuse(what, f"have at most {MOST_IN_BLOCK} bytes in a block", elements * size)
+        blocks.append(Block(at, length, checksum, first, elements))
+        at, first = at + length, first + elements
+    if at - stored.begin + len(table) != room:
+        refuse(what, f"have {room - len(table)} bytes in blocks", at - stored.begin)
+    if first * size != entry.nbytes:
+        refuse(what, f"have {entry.nbytes // size} elements in blocks", first)
+    return blocks
+
+
+def _check(name: str, rows: bytes) -> int:
+    return crc32(rows, crc32(name.encode()))
+
+
+def _damaged(what: str, block: Block, got: object) -> NoReturn:
+    refuse(what, f"have an undamaged block at byte {block.at}", got)
+
+
+def _read(source: tuple[int, Path], size: int, at: int) -> bytes:
+    with naming(source[1]):
+        data = os.pread(source[0], size, at)
+        while len(data) < size:  # one call reads no more than 2 GiB, and less after a signal
+            more = os.pread(source[0], size - len(data), at + len(data))
+            if not more:
+                problem = f"must not change while it is read, ended at byte {at + len(data)}"
+                raise OSError(errno.EIO, problem, str(source[1]))
+            data += more
+    return data
+
+
+def write_fully(output: tuple[int, str], data: memoryview, at: int) -> None:
+    """Write at a place of a file: descriptor and path."""
+    with naming(Path(output[1])):
+        while data:
+            done = os.pwrite(output[0], data, at)
+            at, data = at + done, data[done:]
