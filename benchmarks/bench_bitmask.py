@@ -89,7 +89,9 @@ def on_disk(dtype: torch.dtype, place: Path) -> dict[str, float]:
     times = time_in_turns(
         {
             "prune": lambda: stream.prune_checkpoint(source, dense, 0.55),
-            "prune_to_bitmask": lambda: stream.prune_checkpoint(source, packed, 0.55, format="bitmask"),
+            "prune_to_bitmask": lambda: stream.prune_checkpoint(
+                source, packed, 0.55, format="bitmask"
+            ),
             "expand": lambda: expand(packed, back),
             "load_file": lambda: dimap.load_file(packed),
         },

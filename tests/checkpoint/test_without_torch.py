@@ -9,7 +9,7 @@ import sys
 import dimap
 import pytest
 import torch
-from checkpoints import shards, vit
+from checkpoints import FORMATS, shards, vit
 from dimap.bitmask import expand
 from dimap.checkpoint import open_checkpoint
 from dimap.checkpoint.base import Silent
@@ -29,24 +29,28 @@ from dimap.checkpoint.base import Silent
 from dimap.stream import prune_checkpoint
 source, home = sys.argv[1], Path(sys.argv[2])
 prune_checkpoint(source, home / "packed", 0.55, masks=home / "masks", report=home / "report.json",
-                 format="bitmask")
+                 format=sys.argv[3])
 expand(home / "packed", home / "dense")
-with open_checkpoint(home / "dense") as checkpoint:
-    print(inspect(checkpoint, Silent()).total.nonzero)
+for kind in ("dense", "packed"):
+    with open_checkpoint(home / kind) as checkpoint:
+        print(inspect(checkpoint, Silent()).total.nonzero)
 print(sorted({"torch", "numpy", "rich", "timm"} & sys.modules.keys()))
 """
 
 
-def test_a_process_that_works_on_files_imports_no_torch(tmp_path):
+@pytest.mark.parametrize("form", FORMATS[1:])
+def test_a_process_that_works_on_files_imports_no_torch(tmp_path, form):
     state = vit()
     source = shards(tmp_path / "in", state)
     done = subprocess.run(
-        [sys.executable, "-c", WORK, str(source), str(tmp_path)], capture_output=True, text=True
+        [sys.executable, "-c", WORK, str(source), str(tmp_path), form],
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
-    nonzero, modules = done.stdout.splitlines()
+    nonzero, again, modules = done.stdout.splitlines()
     pruned = dimap.prune(state, 0.55)
-    assert int(nonzero) == sum(pruned.nonzero.values())
+    assert int(nonzero) == int(again) == sum(pruned.nonzero.values())
     assert modules == "[]"
 
 

@@ -8,6 +8,7 @@ import pickle
 import dimap
 import pytest
 import torch
+from checkpoints import FORMATS
 from dimap.checkpoint import open_checkpoint
 from dimap.checkpoint.base import Silent
 from dimap.checkpoint.inspect import inspect

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Format = Literal["dense", "bitmask", "compact"]
-VERSIONS = {"1": "bitmask", "2": "compact"}
+VERSIONS: dict[str, Literal["bitmask", "compact"]] = {"1": "bitmask", "2": "compact"}
 VERSION_KEY = "dimap_bitmask"  # metadata of a bitmask file
 DENSE_KEY = "dimap_dense"  # metadata: the dense file's header; of an index: the dense one's text
 DIGEST_KEY = "dimap_sha256"  # metadata of a compact file: of that text

@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 from struct import Struct
 from threading import Lock
@@ -27,7 +28,8 @@ from .header import DTYPES, Entry, Header, make_header, refuse
 if TYPE_CHECKING:
     import zstandard
 
-T, R = TypeVar("T"), TypeVar("R")
+T = TypeVar("T")
+R = TypeVar("R")
 
 STEP = 1 << 21  # bytes of a dense tensor in a block, about
 MOST_IN_BLOCK = 1 << 24  # that a reader takes
@@ -55,9 +57,7 @@ class Writer:
     file: the empty file. dense: the dense file's header. metadata: what the file is to hold.
     """
 
-    def __init__(
-        self, file: Path, dense: Header, metadata: Mapping[str, str], where: str
-    ) -> None:
+    def __init__(self, file: Path, dense: Header, metadata: Mapping[str, str], where: str) -> None:
         self._path, self._dense, self._metadata, self._where = file, dense, metadata, where
         self._begins = [entry.begin for entry in dense.entries]
         self._sizes: list[int] = []  # of the tensors that are complete
@@ -126,7 +126,9 @@ class Writer:
     def __enter__(self) -> Writer:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: BaseException | TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, *_: BaseException | TracebackType | None
+    ) -> None:
         with suppress(*([OSError] if kind else [])):
             self._file.close()
 
@@ -181,7 +183,7 @@ def _frame(content: bytes, elements: int, size: int) -> bytes:
         else zstandard.ZstdCompressor(level=LEVEL, write_checksum=True)
     )
     stream, view, parts = compressor.compressobj(size=len(content)), memoryview(content), []
-    for begin, end in zip(ends, ends[1:], strict=False):
+    for begin, end in pairwise(ends):
         parts += [stream.compress(view[begin:end])]
         parts += [stream.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK)]
     frame = b"".join([*parts, stream.flush()])

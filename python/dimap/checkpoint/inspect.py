@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from math import prod
@@ -158,22 +159,22 @@ def _count_in_blocks(
 ) -> dict[str, int]:
     """Of a compact file. parts: of its tensors, by their names."""
 
-    def count(entry: Entry, first: int, data: memoryview) -> tuple[int, list[tuple[str, int]]]:
-        size, begin, counts = entry.dtype.size or 1, entry.begin, []
-        begin += first * size
+    def count(entry: Entry, first: int, data: memoryview) -> tuple[int, Counter[str]]:
+        size, counts = entry.dtype.size or 1, Counter[str]()
+        begin = entry.begin + first * size
         for name in parts[entry.name]:
             part = entry.part(name)
             mine = data[max(part.begin - begin, 0) : max(part.end - begin, 0)]
-            counts.append((name, _C.count_set(mine, size, entry.dtype.mask)))
+            counts[name] = _C.count_set(mine, size, entry.dtype.mask)
         return len(data), counts
 
-    found: dict[str, int] = dict.fromkeys((name for names in parts.values() for name in names), 0)
+    found = Counter[str]()
     progress.step("reading", sum(shard.entries[name].nbytes for name in parts))
     for size, counts in decoded(shard.path, shard.blocks(parts), count):
         progress.advance(size)
-        for name, nonzero in counts:
-            found[name] += nonzero
-    return found
+        found += counts
+    entries = ((name, shard.entries[whole(name)].part(name)) for n in parts for name in parts[n])
+    return {name: found[name] if e.dtype.size else e.numel() for name, e in entries}
 
 
 def _count_bits(path: Path, bits: Entry, name: Slice, dense: Entry) -> int:

@@ -24,8 +24,8 @@ from ..methods import METHODS
 from ..plots import report_output
 from ..report import Report, build_report
 from . import HUB, open_checkpoint
-from .bitmask import VERSIONS, Format
 from .base import Checkpoint, Progress, Silent, check_apart
+from .bitmask import VERSIONS, Format
 from .card import add_card_section
 from .native import Told
 from .shards import Shards
@@ -257,7 +257,9 @@ def _check(
     checkpoint: Checkpoint, plan: Plan, out: Path, form: Format, masks: bool, ranks: Ranks
 ) -> None:
     """Refuse what cannot be pruned, or not be written as it is asked for."""
-    if form == "compact" and ranks.size > 1:  # its blocks follow each other, each as long as it gets
+    if (
+        form == "compact" and ranks.size > 1
+    ):  # its blocks follow each other, each as long as it gets
         raise ValueError(
             f"one process must write with --format compact, got {ranks.size} ranks: leave torchrun out, "
             "or let them write with --format bitmask"
@@ -307,9 +309,7 @@ def _prune_state(
     )
     checkpoint.mask_copies(pruning.masks)
     progress.step("writing")
-    checkpoint.save(
-        targets, safetensors=ending == ".safetensors", pack=pruning.masks, form=form
-    )
+    checkpoint.save(targets, safetensors=ending == ".safetensors", pack=pruning.masks, form=form)
     if masks is not None:
         pruning.save_masks(masks)
     progress.step("counting")

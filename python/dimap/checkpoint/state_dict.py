@@ -114,7 +114,10 @@ class StateDict(Checkpoint):
                     ) from error
 
     def save(
-        self, targets: Sequence[Path], *, safetensors: bool = False,
+        self,
+        targets: Sequence[Path],
+        *,
+        safetensors: bool = False,
         pack: Collection[str] = (),
         form: Format = "dense",
     ) -> None:
