@@ -133,15 +133,23 @@ class Writer:
             self._file.close()
 
 
-def decoded(
-    path: Path,
-    tensors: Iterable[tuple[Entry, Entry]],
-    work: Callable[[Entry, int, memoryview], R],
-) -> Iterator[R]:
+Table = list[tuple[Entry, Block]]  # the dense tensor of each block
+
+
+def read_table(path: Path, tensors: Iterable[tuple[Entry, Entry]]) -> Table:
+    """The blocks of tensors, checked to be all of them; of each its dense entry and the stored one.
+
+    Raises ValueError for a damaged file, OSError where it cannot be read.
+    """
+    with open(path, "rb") as file:
+        source = (file.fileno(), path)
+        return [(e, block) for e, stored in tensors for block in _blocks(source, e, stored)]
+
+
+def decoded(path: Path, table: Table, work: Callable[[Entry, int, memoryview], R]) -> Iterator[R]:
     """What `work` makes of each block: of the dense tensor, its first element and the dense bytes.
 
-    tensors: the dense entry and the stored one of each. It is called from several threads; what it
-    returns comes in order. Raises ValueError for a damaged file, OSError where it cannot be read.
+    It is called from several threads; what it returns comes in order. Raises as `read_table` does.
     """
     with open(path, "rb") as file:
         source = (file.fileno(), path)
@@ -150,9 +158,7 @@ def decoded(
             entry, block = item
             return work(entry, block.first, memoryview(_dense(source, entry, block)))
 
-        yield from in_parallel(
-            make, ((entry, b) for entry, stored in tensors for b in _blocks(source, entry, stored))
-        )
+        yield from in_parallel(make, table)
 
 
 def in_parallel(work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:

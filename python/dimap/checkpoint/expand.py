@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from .. import _C
 from .base import Progress, Silent
-from .compact import bits_error, decoded, write_fully
+from .compact import Table, bits_error, decoded, write_fully
 from .header import Entry
 from .locate import SAFETENSORS, find_weights
 from .native import FILL, READ, Told, begin, opened
@@ -53,9 +53,10 @@ def expand(
     if not checkpoint.packed:
         raise ValueError(f"{checkpoint.path} must hold a bitmask file, got dense weights")
     shards = checkpoint.shards
-    packed, names, rest = [], [], []
+    packed, names, rest, compact = [], [], [], []
     for file, shard in enumerate(shards):
         if shard.layout.form == "compact":
+            compact.append((file, shard, shard.table(shard.entries)))
             continue
         for entry in shard.header.entries:
             values, bits = shard.layout.places[entry.name]
@@ -75,17 +76,17 @@ def expand(
         for output, shard in zip(outputs, shards, strict=True):
             begin(output, shard.header)
         try:
-            _C.expand(sources, outputs, packed, rest, progress=told)
+            if packed or rest:
+                _C.expand(sources, outputs, packed, rest, progress=told)
         except _C.BitsError as error:
             raise bits_error(names[error.args[0]], error) from error
         told.finish()
-        for output, shard in zip(outputs, shards, strict=True):
-            if shard.layout.form == "compact":
-                _expand_blocks(shard, output, progress)
+        for file, shard, table in compact:
+            _expand_blocks(shard, table, outputs[file], progress)
 
 
-def _expand_blocks(shard: Shard, output: tuple[int, str], progress: Progress) -> None:
-    """Fill an output, which has its header, from a compact file."""
+def _expand_blocks(shard: Shard, table: Table, output: tuple[int, str], progress: Progress) -> None:
+    """Fill an output, which has its header, from the blocks of a compact file."""
 
     def write(entry: Entry, first: int, data: memoryview) -> int:
         size = len(data)
@@ -93,7 +94,7 @@ def _expand_blocks(shard: Shard, output: tuple[int, str], progress: Progress) ->
         return size
 
     progress.step("expanding", sum(entry.nbytes for entry in shard.header.entries))
-    for written in decoded(shard.path, shard.blocks(shard.entries), write):
+    for written in decoded(shard.path, table, write):
         progress.advance(written)
 
 

@@ -170,7 +170,7 @@ def _count_in_blocks(
 
     found = Counter[str]()
     progress.step("reading", sum(shard.entries[name].nbytes for name in parts))
-    for size, counts in decoded(shard.path, shard.blocks(parts), count):
+    for size, counts in decoded(shard.path, shard.table(parts), count):
         progress.advance(size)
         found += counts
     entries = ((name, shard.entries[whole(name)].part(name)) for n in parts for name in parts[n])

@@ -6,7 +6,7 @@ import errno
 import json
 import mmap
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from .._files import naming
 from .base import Checkpoint, raw_bytes
 from .bitmask import DENSE_KEY, check_bits, is_packed, read_layout
-from .compact import decoded
+from .compact import Table, decoded, read_table
 from .header import Entry, Header, read_header
 from .locate import Weights, check_index, read_index
 
@@ -55,13 +55,13 @@ class Shard:
         check_bits(raw_bytes(bits), entry.numel(), values.numel(), f"{self.path}: {name}")
         return ops.unpack(bits, values, entry.shape)
 
-    def load(self, names: Iterable[str]) -> dict[str, Tensor]:
+    def load(self, names: Collection[str]) -> dict[str, Tensor]:
         """Tensors by their names; those of a compact file are all read at the same time."""
         if self.layout.form != "compact":
             return {name: self.get(name) for name in names}
         import torch
 
-        found, memory = {}, {}
+        table, found, memory = self.table(names), {}, {}
         for name in names:
             entry = self.entries[name]
             found[name] = torch.empty(entry.torch_shape, dtype=entry.dtype.torch())
@@ -71,12 +71,13 @@ class Shard:
             begin = first * (entry.dtype.size or 1)
             memory[entry.name][begin : begin + len(data)] = data
 
-        deque(decoded(self.path, self.blocks(found), fill), maxlen=0)
+        deque(decoded(self.path, table, fill), maxlen=0)
         return found
 
-    def blocks(self, names: Iterable[str]) -> list[tuple[Entry, Entry]]:
-        """Of a compact file: the dense entries and the stored ones."""
-        return [(self.entries[name], self.layout.places[name].values) for name in names]
+    def table(self, names: Iterable[str]) -> Table:
+        """Of a compact file, the blocks of tensors."""
+        places = self.layout.places
+        return read_table(self.path, ((self.entries[n], places[n].values) for n in names))
 
     def _tensor(self, entry: Entry) -> Tensor:
         import torch
