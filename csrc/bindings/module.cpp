@@ -261,12 +261,13 @@ std::vector<int64_t> count_nonzero(const Files& files, const std::vector<Element
   return cpu::count_nonzero(files_of(files), elements_of(tensors), pool);
 }
 
-void expand(const Files& files, const Files& targets,
-            const std::vector<std::tuple<int32_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t>>& tensors,
-            const std::vector<std::tuple<int32_t, int64_t, int64_t, int64_t>>& rest, int threads, Progress progress) {
+void expand(
+    const Files& files, const Files& targets,
+    const std::vector<std::tuple<int32_t, int64_t, int64_t, int32_t, int64_t, int64_t, int64_t, int64_t>>& tensors,
+    const std::vector<std::tuple<int32_t, int64_t, int64_t, int64_t>>& rest, int threads, Progress progress) {
   std::vector<cpu::Packed> packed;
-  for (const auto& [file, values, count, bits, numel, size, place] : tensors)
-    packed.push_back({file, values, count, bits, numel, size, place});
+  for (const auto& [file, values, count, bits_file, bits, numel, size, place] : tensors)
+    packed.push_back({file, values, count, bits_file, bits, numel, size, place});
   std::vector<cpu::Copied> copied;
   for (const auto& [file, offset, bytes, place] : rest) copied.push_back({file, offset, bytes, place});
   const cpu::ThreadPool pool(threads, watch_of(std::move(progress)));

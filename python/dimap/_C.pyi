@@ -131,7 +131,7 @@ def count_nonzero(
 def expand(
     files: Sequence[tuple[int, str]],
     targets: Sequence[tuple[int, str]],
-    tensors: Sequence[tuple[int, int, int, int, int, int, int]],
+    tensors: Sequence[tuple[int, int, int, int, int, int, int, int]],
     rest: Sequence[tuple[int, int, int, int]],
     *,
     threads: int = 0,
@@ -139,8 +139,9 @@ def expand(
 ) -> None:
     """Write dense files from bitmask files.
 
-    tensors: (file, offset of values, values, offset of bits, weights, bytes of one, offset in the
-    target). rest: (file, offset, bytes, offset in the target). Raises BitsError, OSError.
+    tensors: (file, offset of values, values, file of bits, their offset, weights, bytes of one, offset
+    in the target of the first file). rest: (file, offset, bytes, offset in the target).
+    Raises BitsError, OSError.
     """
 
 def pack_bits(mask: Buffer) -> bytes:

@@ -204,7 +204,7 @@ def claims(size):
 
 ZEROS = frame(bytes(3072 // 8))  # 3072 weights, all of them 0
 BLOCKS = {
-    "none": ([], [], "must have 3072 elements in blocks, got 0"),
+    "none": ([], [], "3072 elements in blocks, got 0"),
     "too few elements": ([row(3064, ZEROS)], [ZEROS], "3072 elements in blocks, got 3064"),
     "no elements": ([row(0, ZEROS), row(3072, ZEROS)], [ZEROS] * 2, "in a block, got 0"),
     "a huge block": ([row(1 << 23, ZEROS)], [ZEROS], "at most 16777216 bytes in a block"),

@@ -13,9 +13,10 @@ namespace dimap::cpu {
 
 // A tensor stored as one bit a weight and its nonzero values; what is in files is given by the byte where it begins.
 struct Packed {
-  int32_t file;
+  int32_t file;           // of the values, and in the same order of the target
   int64_t values, count;  // where the values are, and how many
-  int64_t bits;           // where the bits are
+  int32_t bits_file;      // where the bits are,
+  int64_t bits;           // which may be another file
   int64_t numel, size;    // weights, and bytes of one: 1, 2, 4 or 8
   int64_t place;          // in the target
 };

@@ -202,7 +202,7 @@ def _dense(source: tuple[int, Path], entry: Entry, block: Block) -> bytearray:
     import zstandard
 
     what, size = f"{source[1]}: {entry.name}", entry.dtype.size or 1
-    frame, bits = _read(source, block.size, block.at), (block.elements + 7) // 8
+    frame, bits = read_fully(source, block.size, block.at), (block.elements + 7) // 8
     if int.from_bytes(frame[-4:], "little") != block.check:
         _damaged(what, block, "another in its place")
     decompressor = _decompressors.pop() if _decompressors else zstandard.ZstdDecompressor()
@@ -235,10 +235,10 @@ def _blocks(source: tuple[int, Path], entry: Entry, stored: Entry) -> list[Block
     room = stored.nbytes - END.size
     if room < 0:
         refuse(what, "end with what tells its blocks", f"{stored.nbytes} bytes")
-    rows, check = END.unpack(_read(source, END.size, stored.end - END.size))
+    rows, check = END.unpack(read_fully(source, END.size, stored.end - END.size))
     if rows * ROW.size > room:
         refuse(what, f"have {rows} blocks", f"{stored.nbytes} bytes")
-    table = _read(source, rows * ROW.size, stored.end - END.size - rows * ROW.size)
+    table = read_fully(source, rows * ROW.size, stored.end - END.size - rows * ROW.size)
     if check != _check(entry.name, table):
         refuse(what, "tell its own blocks", "a wrong checksum of them")
     blocks, at, first = [], stored.begin, 0
@@ -262,7 +262,8 @@ def _damaged(what: str, block: Block, got: object) -> NoReturn:
     refuse(what, f"have an undamaged block at byte {block.at}", got)
 
 
-def _read(source: tuple[int, Path], size: int, at: int) -> bytes:
+def read_fully(source: tuple[int, Path], size: int, at: int) -> bytes:
+    """Bytes of a file from `at` on; source: its descriptor and path."""
     with naming(source[1]):
         data = os.pread(source[0], size, at)
         while len(data) < size:  # one call reads no more than 2 GiB, and less after a signal

@@ -13,6 +13,7 @@ from .header import Entry
 from .locate import SAFETENSORS, find_weights
 from .native import FILL, READ, Told, begin, opened
 from .shards import Shard, Shards
+from .sparse_bitmask import SparseBitmask
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,6 +43,8 @@ def expand(
 
     The source is read piece by piece, however large its tensors are. The dense file is that which
     was pruned, byte by byte, but for the weights set to zero. `target` appears complete or not at all.
+    A checkpoint that compressed-tensors wrote as `sparse-bitmask` is made dense, too; its config.json then
+    says so.
 
     force: replace an output that is there already.
 
@@ -50,11 +53,16 @@ def expand(
     output exists and not `force`.
     """
     checkpoint = _open(source, alone=False)
-    if not checkpoint.packed:
-        raise ValueError(f"{checkpoint.path} must hold a bitmask file, got dense weights")
     shards = checkpoint.shards
+    headers = [shard.header for shard in shards]
     packed, names, rest, compact = [], [], [], []
-    for file, shard in enumerate(shards):
+    foreign = None
+    if not checkpoint.packed:
+        foreign = SparseBitmask(checkpoint)
+        if not foreign.packed:
+            raise ValueError(f"{checkpoint.path} must hold a bitmask file, got dense weights")
+        headers, packed, names, rest = foreign.headers, foreign.packed, foreign.names, foreign.rest
+    for file, shard in enumerate(() if foreign else shards):
         if shard.layout.form == "compact":
             compact.append((file, shard, shard.table(shard.entries)))
             continue
@@ -63,8 +71,8 @@ def expand(
             if bits is None:
                 rest.append((file, values.begin, entry.nbytes, entry.begin))
                 continue
-            numbers = (values.begin, values.numel(), bits.begin, entry.numel(), entry.dtype.size)
-            packed.append((file, *numbers, entry.begin))
+            numbers = (bits.begin, entry.numel(), entry.dtype.size, entry.begin)
+            packed.append((file, values.begin, values.numel(), file, *numbers))
             names.append(f"{shard.path}: {entry.name}")
     progress = progress or Silent()
     told = Told(progress)
@@ -73,8 +81,8 @@ def expand(
         opened([shard.path for shard in shards], READ) as sources,
         opened(targets, FILL) as outputs,
     ):
-        for output, shard in zip(outputs, shards, strict=True):
-            begin(output, shard.header)
+        for output, header in zip(outputs, headers, strict=True):
+            begin(output, header)
         try:
             if packed or rest:
                 _C.expand(sources, outputs, packed, rest, progress=told)
@@ -83,6 +91,8 @@ def expand(
         told.finish()
         for file, shard, table in compact:
             _expand_blocks(shard, table, outputs[file], progress)
+        if foreign:
+            foreign.finish(targets)
 
 
 def _expand_blocks(shard: Shard, table: Table, output: tuple[int, str], progress: Progress) -> None:

@@ -159,7 +159,7 @@ class Shards(Checkpoint):
                 self.write_index(files, self.index)
             yield files
 
-    def write_index(self, files: list[Path], text: bytes) -> None:
+    def write_index(self, files: Sequence[Path], text: bytes) -> None:
         """Give an output another index than the copy of this one, which may be read-only."""
         index = files[0].with_name(self.index_name)
         index.unlink()
@@ -177,12 +177,16 @@ def _dense_index(text: bytes, path: Path) -> bytes:
 
 def packed_index(dense: bytes, headers: Mapping[str, Header]) -> bytes:
     """The index of a folder of bitmask files. dense: that of the dense shards. headers: by file."""
-    text = dense.decode("utf-8")
-    index = json.loads(text)
+    return make_index(dense, headers, {DENSE_KEY: dense.decode("utf-8")})
+
+
+def make_index(text: bytes, headers: Mapping[str, Header], more: Mapping[str, str]) -> bytes:
+    """An index like the one of this text, of these files, with more metadata."""
+    index = json.loads(text.decode("utf-8"))
     metadata = index.get("metadata")
     metadata = dict(metadata) if isinstance(metadata, dict) else {}
     entries = {entry.name: (file, entry) for file, h in headers.items() for entry in h.entries}
-    metadata |= {"total_size": sum(entry.nbytes for _, entry in entries.values()), DENSE_KEY: text}
+    metadata |= {"total_size": sum(entry.nbytes for _, entry in entries.values()), **more}
     weight_map = {name: entries[name][0] for name in sorted(entries)}
     index |= {"metadata": metadata, "weight_map": weight_map}
     return f"{json.dumps(index, indent=2)}\n".encode()
