@@ -18,7 +18,7 @@ from pathlib import Path
 from struct import Struct
 from threading import Lock
 from types import TracebackType
-from typing import TYPE_CHECKING, NamedTuple, NoReturn, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 from zlib import crc32
 
 from .. import _C
@@ -94,7 +94,7 @@ class Writer:
             number = bisect_right(self._begins, at) - 1
             entry = self._dense.entries[number]
             size, mine = entry.dtype.size or 1, data[: entry.end - at]
-            yield number, len(mine) // size, _frame(_C.split(mine, size), len(mine) // size, size)
+            yield number, len(mine) // size, encode(mine, size)
             at, data = at + len(mine), data[len(mine) :]
 
     def _end_before(self, number: int) -> None:
@@ -156,7 +156,12 @@ def decoded(path: Path, table: Table, work: Callable[[Entry, int, memoryview], R
 
         def make(item: tuple[Entry, Block]) -> R:
             entry, block = item
-            return work(entry, block.first, memoryview(_dense(source, entry, block)))
+            frame, what = read_fully(source, block.size, block.at), f"{path}: {entry.name}"
+            try:
+                dense = decode(frame, block, entry.dtype.size or 1, what)
+            except _C.BitsError as error:
+                raise bits_error(what, error) from error
+            return work(entry, block.first, memoryview(dense))
 
         yield from in_parallel(make, table)
 
@@ -176,11 +181,11 @@ def in_parallel(work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
         pool.shutdown(cancel_futures=True)
 
 
-def _frame(content: bytes, elements: int, size: int) -> bytes:
-    """A zstd frame, with a zstd block of its own, or several, for the bits and for each plane."""
+def encode(data: memoryview, size: int) -> bytes:
+    """A block of elements of `size` bytes as a frame, with zstd blocks of their own for bits and planes."""
     import zstandard
 
-    bits = (elements + 7) // 8
+    content, bits = memoryview(_C.split(data, size)), (len(data) // size + 7) // 8
     plane = (len(content) - bits) // size
     ends = [0, bits, *(bits + plane * (j + 1) for j in range(size if plane else 0))]
     compressor = (
@@ -188,36 +193,37 @@ def _frame(content: bytes, elements: int, size: int) -> bytes:
         if _compressors
         else zstandard.ZstdCompressor(level=LEVEL, write_checksum=True)
     )
-    stream, view, parts = compressor.compressobj(size=len(content)), memoryview(content), []
+    stream, parts = compressor.compressobj(size=len(content)), []
     for begin, end in pairwise(ends):
-        parts += [stream.compress(view[begin:end])]
-        parts += [stream.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK)]
-    frame = b"".join([*parts, stream.flush()])
+        parts.append(stream.compress(content[begin:end]))
+        parts.append(stream.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK))
+    parts.append(stream.flush())
     _compressors.append(compressor)
-    return frame
+    return b"".join(parts)
 
 
-def _dense(source: tuple[int, Path], entry: Entry, block: Block) -> bytearray:
-    """The elements of a block. Its size is that which the header gives, whatever its frame says."""
+def decode(frame: bytes, block: Block, size: int, what: str) -> bytearray:
+    """The elements of a block: as many as its table says, whatever its frame says. what: for errors."""
     import zstandard
 
-    what, size = f"{source[1]}: {entry.name}", entry.dtype.size or 1
-    frame, bits = read_fully(source, block.size, block.at), (block.elements + 7) // 8
+    what, bits = (
+        f"{what} must have an undamaged block at byte {block.at}",
+        (block.elements + 7) // 8,
+    )
     if int.from_bytes(frame[-4:], "little") != block.check:
-        _damaged(what, block, "another in its place")
+        raise ValueError(f"{what}, got another in its place")
     decompressor = _decompressors.pop() if _decompressors else zstandard.ZstdDecompressor()
     try:
         told = zstandard.get_frame_parameters(frame)
         if not told.has_checksum or not bits <= told.content_size <= bits + block.elements * size:
-            _damaged(what, block, f"one of {told.content_size} bytes, or without a checksum")
+            got = f"one of {told.content_size} bytes, or without a checksum"
+            raise ValueError(f"{what}, got {got}")
         content = decompressor.decompress(frame, allow_extra_data=False)
-        out = bytearray(block.elements * size)
-        _C.merge(content, size, out)
     except zstandard.ZstdError as error:
-        _damaged(what, block, error)
-    except _C.BitsError as error:
-        raise bits_error(what, error) from error
+        raise ValueError(f"{what}, got {error}") from error
     _decompressors.append(decompressor)
+    out = bytearray(block.elements * size)
+    _C.merge(content, size, out)
     return out
 
 
@@ -256,10 +262,6 @@ def _blocks(source: tuple[int, Path], entry: Entry, stored: Entry) -> list[Block
 
 def _check(name: str, rows: bytes) -> int:
     return crc32(rows, crc32(name.encode()))
-
-
-def _damaged(what: str, block: Block, got: object) -> NoReturn:
-    refuse(what, f"have an undamaged block at byte {block.at}", got)
 
 
 def read_fully(source: tuple[int, Path], size: int, at: int) -> bytes:
