@@ -29,6 +29,7 @@ from .bitmask import VERSIONS, Format
 from .card import add_card_section
 from .native import Told
 from .shards import Shards
+from .sparse_bitmask import packed_names
 from .streaming import ENGINE_DTYPES, Stream, StreamPruning, check_agreement
 
 if TYPE_CHECKING:
@@ -118,6 +119,11 @@ def pruning_checkpoint(
         check_choice("method", method, [n for n, m in METHODS.items() if not m.needs_data])
         scope = scope or METHODS[method].scope
         normalize = normalize or METHODS[method].normalize
+        if isinstance(checkpoint, Shards) and (checkpoint.packed or packed_names(checkpoint.home)):
+            raise ValueError(
+                f"{checkpoint.path} must be dense, got one stored as bits and values: "
+                "`dimap expand` makes it dense"
+            )
         checkpoint.choice = choose(patterns, family, ignore) or checkpoint.choice
         shapes = checkpoint.shapes()
         plan = Plan.of_shapes(shapes, scope, normalize, checkpoint.choice, checkpoint.ties())
@@ -265,10 +271,7 @@ def _check(
             "or let them write with --format bitmask"
         )
     if isinstance(checkpoint, Shards):
-        if checkpoint.packed:
-            raise ValueError(
-                f"{checkpoint.path} must be dense, got a bitmask file: `dimap expand` makes it dense"
-            )
+        pass  # any number of processes, and either format
     elif ranks.size > 1:
         raise ValueError(
             f"IN must be safetensors to be shared among {ranks.size} ranks, got {checkpoint.path}"
