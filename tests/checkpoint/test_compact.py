@@ -17,6 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import zstandard
+from dimap import _C
 from dimap.bitmask import expand
 from dimap.checkpoint import open_checkpoint
 from dimap.checkpoint.base import Silent
@@ -96,6 +97,14 @@ def dense_of(path):
             )
             out += dense.tobytes()
     return out
+
+
+def test_the_example_of_the_document():
+    content = bytes.fromhex("05 0001 0000 0000 7f80")
+    assert _C.split(np.array([1.0, 0.0, -2.0], "<f4").tobytes(), 4) == content
+    out = bytearray(12)
+    _C.merge(content, 4, out)
+    assert np.frombuffer(out, "<f4").tolist() == [1.0, 0.0, -2.0]
 
 
 def small():

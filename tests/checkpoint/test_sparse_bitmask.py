@@ -172,5 +172,8 @@ def test_on_the_command_line(capsys, tmp_path, monkeypatch):
     weights = sparse(8, 24)
     save_file(packed("w", weights), "in.safetensors")
     run = runner(capsys)
+    code, _, err = run("prune", "in.safetensors", "out.safetensors", "-s", 0.5)
+    assert code == 1
+    assert "`dimap expand` makes it dense" in err
     assert run("expand", "in.safetensors", "out.safetensors")[0] == 0
     assert_same(load_file("out.safetensors"), {"w.weight": weights})

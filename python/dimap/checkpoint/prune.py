@@ -263,26 +263,27 @@ def _check(
     checkpoint: Checkpoint, plan: Plan, out: Path, form: Format, masks: bool, ranks: Ranks
 ) -> None:
     """Refuse what cannot be pruned, or not be written as it is asked for."""
-    if (
-        form == "compact" and ranks.size > 1
-    ):  # its blocks follow each other, each as long as it gets
+    streamed = isinstance(checkpoint, Shards)
+    if form == "compact" and ranks.size > 1:  # a block's place depends on the lengths of all before
         raise ValueError(
             f"one process must write with --format compact, got {ranks.size} ranks: leave torchrun out, "
             "or let them write with --format bitmask"
         )
-    if isinstance(checkpoint, Shards):
-        pass  # any number of processes, and either format
-    elif ranks.size > 1:
+    if not streamed and ranks.size > 1:
         raise ValueError(
             f"IN must be safetensors to be shared among {ranks.size} ranks, got {checkpoint.path}"
         )
-    elif form != "dense" and (checkpoint.is_folder or out.suffix.lower() != ".safetensors"):
+    if (
+        not streamed
+        and form != "dense"
+        and (checkpoint.is_folder or out.suffix.lower() != ".safetensors")
+    ):
         raise ValueError(f"the output must end in .safetensors with --format {form}, got {out}")
     for name in wholes(plan.names):
         dtype = checkpoint.tensors[name].dtype
         if dtype.code not in ENGINE_DTYPES:
             raise ValueError(f"{name} must be float32, bfloat16 or float16, got {dtype.name}")
-    if not isinstance(checkpoint, Shards) or not (form == "bitmask" or masks):
+    if not streamed or not (form == "bitmask" or masks):
         return
     for name, size in zip(plan.names, plan.sizes, strict=True):
         if isinstance(name, Slice) and size % 8:  # each begins with a byte of its own

@@ -1,4 +1,4 @@
-"""Checkpoints in the `sparse-bitmask` format of compressed-tensors, which no longer reads it itself.
+"""Checkpoints that compressed-tensors wrote in its `sparse-bitmask` format: read, to be made dense.
 
 Of a matrix NAME.weight such a file holds, beside the tensors that it stores as they are:
 
@@ -14,7 +14,7 @@ in the same shard or in several. Where NAME ends in "weight" or "bias" already i
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 from itertools import accumulate
 from pathlib import Path
@@ -118,7 +118,7 @@ class SparseBitmask:
                 config.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
-def packed_names(names: dict[str, Stored] | dict[str, Entry]) -> list[str]:
+def packed_names(names: Collection[str]) -> list[str]:
     """What stands before COMPRESSED and PARTS in the names of a checkpoint."""
     prefixes = [name.removesuffix(COMPRESSED) for name in names if name.endswith(COMPRESSED)]
     return [p for p in prefixes if all(p + part in names for part in PARTS)]
