@@ -175,5 +175,6 @@ def test_on_the_command_line(capsys, tmp_path, monkeypatch):
     code, _, err = run("prune", "in.safetensors", "out.safetensors", "-s", 0.5)
     assert code == 1
     assert "`dimap expand` makes it dense" in err
+    assert "`dimap expand` gives the dense one" in run("inspect", "in.safetensors")[1]
     assert run("expand", "in.safetensors", "out.safetensors")[0] == 0
     assert_same(load_file("out.safetensors"), {"w.weight": weights})

@@ -58,9 +58,9 @@ def expand(
     packed, names, rest, compact = [], [], [], []
     foreign = None
     if not checkpoint.packed:
-        foreign = SparseBitmask(checkpoint)
-        if not foreign.packed:
+        if not checkpoint.foreign:
             raise ValueError(f"{checkpoint.path} must hold a bitmask file, got dense weights")
+        foreign = SparseBitmask(checkpoint)
         headers, packed, names, rest = foreign.headers, foreign.packed, foreign.names, foreign.rest
     for file, shard in enumerate(() if foreign else shards):
         if shard.layout.form == "compact":

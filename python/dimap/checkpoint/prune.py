@@ -29,7 +29,6 @@ from .bitmask import VERSIONS, Format
 from .card import add_card_section
 from .native import Told
 from .shards import Shards
-from .sparse_bitmask import packed_names
 from .streaming import ENGINE_DTYPES, Stream, StreamPruning, check_agreement
 
 if TYPE_CHECKING:
@@ -119,7 +118,7 @@ def pruning_checkpoint(
         check_choice("method", method, [n for n, m in METHODS.items() if not m.needs_data])
         scope = scope or METHODS[method].scope
         normalize = normalize or METHODS[method].normalize
-        if isinstance(checkpoint, Shards) and (checkpoint.packed or packed_names(checkpoint.home)):
+        if isinstance(checkpoint, Shards) and (checkpoint.packed or checkpoint.foreign):
             raise ValueError(
                 f"{checkpoint.path} must be dense, got one stored as bits and values: "
                 "`dimap expand` makes it dense"

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+COMPRESSED, PARTS = ".compressed", (".bitmask", ".row_offsets", ".shape")  # see `sparse_bitmask`
+
 
 class Shard:
     """One file.
@@ -106,6 +108,7 @@ class Shards(Checkpoint):
     """Tensors of one or more files, in the order of the files and of the tensors in them.
 
     packed: whether any of the files is a bitmask file.
+    foreign: of tensors that another library stored as bits and values, what their parts' names begin with.
     index: the text of a folder's index, that of the dense shards; None where there is none.
     """
 
@@ -128,7 +131,9 @@ class Shards(Checkpoint):
         tensors = {n: e for s in self.shards for n, e in s.entries.items()}
         super().__init__(path, form, found.files, tensors, metadata)
         self.packed = any(shard.packed for shard in self.shards)
-        if self.packed:
+        stems = [name.removesuffix(COMPRESSED) for name in tensors if name.endswith(COMPRESSED)]
+        self.foreign = [stem for stem in stems if all(stem + part in tensors for part in PARTS)]
+        if self.packed or self.foreign:
             self.notes = ["stored as bits and nonzero values: `dimap expand` gives the dense one"]
         self.index: bytes | None = None
         if found.listing is not None:

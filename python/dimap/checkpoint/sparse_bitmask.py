@@ -14,7 +14,7 @@ in the same shard or in several. Where NAME ends in "weight" or "bias" already i
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from itertools import accumulate
 from pathlib import Path
@@ -23,9 +23,8 @@ from typing import NamedTuple
 
 from .compact import read_fully
 from .header import DType, Entry, Header, make_header, refuse
-from .shards import Shards, make_index
+from .shards import COMPRESSED, PARTS, Shards, make_index
 
-COMPRESSED, PARTS = ".compressed", (".bitmask", ".row_offsets", ".shape")
 SETTINGS = ("quantization_config", "compression_config")  # in config.json
 STEP = 1 << 20  # bytes of bits that are counted at a time
 
@@ -64,7 +63,7 @@ class SparseBitmask:
         stored = {
             e.name: Stored(f, e) for f, s in enumerate(checkpoint.shards) for e in s.header.entries
         }
-        prefixes = packed_names(stored)
+        prefixes = checkpoint.foreign
         gone = {prefix + part for prefix in prefixes for part in (COMPRESSED, *PARTS)}
         with ExitStack() as files:
             sources = [
@@ -116,12 +115,6 @@ class SparseBitmask:
                     del settings[key]
                 config.unlink()  # it may be read-only like the original
                 config.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-
-
-def packed_names(names: Collection[str]) -> list[str]:
-    """What stands before COMPRESSED and PARTS in the names of a checkpoint."""
-    prefixes = [name.removesuffix(COMPRESSED) for name in names if name.endswith(COMPRESSED)]
-    return [p for p in prefixes if all(p + part in names for part in PARTS)]
 
 
 def _read(prefix: str, stored: dict[str, Stored], sources: list[Source]) -> Packed:
