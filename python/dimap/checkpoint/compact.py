@@ -188,10 +188,8 @@ def encode(data: memoryview, size: int) -> bytes:
     content, bits = memoryview(_C.split(data, size)), (len(data) // size + 7) // 8
     plane = (len(content) - bits) // size
     ends = [0, bits, *(bits + plane * (j + 1) for j in range(size if plane else 0))]
-    compressor = (
-        _compressors.pop()
-        if _compressors
-        else zstandard.ZstdCompressor(level=LEVEL, write_checksum=True)
+    compressor = _spare(
+        _compressors, lambda: zstandard.ZstdCompressor(level=LEVEL, write_checksum=True)
     )
     stream, parts = compressor.compressobj(size=len(content)), []
     for begin, end in pairwise(ends):
@@ -206,16 +204,14 @@ def decode(frame: bytes, block: Block, size: int, what: str) -> bytearray:
     """The elements of a block: as many as its table says, whatever its frame says. what: for errors."""
     import zstandard
 
-    what, bits = (
-        f"{what} must have an undamaged block at byte {block.at}",
-        (block.elements + 7) // 8,
-    )
+    what += f" must have an undamaged block at byte {block.at}"
+    least = (block.elements + 7) // 8
     if int.from_bytes(frame[-4:], "little") != block.check:
         raise ValueError(f"{what}, got another in its place")
-    decompressor = _decompressors.pop() if _decompressors else zstandard.ZstdDecompressor()
+    decompressor = _spare(_decompressors, zstandard.ZstdDecompressor)
     try:
         told = zstandard.get_frame_parameters(frame)
-        if not told.has_checksum or not bits <= told.content_size <= bits + block.elements * size:
+        if not told.has_checksum or not least <= told.content_size <= least + block.elements * size:
             got = f"one of {told.content_size} bytes, or without a checksum"
             raise ValueError(f"{what}, got {got}")
         content = decompressor.decompress(frame, allow_extra_data=False)
@@ -225,6 +221,14 @@ def decode(frame: bytes, block: Block, size: int, what: str) -> bytearray:
     out = bytearray(block.elements * size)
     _C.merge(content, size, out)
     return out
+
+
+def _spare(those: list[T], make: Callable[[], T]) -> T:
+    """One that no other thread uses."""
+    try:
+        return those.pop()
+    except IndexError:
+        return make()
 
 
 def bits_error(what: str, error: _C.BitsError) -> ValueError:
