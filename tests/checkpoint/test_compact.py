@@ -107,6 +107,24 @@ def test_the_example_of_the_document():
     assert np.frombuffer(out, "<f4").tolist() == [1.0, 0.0, -2.0]
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from([1, 2, 4, 8]), st.integers(0, 300), st.integers(0, 3), st.data())
+def test_split_and_merge_keep_every_bit(size, count, shift, data):
+    """Elements anywhere in memory, and repeated until they are more than a step of the loops."""
+    kind = np.dtype(f"<u{size}")
+    some = data.draw(st.lists(st.integers(0, (1 << 8 * size) - 1), min_size=count, max_size=count))
+    zeros = data.draw(st.lists(st.booleans(), min_size=count, max_size=count))
+    elements = np.tile(np.where(zeros, np.array(0, kind), np.array(some, kind)).astype(kind), 30)
+    content = _C.split(memoryview(bytes(shift) + elements.tobytes())[shift:], size)
+    stored = elements[elements != 0]
+    turned = stored << np.array(1, kind) | stored >> np.array(8 * size - 1, kind)
+    planes = turned.view(np.uint8).reshape(-1, size).T.tobytes()
+    assert content == np.packbits(elements != 0, bitorder="little").tobytes() + planes
+    out = bytearray(shift + elements.nbytes)
+    _C.merge(content, size, memoryview(out)[shift:])
+    assert out[shift:] == elements.tobytes()
+
+
 def small():
     state = {"w": torch.zeros(40), "b": torch.ones(3), "none": torch.zeros(0)}
     state["w"][::3] = torch.arange(14.0) - 3

@@ -6,8 +6,6 @@ written down in docs/format.md; a file is hostile until it is checked.
 
 from __future__ import annotations
 
-import errno
-import os
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -24,6 +22,7 @@ from zlib import crc32
 from .. import _C
 from .._files import naming
 from .header import DTYPES, Entry, Header, make_header, refuse
+from .native import read_fully
 
 if TYPE_CHECKING:
     import zstandard
@@ -142,7 +141,7 @@ def read_table(path: Path, tensors: Iterable[tuple[Entry, Entry]]) -> Table:
     Raises ValueError for a damaged file, OSError where it cannot be read.
     """
     with open(path, "rb") as file:
-        source = (file.fileno(), path)
+        source = (file.fileno(), str(path))
         return [(e, block) for e, stored in tensors for block in _blocks(source, e, stored)]
 
 
@@ -152,7 +151,7 @@ def decoded(path: Path, table: Table, work: Callable[[Entry, int, memoryview], R
     It is called from several threads; what it returns comes in order. Raises as `read_table` does.
     """
     with open(path, "rb") as file:
-        source = (file.fileno(), path)
+        source = (file.fileno(), str(path))
 
         def make(item: tuple[Entry, Block]) -> R:
             entry, block = item
@@ -239,7 +238,7 @@ def bits_error(what: str, error: _C.BitsError) -> ValueError:
     return ValueError(f"{what} must have as many values as its bits say, {required}, got {got}")
 
 
-def _blocks(source: tuple[int, Path], entry: Entry, stored: Entry) -> list[Block]:
+def _blocks(source: tuple[int, str], entry: Entry, stored: Entry) -> list[Block]:
     """The blocks of a tensor, checked to be all of it."""
     what, size = f"{source[1]}: {entry.name}", entry.dtype.size or 1
     room = stored.nbytes - END.size
@@ -266,24 +265,3 @@ def _blocks(source: tuple[int, Path], entry: Entry, stored: Entry) -> list[Block
 
 def _check(name: str, rows: bytes) -> int:
     return crc32(rows, crc32(name.encode()))
-
-
-def read_fully(source: tuple[int, Path], size: int, at: int) -> bytes:
-    """Bytes of a file from `at` on; source: its descriptor and path."""
-    with naming(source[1]):
-        data = os.pread(source[0], size, at)
-        while len(data) < size:  # one call reads no more than 2 GiB, and less after a signal
-            more = os.pread(source[0], size - len(data), at + len(data))
-            if not more:
-                problem = f"must not change while it is read, ended at byte {at + len(data)}"
-                raise OSError(errno.EIO, problem, str(source[1]))
-            data += more
-    return data
-
-
-def write_fully(output: tuple[int, str], data: memoryview, at: int) -> None:
-    """Write at a place of a file: descriptor and path."""
-    with naming(Path(output[1])):
-        while data:
-            done = os.pwrite(output[0], data, at)
-            at, data = at + done, data[done:]

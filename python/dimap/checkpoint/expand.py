@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 from .. import _C
 from .base import Progress, Silent
-from .compact import Table, bits_error, decoded, write_fully
+from .compact import Table, bits_error, decoded
 from .header import Entry
 from .locate import SAFETENSORS, find_weights
-from .native import FILL, READ, Told, begin, opened
+from .native import FILL, READ, Told, begin, opened, write_fully
 from .shards import Shard, Shards
 from .sparse_bitmask import SparseBitmask
 

@@ -15,20 +15,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from contextlib import ExitStack
 from itertools import accumulate
 from pathlib import Path
 from struct import unpack
 from typing import NamedTuple
 
-from .compact import read_fully
 from .header import DType, Entry, Header, make_header, refuse
+from .native import READ, opened, read_fully
 from .shards import COMPRESSED, PARTS, Shards, make_index
 
 SETTINGS = ("quantization_config", "compression_config")  # in config.json
 STEP = 1 << 20  # bytes of bits that are counted at a time
 
-Source = tuple[int, Path]
+Source = tuple[int, str]
 
 
 class Stored(NamedTuple):
@@ -65,11 +64,7 @@ class SparseBitmask:
         }
         prefixes = checkpoint.foreign
         gone = {prefix + part for prefix in prefixes for part in (COMPRESSED, *PARTS)}
-        with ExitStack() as files:
-            sources = [
-                (files.enter_context(open(shard.path, "rb")).fileno(), shard.path)
-                for shard in checkpoint.shards
-            ]
+        with opened([shard.path for shard in checkpoint.shards], READ) as sources:
             found = {p + COMPRESSED: _read(p, stored, sources) for p in prefixes}
         for tensor in found.values():
             if tensor.name in stored and tensor.name not in gone:
