@@ -137,7 +137,9 @@ def sizes(file: Path, dtype: torch.dtype, place: Path) -> dict[str, float]:
     found["zstd -3 of the bitmask file"] = len(
         zstandard.compress((place / "bitmask.safetensors").read_bytes(), 3)
     )
-    pruned = sum(m.weights for m in report.modules) / sum(t.numel() for t in state.values())
+    pruned = sum(m.weights for m in report.modules if m.name != "aux") / sum(
+        t.numel() for t in state.values()
+    )
     return {
         "dense_bytes": found["dense"],
         "weights_that_are_pruned": round(pruned, 4),

@@ -144,6 +144,7 @@ BAD = {
     "bits of another type": (lambda s: s.update({"w.bitmask": s["w.bitmask"].to(torch.int8)}), "w.bitmask must be uint8"),
     "a value too few": (lambda s: s.update({"w.compressed": s["w.compressed"][1:].clone()}), "as many values as its bits say"),
     "values in two dimensions": (lambda s: s.update({"w.compressed": s["w.compressed"][None].clone()}), "in one dimension"),
+    "two spellings of a name": (lambda s: s.update(packed("w.weight", sparse(2, 8))), "must hold w.weight once"),
     "dense as well": (lambda s: s.update({"w.weight": torch.ones(1)}), "must hold w.weight once"),
 }  # fmt: skip
 

@@ -51,11 +51,6 @@ class Layout(NamedTuple):
     form: Format
 
 
-def is_packed(metadata: Mapping[str, str]) -> bool:
-    """Whether a file's metadata say that it is a bitmask file, of whatever version."""
-    return VERSION_KEY in metadata
-
-
 def pays(entry: Entry, nonzero: int) -> bool:
     """Whether a tensor is smaller as bits and values."""
     if entry.dtype.code not in PACKED:
@@ -114,7 +109,7 @@ def read_layout(header: Header, where: str) -> Layout:
 
     Raises ValueError for another version, and for a header that contradicts itself.
     """
-    if not is_packed(header.metadata):
+    if VERSION_KEY not in header.metadata:
         places = {entry.name: Place(entry, None) for entry in header.entries}
         return Layout(header, header, places, "dense")
     form = VERSIONS.get(found := header.metadata[VERSION_KEY])

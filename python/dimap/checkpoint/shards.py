@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from .._files import naming
 from .base import Checkpoint, raw_bytes
-from .bitmask import DENSE_KEY, check_bits, is_packed, read_layout
+from .bitmask import DENSE_KEY, check_bits, read_layout
 from .compact import Table, decoded, read_table
 from .header import Entry, Header, read_header
 from .locate import Weights, check_index, read_index
@@ -39,7 +39,6 @@ class Shard:
         self.path = path
         with naming(path):
             self.stored = read_header(path)
-        self.packed = is_packed(self.stored.metadata)
         self.layout = read_layout(self.stored, str(path))
         self.header = self.layout.dense
         self.entries = {entry.name: entry for entry in self.header.entries}
@@ -130,7 +129,7 @@ class Shards(Checkpoint):
         # In the order of their bytes: so they are written, one after the other.
         tensors = {n: e for s in self.shards for n, e in s.entries.items()}
         super().__init__(path, form, found.files, tensors, metadata)
-        self.packed = any(shard.packed for shard in self.shards)
+        self.packed = any(shard.layout.form != "dense" for shard in self.shards)
         stems = [name.removesuffix(COMPRESSED) for name in tensors if name.endswith(COMPRESSED)]
         self.foreign = [stem for stem in stems if all(stem + part in tensors for part in PARTS)]
         if self.packed or self.foreign:

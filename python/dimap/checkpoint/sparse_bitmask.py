@@ -14,6 +14,7 @@ in the same shard or in several. Where NAME ends in "weight" or "bias" already i
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
@@ -66,9 +67,10 @@ class SparseBitmask:
         gone = {prefix + part for prefix in prefixes for part in (COMPRESSED, *PARTS)}
         with opened([shard.path for shard in checkpoint.shards], READ) as sources:
             found = {p + COMPRESSED: _read(p, stored, sources) for p in prefixes}
-        for tensor in found.values():
-            if tensor.name in stored and tensor.name not in gone:
-                refuse(checkpoint.path, f"hold {tensor.name} once", "it dense and as bits")
+        names = Counter([t.name for t in found.values()] + [n for n in stored if n not in gone])
+        for name, times in names.items():
+            if times > 1:
+                refuse(checkpoint.path, f"hold {name} once", "it twice")
         for file, shard in enumerate(checkpoint.shards):
             kept = [e for e in shard.header.entries if e.name in found or e.name not in gone]
             described = [
