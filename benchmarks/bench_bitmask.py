@@ -32,7 +32,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--save", action="store_true", help="write benchmarks/results/bitmask.json")
+    parser.add_argument("--save", action="store_true", help="write benchmarks/results/PART.json")
+    parser.add_argument(
+        "--parts", nargs="*", default=["bitmask", "compact"], choices=["bitmask", "compact"]
+    )
     parser.add_argument(
         "--folder", type=Path, default=Path("."), help="where there is 1.5 GB of room"
     )
@@ -42,25 +45,28 @@ def main() -> None:
     options = parser.parse_args()
     place = options.folder / "bench-bitmask"
     place.mkdir()
+    disk = ("float32", "bfloat16")
+    about = {"model": "swin_base_patch4_window7_224", "sparsity": 0.55}
     try:
-        result = {
-            "benchmark": "bitmask",
-            "model": "swin_base_patch4_window7_224",
-            "sparsity": 0.55,
-            "memory": {name: in_memory(dtype) for name, dtype in DTYPES.items()},
-            "coder": {n: coder(DTYPES[n]) for n in ("float32", "bfloat16")},
-            "disk": {n: on_disk(DTYPES[n], place) for n in ("float32", "bfloat16")},
-            "sizes": [
-                {"model": file.stem, "dtype": name, **sizes(file, dtype, place)}
-                for file in options.trained
-                for name, dtype in DTYPES.items()
-            ],
-        }
+        for part in options.parts:
+            if part == "bitmask":
+                found = {"memory": {name: in_memory(dtype) for name, dtype in DTYPES.items()}}
+            else:
+                found = {
+                    "coder": {name: coder(DTYPES[name]) for name in disk},
+                    "sizes": [
+                        {"model": file.stem, "dtype": name, **sizes(file, dtype, place)}
+                        for file in options.trained
+                        for name, dtype in DTYPES.items()
+                    ],
+                }
+            found["disk"] = {name: on_disk(DTYPES[name], place) for name in disk}
+            result = {"benchmark": part, **about, **found}
+            print(json.dumps(result, indent=1))
+            if options.save:
+                save(part, result | {"machine": machine()})
     finally:
         shutil.rmtree(place)
-    print(json.dumps(result, indent=1))
-    if options.save:
-        save("bitmask", result | {"machine": machine()})
 
 
 def in_memory(dtype: torch.dtype) -> dict[str, float]:

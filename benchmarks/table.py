@@ -119,7 +119,7 @@ def commands_table() -> str:
 
 def sizes_table() -> str:
     """Files of trained weights at 55 %, as shares of the dense ones."""
-    sizes = json.loads((RESULTS / "bitmask.json").read_text())["sizes"]
+    sizes = json.loads((RESULTS / "compact.json").read_text())["sizes"]
     names = [name for name in sizes[0]["ratio"] if name != "dense"]
     lines = [
         "| checkpoint | of it pruned | " + " | ".join(names) + " |",
@@ -135,7 +135,7 @@ def sizes_table() -> str:
 
 def compact_table() -> str:
     """Dense bytes a second of the coder, and the commands beside each other."""
-    result = json.loads((RESULTS / "bitmask.json").read_text())
+    result = json.loads((RESULTS / "compact.json").read_text())
     jobs = {
         "prune_to_bitmask": "`--format bitmask`",
         "prune_to_compact": "`--format compact`",

@@ -92,7 +92,7 @@ class Writer:
         while data:
             number = bisect_right(self._begins, at) - 1
             entry = self._dense.entries[number]
-            size, mine = entry.dtype.size or 1, data[: entry.end - at]
+            size, mine = entry.dtype.size or 1, data[: min(entry.end - at, MOST_IN_BLOCK)]
             yield number, len(mine) // size, encode(mine, size)
             at, data = at + len(mine), data[len(mine) :]
 

@@ -12,13 +12,14 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from functools import cache, wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from .. import _timm
 from .._files import SUFFIX, naming, replacing
 from ..distributed.launch import group_of
 from ..distributed.ranks import Ranks
 from ..groups import AUX, Choice, Patterns, Slice, choose, part_shape, whole, wholes
+from ..groups.nm import NM
 from ..groups.plan import Normalize, Plan, Scope, check_choice
 from ..methods import METHODS
 from ..plots import report_output
@@ -49,6 +50,7 @@ def pruning_checkpoint(
     target: str | os.PathLike[str],
     sparsity: float | Mapping[str, float] | None = None,
     *,
+    nm: str | None = None,
     shares: Mapping[str, float] | None = None,
     method: str = "dimap",
     scope: Scope | None = None,
@@ -77,7 +79,7 @@ def pruning_checkpoint(
         read. Safetensors stream by; files of torch.save and timm models are pruned in memory.
     target: a file for a file, a folder for a folder. It appears complete or not at all: the same
         headers, metadata, index and other files, with weights set to zero.
-    sparsity, scope, normalize, patterns, family, ignore: as in `dimap.select`. shares: other
+    sparsity, nm, scope, normalize, patterns, family, ignore: as in `dimap.select`. shares: other
         sparsities of single modules, by name.
     method: "dimap", "lamp", "uniform" or "global_magnitude": the scope and normalization where these
         are not given.
@@ -116,6 +118,12 @@ def pruning_checkpoint(
         # Which weights, and how many of them are kept.
         check_choice("format", format, ["dense", *VERSIONS.values()])
         check_choice("method", method, [n for n, m in METHODS.items() if not m.needs_data])
+        groups = NM.parse(nm)
+        exact = groups is not None and groups.n is not None
+        if groups is not None:
+            groups.refuse(sparsity=sparsity, shares=shares, scope=scope, normalize=normalize)
+        if exact:
+            method = "uniform"
         scope = scope or METHODS[method].scope
         normalize = normalize or METHODS[method].normalize
         if isinstance(checkpoint, Shards) and (checkpoint.packed or checkpoint.foreign):
@@ -125,14 +133,18 @@ def pruning_checkpoint(
             )
         checkpoint.choice = choose(patterns, family, ignore) or checkpoint.choice
         shapes = checkpoint.shapes()
-        plan = Plan.of_shapes(shapes, scope, normalize, checkpoint.choice, checkpoint.ties())
+        plan = Plan.of_shapes(
+            shapes, scope, normalize, checkpoint.choice, checkpoint.ties(), groups
+        )
+        if groups is not None and groups.n is not None:
+            sparsity = 1 - groups.n / groups.m
         given = _join(sparsity, shares or {}, [name for name in plan.modules if name != AUX])
         keep, ratios = plan.keep(given), plan.ratios(given)
         _check(checkpoint, plan, out, format, masks is not None, ranks)
         stream = None
         if isinstance(checkpoint, Shards):
             stream = Stream(checkpoint, plan, keep, format, ranks)
-            settings = (keep, ratios, scope, normalize, masks is None, format)
+            settings = (keep, ratios, scope, normalize, masks is None, format, nm)
             check_agreement(checkpoint, plan, settings, ranks)
         parts = [p for layers in plan.modules.values() for x in layers for p in x.parameters]
         names = wholes(parts)
@@ -189,7 +201,9 @@ def pruning_checkpoint(
         else:
             held: StateDict = checkpoint  # type: ignore[assignment]  # the only other kind
             ending = out.suffix.lower()
-            _prune_state(held, given, files, ending, packed, format, result, progress)
+            _prune_state(
+                held, None if exact else given, nm, files, ending, packed, format, result, progress
+            )
         result.notes += checkpoint.notes
         if first and all_copies and checkpoint.others and packed is not None:
             from .copies import mask_others
@@ -294,7 +308,8 @@ def _check(
 
 def _prune_state(
     checkpoint: StateDict,
-    sparsity: float | Mapping[str, float],
+    sparsity: float | Mapping[str, float] | None,
+    nm: str | None,
     targets: list[Path],
     ending: str,
     masks: Path | None,
@@ -307,9 +322,10 @@ def _prune_state(
 
     progress.step("pruning")
     state = {name: checkpoint.get(name) for name in wholes(result.shapes)}
-    pruning = prune(
-        state, sparsity, scope=result.scope, normalize=result.normalize, patterns=checkpoint.choice
-    )
+    ranking: dict[str, Any] = {"scope": result.scope, "normalize": result.normalize}
+    if nm is not None and sparsity is None:
+        ranking = {}
+    pruning = prune(state, sparsity, nm=nm, patterns=checkpoint.choice, **ranking)
     checkpoint.mask_copies(pruning.masks)
     progress.step("writing")
     checkpoint.save(targets, safetensors=ending == ".safetensors", pack=pruning.masks, form=form)
@@ -317,7 +333,7 @@ def _prune_state(
         pruning.save_masks(masks)
     progress.step("counting")
     result.thresholds, result.kept = pruning.thresholds, pruning.kept
-    result.nonzero, result.smallest = pruning.nonzero, pruning.smallest
+    result.nonzero, result.smallest, result.nm = pruning.nonzero, pruning.smallest, pruning.nm
 
 
 def _model(

@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -116,24 +116,10 @@ class Stream:
     ) -> None:
         """Decide and write this rank's part, and complete the result with the counts of all ranks."""
         plan, ranks = self.plan, self.ranks
-        module_of = dict(zip(plan.layers, plan.scopes, strict=True))
         with ExitStack() as files:
-            engine = _C.Pruning(
-                files.enter_context(opened(self.checkpoint.files, READ)),
-                [
-                    (file, e.begin, e.numel(), ENGINE_DTYPES[e.dtype.code], layer)
-                    for (file, e), layer in zip(self.tensors, plan.layers, strict=True)
-                ],
-                [module_of[layer] for layer in range(len(module_of))],
-                self.keep,
-                rank=ranks.rank,
-                size=ranks.size,
-                exchange=ranks.exchange if ranks.size > 1 else None,
-                progress=told,
-                aside=ASIDE,
-            )
+            inputs = files.enter_context(opened(self.checkpoint.files, READ))
             try:
-                engine.decide()
+                engine = self._decide(inputs, result, told)
                 layouts = self._lay_out(engine)
                 outputs: list[tuple[int, str]] = []
                 writers: list[Writer] = []
@@ -195,6 +181,42 @@ class Stream:
             named = {s.path.name: header for s, header in zip(self.shards, headers, strict=True)}
             self.checkpoint.write_index(targets, packed_index(self.checkpoint.index, named))
 
+    def _decide(
+        self, inputs: list[tuple[int, str]], result: StreamPruning, told: Told
+    ) -> _C.Pruning:
+        """The engine, once it knows what is kept; with groups, the result is told which N they have."""
+        plan, ranks = self.plan, self.ranks
+        module_of = dict(zip(plan.layers, plan.scopes, strict=True))
+
+        def decide(patterns: Sequence[tuple[int, int, int]] = ()) -> _C.Pruning:
+            engine = _C.Pruning(
+                inputs,
+                [
+                    (file, e.begin, e.numel(), ENGINE_DTYPES[e.dtype.code], layer)
+                    for (file, e), layer in zip(self.tensors, plan.layers, strict=True)
+                ],
+                [module_of[layer] for layer in range(len(module_of))],
+                self.keep,
+                rank=ranks.rank,
+                size=ranks.size,
+                exchange=ranks.exchange if ranks.size > 1 else None,
+                progress=told,
+                aside=ASIDE,
+                patterns=patterns,
+            )
+            engine.decide()
+            return engine
+
+        if plan.nm is None:
+            return decide()
+        counts = plan.counts(decide().kept if plan.nm.n is None else ())
+        m, kept = plan.nm.m, plan.of_tensors(counts)
+        result.nm = {name: f"{n}:{m}" for name, n in counts.items()}
+        self.keep = [0] * len(self.keep)
+        for n, size, scope in zip(kept, plan.sizes, plan.scopes, strict=True):
+            self.keep[scope] += size // m * n
+        return decide([(n, m, max(inner, 1)) for n, inner in zip(kept, plan.inners, strict=True)])
+
     def _lay_out(self, engine: _C.Pruning) -> list[Layout]:
         """What goes where in the outputs."""
         if self.form != "bitmask":
@@ -212,7 +234,8 @@ class Stream:
         """Complete the result, once it is sure that exactly what was asked for is kept."""
         plan = self.plan
         result.readings = engine.readings
-        result.thresholds = dict(zip(plan.scope_names, engine.thresholds, strict=True))
+        if plan.nm is None:
+            result.thresholds = dict(zip(plan.scope_names, engine.thresholds, strict=True))
         result.kept = dict(zip(plan.names, engine.kept, strict=True))
         kept = [0] * len(self.keep)
         for scope, count in zip(plan.scopes, engine.kept, strict=True):

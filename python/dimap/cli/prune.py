@@ -43,6 +43,15 @@ def prune(
         float | None,
         typer.Option("--sparsity", "-s", help="Share of the weights to drop, 0 to 1."),
     ] = None,
+    nm: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N:M",
+            help="Keep N of every M weights along a layer's input, as in 2:4, and no --sparsity; or "
+            "auto, or auto:M: the N of each layer is that of its share at --sparsity.",
+            show_default=False,
+        ),
+    ] = None,
     module: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME=SHARE", help="Another share for one module, as in qkv=0.4."),
@@ -144,8 +153,11 @@ def prune(
     Under torchrun its processes share the checkpoints, or the one checkpoint.
     """
     shares, size = parse_shares(module or []), parse_input_size(input_size)
-    if sparsity is None and not shares:
-        raise typer.BadParameter("give --sparsity, or --module NAME=SHARE for every module")
+    exact = nm is not None and not nm.startswith("auto")
+    if sparsity is None and not shares and not exact:
+        raise typer.BadParameter(
+            "give --sparsity, or --module NAME=SHARE for every module, or --nm N:M"
+        )
     if out_dir is None and len(paths) != 2:
         raise typer.BadParameter("give IN and OUT, or any number of IN and --out-dir DIR")
     for option, given in (("--jobs", jobs > 1), ("--checksum", checksum)):
@@ -157,8 +169,9 @@ def prune(
         settings: dict[str, Any] = {
             "sparsity": sparsity,
             "shares": shares,
-            "scope": scope or METHODS[method].scope,
-            "normalize": normalize or METHODS[method].normalize,
+            "nm": nm,
+            "scope": scope or (None if exact else METHODS[method].scope),
+            "normalize": normalize or (None if exact else METHODS[method].normalize),
             "random_init": random_init,
             "format": None if form == "dense" else form,
             "key": key,
