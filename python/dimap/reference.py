@@ -7,7 +7,7 @@ float32, bfloat16 or float16 value is exact in float64.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import product
 
 import torch
@@ -111,7 +111,7 @@ def nm_counts(kept: Sequence[int], sizes: Sequence[int], m: int) -> list[int]:
         *([n] if e or not s else [n + 1, n] for n, e, s in zip(down, exact, sizes, strict=True))
     )
 
-    def order(way: tuple[int, ...]) -> tuple[int, int]:
+    def order(way: Iterable[int]) -> tuple[int, int]:
         errors = [n * s - k * m for n, k, s in zip(way, kept, sizes, strict=True)]
         return abs(sum(errors)), sum(map(abs, errors))
 

@@ -90,11 +90,11 @@ def prune(
         ),
     ] = None,
     form: Annotated[
-        Literal["dense", "bitmask"],
+        Literal["dense", "bitmask", "compact"],
         typer.Option(
             "--format",
-            help="bitmask stores one bit a weight and the nonzero values; `dimap expand` and "
-            "dimap.load_file give the dense weights back bit by bit.",
+            help="bitmask stores one bit a weight and the nonzero values, compact has these "
+            "compressed; `dimap expand` and dimap.load_file give the dense weights back bit by bit.",
         ),
     ] = "dense",
     key: Key = None,
@@ -188,7 +188,7 @@ def prune(
             "method": "wanda" if method == "wanda" else None,
             "input_norms": input_norms and str(input_norms),
             "random_init": random_init,
-            "bitmask": form == "bitmask",
+            "format": None if form == "dense" else form,
             "key": key,
             "all_copies": all_copies,
             **grouping,
