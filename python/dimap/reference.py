@@ -7,7 +7,7 @@ float32, bfloat16 or float16 value is exact in float64.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import product
 
 import torch
@@ -111,8 +111,21 @@ def nm_counts(kept: Sequence[int], sizes: Sequence[int], m: int) -> list[int]:
         *([n] if e or not s else [n + 1, n] for n, e, s in zip(down, exact, sizes, strict=True))
     )
 
-    def order(way: tuple[int, ...]) -> tuple[int, int]:
+    def order(way: Iterable[int]) -> tuple[int, int]:
         errors = [n * s - k * m for n, k, s in zip(way, kept, sizes, strict=True)]
         return abs(sum(errors)), sum(map(abs, errors))
 
     return list(min(ways, key=order))
+
+
+def wanda(weights: Tensor, norms: Tensor) -> Tensor:
+    """|w| · ‖x‖ of float32 numbers: their product is exact in float64, and rounded once."""
+    return (weights.double().abs() * norms.double()).float()
+
+
+def select_rows(values: Tensor, sparsity: float) -> Tensor:
+    """The mask of a matrix [rows, n]: in each row the largest magnitudes, ties to the first."""
+    rows = [row.abs() for row in values]
+    keep = [len(row) - round(sparsity * len(row)) for row in rows]
+    masks = select_by(rows, range(len(rows)), keep)
+    return torch.stack(masks) if masks else torch.empty(values.shape, dtype=torch.bool)

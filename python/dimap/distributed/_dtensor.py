@@ -262,9 +262,13 @@ def placed(tensor: Tensor, like: Tensor) -> Tensor:
     """
     if not isinstance(like, DTensor):
         return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-    placements = [Replicate() if p.is_partial() else p for p in like.placements]
+    placements = tuple(Replicate() if p.is_partial() else p for p in like.placements)
     if isinstance(tensor, DTensor) and tensor.device_mesh == like.device_mesh:
-        return tensor.redistribute(like.device_mesh, placements)
+        return (
+            tensor
+            if tensor.placements == placements
+            else tensor.redistribute(like.device_mesh, placements)
+        )
     whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.to(like.device)
     return distribute_tensor(whole, like.device_mesh, placements, src_data_rank=None)
 
