@@ -130,8 +130,8 @@ def _grouping(checkpoint: Checkpoint) -> tuple[Grouping, bool]:
             raise
         guess, modules = propose(checkpoint.shapes())
         told = (
-            f"of no known family: the modules are what the names suggest, {100 * guess.covered:.1f} % "
-            f"of the weights in the blocks\n{describe(modules)}\n{error}"
+            "of no known family: grouped by the words of its names, which explain "
+            f"{100 * guess.covered:.1f} % of the weights in the blocks\n{describe(modules)}\n{error}"
         )
         return Grouping(modules, {}, (told,)), True
 

@@ -48,7 +48,7 @@ def prune(
         typer.Option(
             metavar="N:M",
             help="Keep N of every M weights along a layer's input, as in 2:4, and no --sparsity; or "
-            "auto, or auto:M: the N of each layer is that of its share at --sparsity.",
+            "auto, or auto:M, where the N of each layer is that of its share at --sparsity.",
             show_default=False,
         ),
     ] = None,
@@ -57,14 +57,27 @@ def prune(
         typer.Option(metavar="NAME=SHARE", help="Another share for one module, as in qkv=0.4."),
     ] = None,
     method: Annotated[
-        Literal["dimap", "lamp", "uniform", "global_magnitude"],
-        typer.Option(help="A ready-made choice of --scope and --normalize."),
+        Literal["dimap", "lamp", "uniform", "global_magnitude", "wanda"],
+        typer.Option(
+            help="A name for a choice of --scope and --normalize; wanda ranks by magnitude times the "
+            "norm of the input, within each row, and needs --input-norms."
+        ),
     ] = "dimap",
+    input_norms: Annotated[
+        Path | None,
+        typer.Option(
+            "--input-norms",
+            metavar="FILE",
+            help="For --method wanda: safetensors of what dimap.saliency.input_norms gave.",
+            show_default=False,
+        ),
+    ] = None,
     scope: Annotated[
         Scope | None,
         typer.Option(
             help="Where one threshold holds: module (DIMAP), global (LAMP), layer (uniform "
-            "magnitude), type (FC1 and FC2 apart), block or stage. Default: the method's.",
+            "magnitude), row (each output of a layer by itself), type (FC1 and FC2 apart), block or "
+            "stage. Default: the method's.",
             show_default=False,
         ),
     ] = None,
@@ -145,10 +158,10 @@ def prune(
 
     OUT appears complete or not at all. Metadata, dtypes and a folder's other files are kept.
 
-    With --out-dir many checkpoints are pruned. DIR/dimap-manifest.jsonl tells what is done, with
+    With --out-dir many checkpoints are pruned. DIR/dimap-manifest.jsonl lists what is done, with
     length, times and inode of inputs and outputs: after a crash the same command continues and
-    does nothing again. Where the settings, an IN or an OUT are other than told there, OUT is kept;
-    --force replaces it. One that fails is told and the others go on; the exit code is then 1.
+    repeats nothing. Where the settings, an IN or an OUT differ from that list, OUT is kept and
+    reported; --force replaces it. If one fails, the others go on, and the exit code is 1.
 
     Under torchrun its processes share the checkpoints, or the one checkpoint.
     """
@@ -172,6 +185,8 @@ def prune(
             "nm": nm,
             "scope": scope or (None if exact else METHODS[method].scope),
             "normalize": normalize or (None if exact else METHODS[method].normalize),
+            "method": "wanda" if method == "wanda" else None,
+            "input_norms": input_norms and str(input_norms),
             "random_init": random_init,
             "format": None if form == "dense" else form,
             "key": key,
