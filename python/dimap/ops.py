@@ -56,8 +56,8 @@ def score(
     magnitude of a layer 1.
 
     out: tensors to write and return instead of new ones, for callers who score again and again:
-    float32, contiguous, of the weights' shapes and device, sharing no memory with them or each
-    other. After an error it is undefined what is in them.
+        float32, contiguous, of the weights' shapes and device, sharing no memory with them or each
+        other. After an error it is undefined what is in them.
     """
     if not weights:
         return _library.check_out(weights, out or (), torch.float32)

@@ -79,7 +79,7 @@ class _Once:
 
 
 class GradualPruning:
-    """Prunes a model by a schedule while it trains, and holds what is pruned at zero.
+    """Prunes a model by a schedule while it trains, and holds what is pruned at zero:
 
         gradual = GradualPruning(model, optimizer, CubicSchedule(0.8, begin=100, end=900, every=50))
         for x, y in loader:

@@ -26,6 +26,7 @@ from ..plots import report_output
 from ..report import Report, build_report
 from . import HUB, open_checkpoint
 from .base import Checkpoint, Progress, Silent, check_apart
+from .bitmask import VERSIONS, Format
 from .card import add_card_section
 from .native import Told
 from .shards import Shards
@@ -60,7 +61,7 @@ def pruning_checkpoint(
     input_norms: str | os.PathLike[str] | None = None,
     masks: str | os.PathLike[str] | None = None,
     report: str | os.PathLike[str] | None = None,
-    bitmask: bool = False,
+    format: Format = "dense",
     key: str | None = None,
     all_copies: bool = False,
     random_init: bool = False,
@@ -86,8 +87,8 @@ def pruning_checkpoint(
     input_norms: for "wanda", a safetensors file of what `dimap.saliency.input_norms` gave.
     masks: a file for the masks (see `dimap.load_masks`), one bit a weight.
     report: a file that ends in .json for the report; or a folder for it, pictures and a page.
-    bitmask: write files of one bit a weight and the nonzero values (docs/format.md), which
-        `dimap.load_file` and `dimap expand` read.
+    format: "bitmask" writes files of one bit a weight and the nonzero values, "compact" has these
+        compressed (docs/format.md); `dimap.load_file` and `dimap expand` read both.
     all_copies: give other copies of the weights the same masks: a teacher's beside them in a file,
         earlier checkpoints in a folder.
     timm_model, input_size: for counting FLOPs: timm's name of the model, where the checkpoint does
@@ -117,6 +118,7 @@ def pruning_checkpoint(
         out = Path(target)
 
         # Which weights, and how many of them are kept.
+        check_choice("format", format, ["dense", *VERSIONS.values()])
         streamed = [n for n, m in METHODS.items() if not m.needs_data or n == "wanda"]
         check_choice("method", method, streamed)
         if (method == "wanda") != (input_norms is not None):
@@ -132,6 +134,11 @@ def pruning_checkpoint(
             method = "uniform"
         scope = scope or METHODS[method].scope
         normalize = normalize or METHODS[method].normalize
+        if isinstance(checkpoint, Shards) and (checkpoint.packed or checkpoint.foreign):
+            raise ValueError(
+                f"{checkpoint.path} must be dense, got one stored as bits and values: "
+                "`dimap expand` makes it dense"
+            )
         checkpoint.choice = choose(patterns, family, ignore) or checkpoint.choice
         shapes = checkpoint.shapes()
         plan = Plan.of_shapes(
@@ -141,25 +148,25 @@ def pruning_checkpoint(
             sparsity = 1 - groups.n / groups.m
         given = _join(sparsity, shares or {}, [name for name in plan.modules if name != AUX])
         keep, ratios = plan.keep(given), plan.ratios(given)
-        _check(checkpoint, plan, out, bitmask, masks is not None, ranks)
+        _check(checkpoint, plan, out, format, masks is not None, ranks)
         norms = None
         if input_norms is not None:
             with open_safetensors(Path(input_norms)) as file:
                 norms = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         stream = None
         if isinstance(checkpoint, Shards) and scope == "row":
-            if bitmask or groups is not None or ranks.size > 1:
+            if format != "dense" or groups is not None or ranks.size > 1:
                 raise ValueError(
                     "scope 'row' needs one process, the dense format and no nm for safetensors, got "
-                    f"bitmask={bitmask}, nm={nm}, {ranks.size} processes"
+                    f"format={format!r}, nm={nm}, {ranks.size} processes"
                 )
         elif isinstance(checkpoint, Shards):
             if norms is not None:
                 raise ValueError(
                     f"method='wanda' needs scope 'row' for safetensors, got {scope}: dimap.prune takes others"
                 )
-            stream = Stream(checkpoint, plan, keep, bitmask, ranks)
-            settings = (keep, ratios, scope, normalize, masks is None, bitmask, nm)
+            stream = Stream(checkpoint, plan, keep, format, ranks)
+            settings = (keep, ratios, scope, normalize, masks is None, format, nm)
             check_agreement(checkpoint, plan, settings, ranks)
         parts = [p for layers in plan.modules.values() for x in layers for p in x.parameters]
         names = wholes(parts)
@@ -229,7 +236,7 @@ def pruning_checkpoint(
                 files,
                 ending,
                 packed,
-                bitmask,
+                format,
                 result,
                 progress,
             )
@@ -297,36 +304,41 @@ def _join(
         given = dict.fromkeys(modules, sparsity)
     given |= named
     if missing := [name for name in modules if name not in given]:
-        raise ValueError(f"--sparsity, or --module for each of {', '.join(missing)}, must be given")
+        raise ValueError(f"give --sparsity, or --module NAME=SHARE for {' and '.join(missing)} too")
     return given
 
 
 def _check(
-    checkpoint: Checkpoint, plan: Plan, out: Path, bitmask: bool, masks: bool, ranks: Ranks
+    checkpoint: Checkpoint, plan: Plan, out: Path, form: Format, masks: bool, ranks: Ranks
 ) -> None:
     """Refuse what cannot be pruned, or not be written as it is asked for."""
-    if isinstance(checkpoint, Shards):
-        if checkpoint.packed:
-            raise ValueError(
-                f"{checkpoint.path} must be dense, got a bitmask file: `dimap expand` makes it dense"
-            )
-    elif ranks.size > 1:
+    streamed = isinstance(checkpoint, Shards)
+    if form == "compact" and ranks.size > 1:  # a block's place depends on the lengths of all before
+        raise ValueError(
+            f"one process must write with --format compact, got {ranks.size} ranks: leave torchrun out, "
+            "or let them write with --format bitmask"
+        )
+    if not streamed and ranks.size > 1:
         raise ValueError(
             f"IN must be safetensors to be shared among {ranks.size} ranks, got {checkpoint.path}"
         )
-    elif bitmask and (checkpoint.is_folder or out.suffix.lower() != ".safetensors"):
-        raise ValueError(f"the output must end in .safetensors with --format bitmask, got {out}")
+    if (
+        not streamed
+        and form != "dense"
+        and (checkpoint.is_folder or out.suffix.lower() != ".safetensors")
+    ):
+        raise ValueError(f"the output must end in .safetensors with --format {form}, got {out}")
     for name in wholes(plan.names):
         dtype = checkpoint.tensors[name].dtype
         if dtype.code not in ENGINE_DTYPES:
             raise ValueError(f"{name} must be float32, bfloat16 or float16, got {dtype.name}")
-    if not isinstance(checkpoint, Shards) or not (bitmask or masks):
+    if not streamed or not (form == "bitmask" or masks):
         return
     for name, size in zip(plan.names, plan.sizes, strict=True):
         if isinstance(name, Slice) and size % 8:  # each begins with a byte of its own
             raise ValueError(
                 f"{name} must have a multiple of 8 weights for masks or a bitmask file to be "
-                f"streamed, got {size}: leave --masks and --format bitmask out"
+                f"streamed, got {size}: leave --masks out, and take --format compact for a smaller file"
             )
 
 
@@ -338,7 +350,7 @@ def _prune_state(
     targets: list[Path],
     ending: str,
     masks: Path | None,
-    bitmask: bool,
+    form: Format,
     result: StreamPruning,
     progress: Progress,
 ) -> None:
@@ -357,9 +369,7 @@ def _prune_state(
     pruning = prune(state, sparsity, nm=nm, patterns=checkpoint.choice, **ranking)
     checkpoint.mask_copies(pruning.masks)
     progress.step("writing")
-    checkpoint.save(
-        targets, safetensors=ending == ".safetensors", pack=pruning.masks if bitmask else ()
-    )
+    checkpoint.save(targets, safetensors=ending == ".safetensors", pack=pruning.masks, form=form)
     if masks is not None:
         pruning.save_masks(masks)
     progress.step("counting")

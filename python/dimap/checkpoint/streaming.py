@@ -21,7 +21,8 @@ from ..distributed.ranks import Ranks
 from ..groups import AUX, Slice, whole, wholes
 from ..groups.plan import Plan
 from ..report import Pruned, Report
-from .bitmask import Layout, lay_out
+from .bitmask import Format, Layout, compact_file, lay_out
+from .compact import Writer
 from .header import DTYPES, Entry, Header, make_header
 from .native import FILL, READ, Told, begin, elements, opened
 from .shards import Shards, packed_index
@@ -95,10 +96,10 @@ class Stream:
     """One pruning from files to files, by one rank or by several."""
 
     def __init__(
-        self, checkpoint: Shards, plan: Plan, keep: list[int], bitmask: bool, ranks: Ranks
+        self, checkpoint: Shards, plan: Plan, keep: list[int], form: Format, ranks: Ranks
     ) -> None:
         self.checkpoint, self.plan, self.keep = checkpoint, plan, keep
-        self.bitmask, self.ranks = bitmask, ranks
+        self.form, self.ranks = form, ranks
         self.shards = checkpoint.shards
         located = {
             e.name: (file, e) for file, s in enumerate(self.shards) for e in s.header.entries
@@ -120,9 +121,21 @@ class Stream:
             try:
                 engine = self._decide(inputs, result, told)
                 layouts = self._lay_out(engine)
-                outputs = files.enter_context(opened(targets, FILL))
-                for output, layout in zip(outputs, layouts, strict=True):
-                    begin(output, layout.header, first=ranks.rank == 0)
+                outputs: list[tuple[int, str]] = []
+                writers: list[Writer] = []
+                takes: list[tuple[int, str]] | _C.Piece
+                if self.form == "compact":
+                    for target, shard in zip(targets, self.shards, strict=True):
+                        writer = compact_file(target, shard.header, str(shard.path))
+                        writers.append(files.enter_context(writer))
+
+                    def takes(file: int, at: int, data: memoryview) -> None:
+                        writers[file].put(at, data)
+
+                else:
+                    takes = outputs = files.enter_context(opened(targets, FILL))
+                    for output, layout in zip(outputs, layouts, strict=True):
+                        begin(output, layout.header, first=ranks.rank == 0)
                 masks_at = None
                 if masks is not None:
                     (output,) = files.enter_context(opened([masks], FILL))
@@ -136,7 +149,7 @@ class Stream:
                     )
                     outputs = [*outputs, output]
                 nonzero_others = engine.write(
-                    outputs[: len(targets)],
+                    takes,
                     [
                         place_of(layouts[file], entry, before)
                         for (file, entry), before in zip(self.tensors, self.before, strict=True)
@@ -157,15 +170,16 @@ class Stream:
                 raise ValueError(
                     f"{self.shards[file].path}: {entry.name} must not change while it is read"
                 ) from error
+            headers = [writer.finish() for writer in writers] or [x.header for x in layouts]
             told.finish()
             if ranks.rank > 0:  # what rank 0 brings to the disk need not be what others wrote
                 for descriptor, path in outputs:
                     with naming(Path(path)):
                         os.fsync(descriptor)
         self._add_up(engine, nonzero_others, result)
-        if self.bitmask and self.checkpoint.index is not None and ranks.rank == 0:
-            headers = {s.path.name: x.header for s, x in zip(self.shards, layouts, strict=True)}
-            self.checkpoint.write_index(targets, packed_index(self.checkpoint.index, headers))
+        if self.form != "dense" and self.checkpoint.index is not None and ranks.rank == 0:
+            named = {s.path.name: header for s, header in zip(self.shards, headers, strict=True)}
+            self.checkpoint.write_index(targets, packed_index(self.checkpoint.index, named))
 
     def _decide(
         self, inputs: list[tuple[int, str]], result: StreamPruning, told: Told
@@ -205,7 +219,7 @@ class Stream:
 
     def _lay_out(self, engine: _C.Pruning) -> list[Layout]:
         """What goes where in the outputs."""
-        if not self.bitmask:
+        if self.form != "bitmask":
             return [shard.layout for shard in self.shards]
         packed: dict[str, int] = {}
         for i, (name, count) in enumerate(zip(self.plan.names, engine.count_packed(), strict=True)):

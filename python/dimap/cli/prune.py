@@ -48,7 +48,7 @@ def prune(
         typer.Option(
             metavar="N:M",
             help="Keep N of every M weights along a layer's input, as in 2:4, and no --sparsity; or "
-            "auto, or auto:M: the N of each layer is that of its share at --sparsity.",
+            "auto, or auto:M, where the N of each layer is that of its share at --sparsity.",
             show_default=False,
         ),
     ] = None,
@@ -59,7 +59,7 @@ def prune(
     method: Annotated[
         Literal["dimap", "lamp", "uniform", "global_magnitude", "wanda"],
         typer.Option(
-            help="A ready-made choice of --scope and --normalize; wanda ranks by magnitude times the "
+            help="A name for a choice of --scope and --normalize; wanda ranks by magnitude times the "
             "norm of the input, within each row, and needs --input-norms."
         ),
     ] = "dimap",
@@ -90,11 +90,11 @@ def prune(
         ),
     ] = None,
     form: Annotated[
-        Literal["dense", "bitmask"],
+        Literal["dense", "bitmask", "compact"],
         typer.Option(
             "--format",
-            help="bitmask stores one bit a weight and the nonzero values; `dimap expand` and "
-            "dimap.load_file give the dense weights back bit by bit.",
+            help="bitmask stores one bit a weight and the nonzero values, compact has these "
+            "compressed; `dimap expand` and dimap.load_file give the dense weights back bit by bit.",
         ),
     ] = "dense",
     key: Key = None,
@@ -158,10 +158,10 @@ def prune(
 
     OUT appears complete or not at all. Metadata, dtypes and a folder's other files are kept.
 
-    With --out-dir many checkpoints are pruned. DIR/dimap-manifest.jsonl tells what is done, with
+    With --out-dir many checkpoints are pruned. DIR/dimap-manifest.jsonl lists what is done, with
     length, times and inode of inputs and outputs: after a crash the same command continues and
-    does nothing again. Where the settings, an IN or an OUT are other than told there, OUT is kept;
-    --force replaces it. One that fails is told and the others go on; the exit code is then 1.
+    repeats nothing. Where the settings, an IN or an OUT differ from that list, OUT is kept and
+    reported; --force replaces it. If one fails, the others go on, and the exit code is 1.
 
     Under torchrun its processes share the checkpoints, or the one checkpoint.
     """
@@ -188,7 +188,7 @@ def prune(
             "method": "wanda" if method == "wanda" else None,
             "input_norms": input_norms and str(input_norms),
             "random_init": random_init,
-            "bitmask": form == "bitmask",
+            "format": None if form == "dense" else form,
             "key": key,
             "all_copies": all_copies,
             **grouping,

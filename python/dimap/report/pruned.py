@@ -40,6 +40,7 @@ class Pruned:
         nm: with groups, layer name -> "2:4", say; then there are no thresholds.
 
     A subclass has, as attributes or properties, by parameter name:
+
         shapes: of every parameter, "aux" included.
         kept: how many weights the masks keep, of every pruned parameter.
         nonzero: how many weights are not zero after pruning, of every parameter, "aux" included.

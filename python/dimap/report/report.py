@@ -86,7 +86,7 @@ class LayerReport(_Counts):
         nonzero: how many are not zero; less than `kept` where kept weights were zero already.
         threshold: smallest kept score64 of the scope (module, block, …) it was ranked in;
             None where that scope keeps nothing.
-        smallest_kept: smallest |w| among the kept weights, in effect the layer's magnitude cut;
+        smallest_kept: smallest magnitude among the kept weights, in effect the layer's magnitude cut;
             None where nothing is kept.
         flops_dense: multiply-adds of one forward pass at batch 1 before pruning.
         flops_nominal: the paper's count: `flops_dense` times the density of the *module*.
