@@ -29,6 +29,7 @@ from .groups.plan import Normalize, Plan, Scope, check_choice, renamed
 from .masks import save_masks
 from .methods import METHODS
 from .report import Pruned
+from .rows import select_rows
 from .saliency import Batches, Loss
 
 __all__ = ["Normalize", "Pruning", "Scope", "prune", "score", "select"]
@@ -86,9 +87,10 @@ def select(
         layers whose inputs are no multiple of M are left dense, with a note.
     method: a name of `dimap.methods.METHODS`, which says the saliency, and the scope and the
         normalisation where they are not given: "dimap", "lamp", "uniform", "global_magnitude",
-        "taylor", "snip".
+        "taylor", "snip", "wanda".
     scope: where one threshold holds: "module" (the paper), "global" (one for the network: LAMP),
         "layer" (the same ratio in every layer: uniform magnitude; `normalize` changes nothing),
+        "row" (the same of each output of a layer: a row of [out, in]; nor there),
         "type" (a module with FC1 and FC2 apart), "block" or "stage" (all modules of it together).
     normalize: where the squares are summed, within the scope: over "layer" (the paper), the
         module's part of a "block" or "stage", "module", or the whole "scope". The last ranks by plain
@@ -197,7 +199,12 @@ def _decide(
         if saliency is not None:
             tensors = [_dtensor.placed(t, w) for t, w in zip(tensors, plan.tensors, strict=True)]
     thresholds, counts = {}, {}
-    if groups is None or groups.n is None:
+    if scope == "row":
+        check_whole(plan.tensors, "scope='row'")
+        shares = plan.of_rows(plan.ratios(ratio))
+        each = zip(labels, tensors, plan.axes, shares, strict=True)
+        masks = [select_rows(*given) for given in each]
+    elif groups is None or groups.n is None:
         if sharded:
             masks, cuts = _dtensor.select_cuts(
                 labels, tensors, plan.layers, plan.scopes, keep, signed=saliency is None

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from .. import _timm
-from .._files import SUFFIX, naming, replacing
+from .._files import SUFFIX, naming, open_safetensors, replacing
 from ..distributed.launch import group_of
 from ..distributed.ranks import Ranks
 from ..groups import AUX, Choice, Patterns, Slice, choose, part_shape, whole, wholes
@@ -32,7 +32,7 @@ from .shards import Shards
 from .streaming import ENGINE_DTYPES, Stream, StreamPruning, check_agreement
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
     from torch.distributed import ProcessGroup
 
     from .state_dict import StateDict
@@ -57,6 +57,7 @@ def pruning_checkpoint(
     patterns: Patterns | Choice | None = None,
     family: str | None = None,
     ignore: str | Sequence[str] | None = None,
+    input_norms: str | os.PathLike[str] | None = None,
     masks: str | os.PathLike[str] | None = None,
     report: str | os.PathLike[str] | None = None,
     bitmask: bool = False,
@@ -80,8 +81,9 @@ def pruning_checkpoint(
         headers, metadata, index and other files, with weights set to zero.
     sparsity, nm, scope, normalize, patterns, family, ignore: as in `dimap.select`. shares: other
         sparsities of single modules, by name.
-    method: "dimap", "lamp", "uniform" or "global_magnitude": the scope and normalization where these
-        are not given.
+    method: "dimap", "lamp", "uniform", "global_magnitude" or "wanda": the scope and normalization
+        where these are not given. Scope "row" is read tensor by tensor, by one process.
+    input_norms: for "wanda", a safetensors file of what `dimap.saliency.input_norms` gave.
     masks: a file for the masks (see `dimap.load_masks`), one bit a weight.
     report: a file that ends in .json for the report; or a folder for it, pictures and a page.
     bitmask: write files of one bit a weight and the nonzero values (docs/format.md), which
@@ -115,7 +117,13 @@ def pruning_checkpoint(
         out = Path(target)
 
         # Which weights, and how many of them are kept.
-        check_choice("method", method, [n for n, m in METHODS.items() if not m.needs_data])
+        streamed = [n for n, m in METHODS.items() if not m.needs_data or n == "wanda"]
+        check_choice("method", method, streamed)
+        if (method == "wanda") != (input_norms is not None):
+            raise ValueError(
+                "method='wanda' (--method wanda) and the norms of the inputs (--input-norms) need each "
+                f"other, got method={method!r} and input_norms={input_norms!r}"
+            )
         groups = NM.parse(nm)
         exact = groups is not None and groups.n is not None
         if groups is not None:
@@ -134,8 +142,22 @@ def pruning_checkpoint(
         given = _join(sparsity, shares or {}, [name for name in plan.modules if name != AUX])
         keep, ratios = plan.keep(given), plan.ratios(given)
         _check(checkpoint, plan, out, bitmask, masks is not None, ranks)
+        norms = None
+        if input_norms is not None:
+            with open_safetensors(Path(input_norms)) as file:
+                norms = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         stream = None
-        if isinstance(checkpoint, Shards):
+        if isinstance(checkpoint, Shards) and scope == "row":
+            if bitmask or groups is not None or ranks.size > 1:
+                raise ValueError(
+                    "scope 'row' needs one process, the dense format and no nm for safetensors, got "
+                    f"bitmask={bitmask}, nm={nm}, {ranks.size} processes"
+                )
+        elif isinstance(checkpoint, Shards):
+            if norms is not None:
+                raise ValueError(
+                    f"method='wanda' needs scope 'row' for safetensors, got {scope}: dimap.prune takes others"
+                )
             stream = Stream(checkpoint, plan, keep, bitmask, ranks)
             settings = (keep, ratios, scope, normalize, masks is None, bitmask, nm)
             check_agreement(checkpoint, plan, settings, ranks)
@@ -151,6 +173,7 @@ def pruning_checkpoint(
             shapes={name: part_shape(shapes, name) for name in parts},
             dtypes={name: checkpoint.tensors[whole(name)].dtype.name for name in parts},
             notes=list(plan.notes),
+            saliency="magnitude" if input_norms is None else method,
         )
 
         # The first rank creates the outputs, before the work, so that one that cannot be written is
@@ -191,11 +214,24 @@ def pruning_checkpoint(
         progress = progress if progress is not None and first else Silent()
         if stream is not None:
             stream.fill(files, packed, result, Told(progress))
+        elif isinstance(checkpoint, Shards):
+            from .by_rows import fill_by_rows
+
+            fill_by_rows(checkpoint, plan, norms, files, packed, result, progress)
         else:
             held: StateDict = checkpoint  # type: ignore[assignment]  # the only other kind
             ending = out.suffix.lower()
             _prune_state(
-                held, None if exact else given, nm, files, ending, packed, bitmask, result, progress
+                held,
+                None if exact else given,
+                nm,
+                norms,
+                files,
+                ending,
+                packed,
+                bitmask,
+                result,
+                progress,
             )
         result.notes += checkpoint.notes
         if first and all_copies and checkpoint.others and packed is not None:
@@ -298,6 +334,7 @@ def _prune_state(
     checkpoint: StateDict,
     sparsity: float | Mapping[str, float] | None,
     nm: str | None,
+    norms: Mapping[str, Tensor] | None,
     targets: list[Path],
     ending: str,
     masks: Path | None,
@@ -313,6 +350,10 @@ def _prune_state(
     ranking: dict[str, Any] = {"scope": result.scope, "normalize": result.normalize}
     if nm is not None and sparsity is None:
         ranking = {}
+    if norms is not None:
+        from ..saliency import by_norms
+
+        ranking["saliency"] = by_norms(state, norms, patterns=checkpoint.choice)
     pruning = prune(state, sparsity, nm=nm, patterns=checkpoint.choice, **ranking)
     checkpoint.mask_copies(pruning.masks)
     progress.step("writing")

@@ -126,7 +126,7 @@ class Stream:
                 masks_at = None
                 if masks is not None:
                     (output,) = files.enter_context(opened([masks], FILL))
-                    header = _masks_header(plan, result)
+                    header = masks_header(plan, result)
                     begin(output, header, first=ranks.rank == 0)
                     begins = {entry.name: entry.begin for entry in header.entries}
                     sizes = zip(plan.names, plan.sizes, strict=True)
@@ -256,7 +256,7 @@ class Stream:
                 result.smallest.update(dict.fromkeys(layer.parameters, min(found)))
 
 
-def _masks_header(plan: Plan, result: StreamPruning) -> Header:
+def masks_header(plan: Plan, result: StreamPruning) -> Header:
     """The header of the file that `dimap.save_masks` would write."""
     shapes = {name: list(result.shapes[name]) for name in wholes(plan.names)}
     settings = result.mask_metadata() | {"dimap_masks": "1", "shapes": json.dumps(shapes)}

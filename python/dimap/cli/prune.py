@@ -57,14 +57,27 @@ def prune(
         typer.Option(metavar="NAME=SHARE", help="Another share for one module, as in qkv=0.4."),
     ] = None,
     method: Annotated[
-        Literal["dimap", "lamp", "uniform", "global_magnitude"],
-        typer.Option(help="A name for a choice of --scope and --normalize."),
+        Literal["dimap", "lamp", "uniform", "global_magnitude", "wanda"],
+        typer.Option(
+            help="A name for a choice of --scope and --normalize; wanda ranks by magnitude times the "
+            "norm of the input, within each row, and needs --input-norms."
+        ),
     ] = "dimap",
+    input_norms: Annotated[
+        Path | None,
+        typer.Option(
+            "--input-norms",
+            metavar="FILE",
+            help="For --method wanda: safetensors of what dimap.saliency.input_norms gave.",
+            show_default=False,
+        ),
+    ] = None,
     scope: Annotated[
         Scope | None,
         typer.Option(
             help="Where one threshold holds: module (DIMAP), global (LAMP), layer (uniform "
-            "magnitude), type (FC1 and FC2 apart), block or stage. Default: the method's.",
+            "magnitude), row (each output of a layer by itself), type (FC1 and FC2 apart), block or "
+            "stage. Default: the method's.",
             show_default=False,
         ),
     ] = None,
@@ -172,6 +185,8 @@ def prune(
             "nm": nm,
             "scope": scope or (None if exact else METHODS[method].scope),
             "normalize": normalize or (None if exact else METHODS[method].normalize),
+            "method": "wanda" if method == "wanda" else None,
+            "input_norms": input_norms and str(input_norms),
             "random_init": random_init,
             "bitmask": form == "bitmask",
             "key": key,
