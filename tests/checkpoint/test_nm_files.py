@@ -97,7 +97,7 @@ def test_more_than_a_chunk_and_wider_groups_than_one(tmp_path) -> None:
     state |= {"h.0.long.weight": torch.randn(300, 1016)}
     patterns = {"mlp": [r"h\.(?P<block>\d+)\.(?:c_fc|long)\.weight"]}
     for nm in ("2:4", "3:8"):
-        compare(tmp_path, state, nm, None, {"patterns": patterns}, False)
+        compare(tmp_path, state, nm, None, {"patterns": patterns}, "dense")
         (tmp_path / OUT).unlink()
         (tmp_path / MASKS).unlink()
         compare(tmp_path, state, nm, None, {"patterns": patterns}, True)
