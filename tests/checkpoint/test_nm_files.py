@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import product
 
 import dimap
 import pytest
@@ -96,11 +97,8 @@ def test_more_than_a_chunk_and_wider_groups_than_one(tmp_path) -> None:
     state |= {f"h.{i}.c_fc.bias": torch.randn(40_000) for i in range(2)}
     state |= {"h.0.long.weight": torch.randn(300, 1016)}
     patterns = {"mlp": [r"h\.(?P<block>\d+)\.(?:c_fc|long)\.weight"]}
-    for nm in ("2:4", "3:8"):
-        compare(tmp_path, state, nm, None, {"patterns": patterns}, False)
-        (tmp_path / OUT).unlink()
-        (tmp_path / MASKS).unlink()
-        compare(tmp_path, state, nm, None, {"patterns": patterns}, True)
+    for nm, form in product(("2:4", "3:8"), ("dense", "bitmask", "compact")):
+        compare(tmp_path, state, nm, None, {"patterns": patterns}, form)
         (tmp_path / OUT).unlink()
         (tmp_path / MASKS).unlink()
 
