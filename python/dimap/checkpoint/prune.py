@@ -130,10 +130,8 @@ def pruning_checkpoint(
         exact = groups is not None and groups.n is not None
         if groups is not None:
             groups.refuse(sparsity=sparsity, shares=shares, scope=scope, normalize=normalize)
-        if exact:
-            method = "uniform"
-        scope = scope or METHODS[method].scope
-        normalize = normalize or METHODS[method].normalize
+        ranking = METHODS["uniform" if exact else method]
+        scope, normalize = scope or ranking.scope, normalize or ranking.normalize
         if isinstance(checkpoint, Shards) and (checkpoint.packed or checkpoint.foreign):
             raise ValueError(
                 f"{checkpoint.path} must be dense, got one stored as bits and values: "
@@ -154,11 +152,11 @@ def pruning_checkpoint(
             with open_safetensors(Path(input_norms)) as file:
                 norms = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         stream = None
-        if isinstance(checkpoint, Shards) and scope == "row":
-            if format != "dense" or groups is not None or ranks.size > 1:
+        if isinstance(checkpoint, Shards) and (scope == "row" or (exact and norms is not None)):
+            if format != "dense" or (groups is not None and not exact) or ranks.size > 1:
                 raise ValueError(
-                    "scope 'row' needs one process, the dense format and no nm for safetensors, got "
-                    f"format={format!r}, nm={nm}, {ranks.size} processes"
+                    "scope 'row' and Wanda need one process, the dense format and no nm 'auto' for "
+                    f"safetensors, got format={format!r}, nm={nm}, {ranks.size} processes"
                 )
         elif isinstance(checkpoint, Shards):
             if norms is not None:
