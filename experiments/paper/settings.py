@@ -61,7 +61,8 @@ class Features:
 
     size: pixels of a crop. scopes: pairs of a method and where its one threshold holds.
     calibration: crops for the methods that need data.
-    tune_ratios, tune_methods: what is judged after a recovery too, of `tune_steps` steps.
+    tune_ratios, tune_methods: what is judged after a recovery too, of `tune_steps` steps, by crops
+        of `tune_size` pixels.
     """
 
     name: str
@@ -76,8 +77,9 @@ class Features:
     )
     calibration: int = 48
     tune_ratios: tuple[float, ...] = (0.50, 0.70)
-    tune_methods: tuple[str, ...] = FEATURE_METHODS
+    tune_methods: tuple[str, ...] = WITHOUT_DATA
     tune_steps: int = 200
+    tune_size: int = 112
     tune_batch: int = 4
     tune_lr: float = 1e-4
 
@@ -180,7 +182,7 @@ def feature_cells(s: Features) -> list[Cell]:
         data = {} if method in WITHOUT_DATA else {"calibration": s.calibration}
         return {**shared, "method": method, "ratio": ratio, "tune": tune, **scope, **data}
 
-    tune = {"steps": s.tune_steps, "batch": s.tune_batch, "lr": s.tune_lr}
+    tune = {"steps": s.tune_steps, "size": s.tune_size, "batch": s.tune_batch, "lr": s.tune_lr}
     return [
         cell("dense", 0.0),
         *(cell(method, ratio) for ratio in s.ratios for method in s.methods),

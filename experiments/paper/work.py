@@ -274,16 +274,17 @@ def features(cell: Cell, places: Places) -> dict[str, Any]:
     others = [vit.read(path, 2 * cell["size"]) for path in sorted(places.others.glob("*.jpg"))]
     rng = torch.Generator().manual_seed(0)
 
-    def draw(count: int) -> Tensor:
+    def draw(count: int, size: int) -> Tensor:
         picked = torch.randint(len(others), (count,), generator=rng).tolist()
-        return torch.stack([vit.random_crop(others[i], cell["size"], rng) for i in picked])
+        crops = torch.stack([vit.random_crop(others[i], size, rng) for i in picked])
+        return vit.to_input(crops)
 
     data = None
     if "calibration" in cell:
         # Its loss with the dense tokens is flat where nothing is pruned. Signs drawn at random give
         # the size of each weight's second-order term instead: E (∂Σ signs·t / ∂w)² = Σ (∂t / ∂w)².
         signs = torch.randint(2, (cell["calibration"], *want.shape[1:]), generator=rng) * 2.0 - 1
-        data = [(vit.to_input(draw(1)), sign[None]) for sign in signs]
+        data = [(draw(1, cell["size"]), sign[None]) for sign in signs]
     pruning = dimap.prune(
         net, cell["ratio"], method=cell["method"], scope=cell.get("scope"), data=data, loss=_signed
     )
@@ -296,7 +297,7 @@ def features(cell: Cell, places: Places) -> dict[str, Any]:
         with dimap.hold_masks(net, pruning.masks, optimizer):
             for step in range(tune["steps"]):
                 set_rate(optimizer, tune["lr"], (step + 1) / tune["steps"])
-                inputs = vit.to_input(draw(tune["batch"])).to(places.device)
+                inputs = draw(tune["batch"], tune["size"]).to(places.device)
                 with torch.autocast(places.device, torch.bfloat16):
                     with torch.no_grad():
                         target = dense(inputs)

@@ -254,7 +254,7 @@ def test_features_are_the_cosines_of_tokens(
 
 
 def test_features_recover_without_labels(judged: Callable[..., Any]) -> None:
-    tune = {"steps": 60, "batch": 8, "lr": 1e-3}
+    tune = {"steps": 60, "size": 28, "batch": 8, "lr": 1e-3}
     for options in ({"method": "dimap"}, {"method": "taylor", "calibration": 4}):
         made = judged(ratio=0.7, tune=tune, **options)
         assert made == judged(ratio=0.7, tune=tune, **options)
