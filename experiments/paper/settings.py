@@ -116,10 +116,11 @@ LARGE = Settings(
     epochs=30,
     tune_steps=100,
     seeds=(0,),
+    scopes=("stage", "block"),
     lr=1e-3,
     tune_lr=2e-4,
-    test=10000,
-    tunes=(0.50, 0.80),
+    scope_tunes=(),
+    tunes=(0.50,),
     threads=2,
     bf16=True,
 )

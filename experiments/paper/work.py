@@ -56,7 +56,8 @@ def run_cell(cell: Cell, places: Places) -> dict[str, Any]:
     torch.set_num_threads(cell.get("threads", 1) if places.device == "cpu" else 4)
     start, cpu = time.monotonic(), _cpu()
     made = {"train": train, "prune": prune, "features": features}[cell["kind"]](cell, places)
-    seconds = {"seconds": round(time.monotonic() - start, 2), "cpu_seconds": round(_cpu() - cpu, 2)}
+    used = _cpu() - cpu + made.pop("earlier", 0.0)
+    seconds = {"seconds": round(time.monotonic() - start, 2), "cpu_seconds": round(used, 2)}
     result = {"key": key(cell), **cell, **made, **seconds}
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     temporary.write_text(json.dumps(result, indent=1))
@@ -113,25 +114,26 @@ def steps(
     bf16: bool = False,
     state: Path | None = None,
     until: float = math.inf,
-) -> int:
+) -> tuple[int, float]:
     """Train with warm-up and cosine decay, over data shuffled and augmented by `seed`.
 
     total: steps. until: when to be done at the latest, in seconds since the epoch: the decay then
     goes by the share of the time that is left, where that is ahead of the share of the steps.
     state: a file to go on from, written anew every few minutes and removed in the end.
 
-    Returns the number of steps.
+    Returns the number of steps, and the CPU seconds of the processes that began them.
     """
     x, y = data
     rng = torch.Generator().manual_seed(seed)
     order = torch.empty(0, dtype=torch.int64)
-    step, done = 0, 0.0
+    step, done, earlier = 0, 0.0, 0.0
     if state is not None and state.is_file():
         saved = torch.load(state)
         net.load_state_dict(saved["net"])
         optimizer.load_state_dict(saved["optimizer"])
         rng.set_state(saved["rng"])
         order, step, done = saved["order"], saved["step"], saved["done"]
+        earlier = saved["cpu_seconds"]
     net.train()
     saved_at, pace, begun = time.monotonic(), 0.0, time.monotonic()
     while done < 1:
@@ -155,13 +157,14 @@ def steps(
         if state is not None and begun - saved_at > SAVE_SECONDS and done < 1:
             saved = {"net": net.state_dict(), "optimizer": optimizer.state_dict(), "order": order}
             saved |= {"rng": rng.get_state(), "step": step, "done": done}
+            saved["cpu_seconds"] = earlier + _cpu()
             torch.save(saved, temporary := state.with_suffix(f".{os.getpid()}.tmp"))
             temporary.replace(state)
             saved_at = begun
             print(f"step {step}, {done:.1%} of the decay: loss {loss:.3f}", flush=True)
     if state is not None:
         state.unlink(missing_ok=True)
-    return step
+    return step, earlier
 
 
 @torch.inference_mode()
@@ -192,7 +195,7 @@ def train(cell: Cell, places: Places) -> dict[str, Any]:
     total = round(cell["epochs"] * len(data[0]) / cell["batch"])
     options = {name: cell[name] for name in ("lr", "batch", "seed", "bf16") if name in cell}
     options |= {"state": places.cache / f"{key(cell)}.state", "until": places.until}
-    done = steps(net, optimizer, data, total=total, device=places.device, **options)
+    done, earlier = steps(net, optimizer, data, total=total, device=places.device, **options)
     state = {name: tensor.cpu().contiguous() for name, tensor in net.state_dict().items()}
     path = places.cache / f"{key(cell)}.safetensors"
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
@@ -203,6 +206,7 @@ def train(cell: Cell, places: Places) -> dict[str, Any]:
     return {
         **judge(net, "accuracy", cell, places),
         "steps": done,
+        "earlier": earlier,
         "parameters": sum(p.numel() for p in net.parameters()),
         "prunable": sum(net.get_parameter(name).numel() for name in prunable),
     }

@@ -134,7 +134,8 @@ def trained(paper: Callable[[str], Any], total: int, **options: Any) -> tuple[in
     optimizer = torch.optim.AdamW(work.groups(net))
     data = work.images(work.Places("random", Path()), "train")
     shared = {"lr": 1e-3, "batch": 16, "seed": 0, "device": "cpu", "bf16": True}
-    steps = work.steps(net, optimizer, data, total=total, **shared, **options)
+    steps, earlier = work.steps(net, optimizer, data, total=total, **shared, **options)
+    assert (earlier > 0) == ("state" in options)
     return steps, torch.cat([p.detach().flatten() for p in net.parameters()])
 
 
