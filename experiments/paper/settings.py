@@ -75,7 +75,7 @@ class Features:
         ("dimap", "block"),
         ("global_magnitude", "module"),
     )
-    calibration: int = 48
+    calibration: int = 24
     tune_ratios: tuple[float, ...] = (0.50, 0.70)
     tune_methods: tuple[str, ...] = WITHOUT_DATA
     tune_steps: int = 200
@@ -187,6 +187,6 @@ def feature_cells(s: Features) -> list[Cell]:
     return [
         cell("dense", 0.0),
         *(cell(method, ratio) for ratio in s.ratios for method in s.methods),
-        *(cell(method, ratio, scope=scope) for ratio in s.ratios for method, scope in s.scopes),
         *(cell(method, ratio, tune) for ratio in s.tune_ratios for method in s.tune_methods),
+        *(cell(method, ratio, scope=scope) for ratio in s.ratios for method, scope in s.scopes),
     ]

@@ -151,7 +151,8 @@ def read(path: Path, shorter: int) -> Tensor:
         scale = shorter / min(image.size)
         size = [round(scale * side) for side in image.size]
         small = image.convert("RGB").resize(size, Image.Resampling.BICUBIC)
-    return torch.tensor(list(small.tobytes()), dtype=torch.uint8).view(*size[::-1], 3).movedim(2, 0)
+    pixels = torch.frombuffer(bytearray(small.tobytes()), dtype=torch.uint8)
+    return pixels.view(*size[::-1], 3).movedim(2, 0)
 
 
 def corners(path: Path, size: int) -> Tensor:

@@ -263,6 +263,11 @@ def _photographs(places: Places, size: int) -> tuple[nn.Module, Tensor, Tensor]:
     return net, crops, vit.tokens(net, crops, places.device)
 
 
+@functools.cache
+def _others(places: Places, shorter: int) -> list[Tensor]:
+    return [vit.read(path, shorter) for path in sorted(places.others.glob("*.jpg"))]
+
+
 def features(cell: Cell, places: Places) -> dict[str, Any]:
     """Cosines of a pruned ViT-S' tokens with the dense one's, a number for each crop.
 
@@ -275,10 +280,10 @@ def features(cell: Cell, places: Places) -> dict[str, Any]:
         inputs = vit.to_input(crops[:1])
         return {"difference": vit.difference(places.vit, copy.deepcopy(dense).cpu(), inputs)}
     net = copy.deepcopy(dense)
-    others = [vit.read(path, 2 * cell["size"]) for path in sorted(places.others.glob("*.jpg"))]
     rng = torch.Generator().manual_seed(0)
 
     def draw(count: int, size: int) -> Tensor:
+        others = _others(places, 2 * cell["size"])
         picked = torch.randint(len(others), (count,), generator=rng).tolist()
         crops = torch.stack([vit.random_crop(others[i], size, rng) for i in picked])
         return vit.to_input(crops)

@@ -303,8 +303,10 @@ def test_the_report_of_features_pairs_photographs(
     settings, report = paper("settings"), paper("report")
     s = replace(settings.FEATURES, ratios=(0.5,), tune_ratios=(0.5,))
     cells = settings.feature_cells(s)
-    for i, cell in enumerate(cells):
-        crops = [0.9 - 0.01 * i + 0.001 * n for n in range(20)]
+    kinds = list(dict.fromkeys((c["method"], c.get("scope")) for c in cells))
+    for cell in cells:
+        less = 0.01 * kinds.index((cell["method"], cell.get("scope")))
+        crops = [0.9 - less + 0.001 * n for n in range(20)]
         names = ["patch", "class", *(["patch_tuned", "class_tuned"] if cell["tune"] else [])]
         cell |= dict.fromkeys(names, crops) if cell["method"] != "dense" else {"difference": 2e-5}
     head = {"schema": "dimap.paper", "version": 1, "settings": asdict(s), "cpu_minutes": 1.0}
