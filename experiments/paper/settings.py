@@ -187,6 +187,6 @@ def feature_cells(s: Features) -> list[Cell]:
     return [
         cell("dense", 0.0),
         *(cell(method, ratio) for ratio in s.ratios for method in s.methods),
-        *(cell(method, ratio, tune) for ratio in s.tune_ratios for method in s.tune_methods),
         *(cell(method, ratio, scope=scope) for ratio in s.ratios for method, scope in s.scopes),
+        *(cell(method, ratio, tune) for ratio in s.tune_ratios for method in s.tune_methods),
     ]
