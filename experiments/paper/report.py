@@ -289,9 +289,8 @@ FEATURES: dict[str, Make] = {
     "features-recovery": lambda run: recovery_table(run, gaps=False),
     "features-recovery-gaps": lambda run: recovery_table(run, gaps=True),
 }
-LARGE = {
-    f"large-{name}": make for name, make in SWIN.items() if name not in ("single", "scopes-tuned")
-}
+IN_LARGE = ("dense", "one-shot", "one-shot-gaps", "tuned", "tuned-gaps")
+LARGE = {f"large-{name}": SWIN[name] for name in IN_LARGE}
 TABLES = {"large": LARGE, "features": FEATURES}  # of a run's name; of all others: SWIN
 
 

@@ -93,6 +93,24 @@ def test_the_report_fills_the_page(folder: Path) -> None:
         assert (folder / "images" / name).stat().st_size > 5000
 
 
+def test_the_report_of_one_trained_model_pairs_hundreds_of_images(folder: Path) -> None:
+    pytest.importorskip("matplotlib")
+    made = results(folder)
+    made["settings"] |= {"name": "large", "seeds": [0]}
+    made["cells"] = [c for c in made["cells"] if c.get("seed") == 0]
+    for cell in made["cells"]:
+        right = {"dimap": [80, 82, 84], "lamp": [70, 73, 74]}.get(cell.get("method"), [50, 51, 50])
+        cell |= {f"{name}_hundreds": right for name in ("one_shot", "tuned") if name in cell}
+    (folder / "large.json").write_text(json.dumps(made))
+    page = folder / "large.md"
+    page.write_text((DOCS / "results.md").read_text())
+    script("report.py", "large.json", "--page", page, "--images", "large", folder=folder)
+    text = page.read_text()
+    assert "| `dimap` | **82.0 ± 1.2** | **82.0 ± 1.2** |" in text
+    assert "| less `lamp` | **+9.7 ± 0.3** | **+9.7 ± 0.3** |" in text
+    assert (folder / "large" / "paper-large.png").stat().st_size > 5000
+
+
 @pytest.fixture
 def paper(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Any]]:
     """Imports a file of the protocol by its name; afterwards they are gone."""
