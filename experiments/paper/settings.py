@@ -13,9 +13,9 @@ Cell = dict[str, Any]
 # Raise it when the code gives another result for the same cell: what is cached is then not used.
 VERSION = 1
 RATIOS = (0.19, 0.28, 0.38, 0.50, 0.65, 0.80, 0.90)  # the paper's Table 3, and three beyond
-METHODS = ("dimap", "lamp", "uniform", "global_magnitude", "taylor", "snip")
+METHODS = ("dimap", "lamp", "uniform", "global_magnitude", "taylor", "wanda", "snip")
 WITHOUT_DATA = ("dimap", "lamp", "uniform", "global_magnitude")
-FEATURE_METHODS = (*WITHOUT_DATA, "taylor")
+FEATURE_METHODS = (*WITHOUT_DATA, "taylor", "wanda")
 # Module definitions, by Eq. 10: "module" is DIMAP, "global" LAMP; these come beside them.
 SCOPES = ("type", "stage", "block")
 

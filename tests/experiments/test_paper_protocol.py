@@ -56,7 +56,7 @@ def test_every_cell_is_there(folder: Path) -> None:
             for c in cells
             if c["kind"] == "prune" and c["seed"] == seed
         }
-        methods = ("dimap", "lamp", "uniform", "global_magnitude", "taylor", "snip")
+        methods = dimap.methods.METHODS
         want = {("dense", None, 0.0)}
         want |= {(m, None, r) for m in methods for r in (0.5, 0.9)}
         want |= {("dimap", s, r) for s in ("type", "stage", "block") for r in (0.5, 0.9)}
