@@ -81,7 +81,7 @@ class Features:
     tune_steps: int = 200
     tune_size: int = 112
     tune_batch: int = 4
-    tune_lr: float = 1e-4
+    tune_lr: float = 2e-5
 
 
 def swin(width: int, depths: list[int], heads: list[int], patch: int) -> dict[str, Any]:
