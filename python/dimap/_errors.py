@@ -15,12 +15,17 @@ def sentence(error: BaseException) -> str:
         return f"{error.filename}: {error.strerror}"
     if isinstance(error, OSError) and error.errno is not None:
         return str(error.strerror)
-    first = (str(error).splitlines() or [""])[0]
+    first = (str(error).strip().splitlines() or [""])[0]
     if isinstance(error, (ValueError, TypeError, OSError, ImportError)) and first:
         return str(error)
     if isinstance(error, RuntimeError) and first:  # of the operators, and of a forward pass
         return _SOURCE.sub("", first)
     return f"{type(error).__name__}: {first} (--debug shows where)"
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of another library says first, or its kind where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def unwind_on_signals() -> None:

@@ -52,7 +52,7 @@ class StreamPruning(Pruned):
     summarize: Callable[[], Report] | None = field(default=None, repr=False, compare=False)
 
     def summary(self) -> Report:
-        """The report with the checkpoint's notes, and FLOPs where it says which timm model it is."""
+        """The report with the checkpoint's notes, and FLOPs where the model is known."""
         return self.summarize() if self.summarize else self.report()
 
     def __getstate__(self) -> dict[str, Any]:

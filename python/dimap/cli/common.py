@@ -92,12 +92,12 @@ def parse_shares(options: list[str]) -> dict[str, float]:
     return shares
 
 
-def parse_input_size(text: str | None) -> tuple[int, ...] | None:
-    """--input-size: a side, HxW or CxHxW."""
+def parse_input_size(text: str | None) -> int | tuple[int, ...] | None:
+    """--input-size: a side or a number of tokens, HxW or CxHxW."""
     if text is None:
         return None
     parts = text.lower().split("x")
     if len(parts) > 3 or not all(side.isdecimal() and int(side) > 0 for side in parts):
         raise typer.BadParameter(f"--input-size must be like 224 or 3x224x224, got {text!r}")
     numbers = tuple(map(int, parts))
-    return numbers * 2 if len(numbers) == 1 else numbers
+    return numbers if len(numbers) > 1 else numbers[0]

@@ -116,14 +116,22 @@ def prune(
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace outputs that exist.")] = False,
     random_init: RandomInit = False,
-    timm_model: Annotated[
+    model: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="timm's name for the model in IN, to count FLOPs."),
+        typer.Option(
+            "--model",
+            "--timm-model",
+            metavar="NAME",
+            help="The model in IN, to count FLOPs, where IN does not say it: timm:NAME, "
+            "torchvision:NAME, hf:ORG/NAME, or a folder with the config.json of transformers.",
+        ),
     ] = None,
     input_size: Annotated[
         str | None,
         typer.Option(
-            metavar="SIZE", help="Input for FLOPs: 224, 224x224 or 3x224x224. Default: the model's."
+            metavar="SIZE",
+            help="Input for FLOPs: 224, 224x224 or 3x224x224; of a model of language, tokens. Default: "
+            "the model's.",
         ),
     ] = None,
     layers: Layers = False,
@@ -168,7 +176,7 @@ def prune(
         settings = {
             k: v for k, v in settings.items() if v is not None and v is not False and v != {}
         }
-        more: dict[str, Any] = {"timm_model": timm_model, "input_size": size}
+        more: dict[str, Any] = {"model": model, "input_size": size}
         if out_dir is not None:
             from ..checkpoint.many import Job
             from .prune_many import prune_many

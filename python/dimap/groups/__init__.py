@@ -57,6 +57,7 @@ __all__ = [
     "group",
     "group_names",
     "is_parameter",
+    "kind_of",
     "named_tensors",
     "part_of",
     "part_shape",

@@ -140,7 +140,7 @@ class Report(_Counts):
         modules: the prunable modules in their order, then "aux".
         layers: the prunable layers, module by module.
         model: class name of the model, None for a state dict.
-        input_size: (channels, height, width) at which FLOPs were counted.
+        input_size: (channels, height, width) at which FLOPs were counted; (tokens,) of a model of text.
         flops_dense, flops_nominal, flops: multiply-adds at batch 1 (see `LayerReport`) of the whole
             model, what is never pruned included in full; None where they were not counted.
         flops_other: multiply-adds of no parameter (attention's products), part of the three above.
@@ -316,8 +316,9 @@ def note_lines(report: Report) -> list[str]:
     if report.input_size is None:
         return list(report.notes)
     size = " x ".join(map(str, report.input_size))
+    one = f"one {size} input" if len(report.input_size) > 1 else f"{size} tokens"
     return [
-        f"FLOPs are multiply-adds of one {size} input. dense: before pruning;",
+        f"FLOPs are multiply-adds of {one}. dense: before pruning;",
         "FLOPs: nonzero weights x tokens; nominal: the module's ratio, in all its layers.",
         *report.notes,
     ]
