@@ -74,7 +74,8 @@ def select(
 ) -> dict[str, Tensor]:
     """Return the masks that prune a model, without changing it.
 
-    sparsity: the share of weights to drop, in [0, 1]: one number, or one for each module by name.
+    sparsity: the share of weights to drop, in [0, 1]: one number, or one for each module by name, all of
+        them; 0 keeps a module as it is, 1 keeps nothing of it.
     method: a name of `dimap.methods.METHODS`, which says the saliency, and the scope and the
         normalisation where they are not given: "dimap", "lamp", "uniform", "global_magnitude",
         "taylor", "snip".

@@ -178,7 +178,7 @@ def pruning_checkpoint(
         # The work. All ranks fill the files.
         progress = progress if progress is not None and first else Silent()
         if stream is not None:
-            stream.fill(files, packed, result, Told(progress))
+            stream.fill(files, packed, result, Told(progress, "pruning"))
         else:
             held: StateDict = checkpoint  # type: ignore[assignment]  # the only other kind
             ending = out.suffix.lower()
@@ -302,12 +302,10 @@ def _prune_state(
         state, sparsity, scope=result.scope, normalize=result.normalize, patterns=checkpoint.choice
     )
     checkpoint.mask_copies(pruning.masks)
-    progress.step("writing")
     checkpoint.save(
         targets, safetensors=ending == ".safetensors", pack=pruning.masks if bitmask else ()
     )
     if masks is not None:
         pruning.save_masks(masks)
-    progress.step("counting")
     result.thresholds, result.kept = pruning.thresholds, pruning.kept
     result.nonzero, result.smallest = pruning.nonzero, pruning.smallest

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from ..groups.plan import Normalize, Scope
+from ..report.text import make_console
 from .common import (
     IN_HELP,
     Debug,
@@ -159,7 +160,7 @@ def prune(
     for option, given in (("--jobs", jobs > 1), ("--checksum", checksum)):
         if out_dir is None and given:
             raise typer.BadParameter(f"{option} is for --out-dir: give it, or leave {option} out")
-    with report_errors(debug):
+    with report_errors(debug, lambda: "the same command goes on" if out_dir else ""):
         from ..methods import METHODS
 
         settings: dict[str, Any] = {
@@ -199,9 +200,8 @@ def prune(
         files = {"in": source, "out": out, "masks": masks and str(masks)}
         print_json({**files, "seconds": round(seconds, 3), "report": built.to_dict()})
         return
-    from rich.console import Console
 
-    console = Console()
+    console = make_console()
     console.print(built)
     if layers:
         console.print(built.layer_table())

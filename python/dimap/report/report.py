@@ -17,11 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..groups import position
-from .text import Column, names_in_blocks, plain, short, table, tiny
+from .text import Column, Fitting, make_console, names_in_blocks, plain, short, table, tiny
 
 if TYPE_CHECKING:
     from rich.console import Group
-    from rich.table import Table
 
 SCHEMA = "dimap.report"
 VERSION = 1
@@ -229,13 +228,13 @@ class Report(_Counts):
         modules = table(columns(names, MODULES), self.parts())
         modules.rows[-1].style = "bold"
         modules.rows[-2].end_section = True
-        lines = [Text(line, no_wrap=True, overflow="ellipsis") for line in summary_lines(self)]
+        lines = [Text(line) for line in summary_lines(self)]
         lines[0].stylize("bold")
         style = dict.fromkeys(self.notes, "yellow")
         notes = [Text(line, style=style.get(line, "dim")) for line in note_lines(self)]
-        return Group(*lines, modules, *notes)
+        return Group(*lines, Fitting(modules, *LOST), *notes)
 
-    def layer_table(self) -> Table:
+    def layer_table(self) -> Fitting:
         """For rich: one line for each prunable layer, block after block, with a bar of its density."""
         layers = sorted(self.layers, key=position)
         names = names_in_blocks(layers)
@@ -252,15 +251,14 @@ class Report(_Counts):
         made = table([block, *columns(Column("layer", name, left=True), LAYERS)], layers)
         for line, (layer, after) in zip(made.rows, pairwise(layers), strict=False):
             line.end_section = layer.stage != after.stage
-        return made
+        return Fitting(made, *LOST)
 
     def print(self, *, layers: bool = False) -> None:
         """Print the summary, and one line for each layer where asked."""
-        import rich
-
-        rich.print(self)
+        console = make_console()
+        console.print(self)
         if layers:
-            rich.print(self.layer_table())
+            console.print(self.layer_table())
 
 
 def check_schema(what: str, data: Mapping[str, Any], schema: str, version: int) -> None:
@@ -326,6 +324,8 @@ def note_lines(report: Report) -> list[str]:
 
 MODULES = ("layers", "weights", "kept", "removed", "threshold", "dense", "FLOPs", "nominal")
 LAYERS = ("weights", "density", "", "min |w|", "FLOPs")
+# Where there is no room for all of them, those that go, one after the other.
+LOST = ("", "threshold", "min |w|", "nominal", "layers", "dense", "kept", "FLOPs", "weights")
 
 
 def columns(
