@@ -16,6 +16,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
+from .._errors import Damaged
 from ..groups import Slice
 
 if TYPE_CHECKING:
@@ -191,7 +192,7 @@ def read_header(path: Path) -> Header:
         return parse_header(raw, size, str(path))
     except ValueError as error:
         reason = str(error).removeprefix(str(path)).lstrip(": ")
-        raise ValueError(
+        raise Damaged(
             f"{path} must be a complete safetensors file, got one that is truncated, damaged or of "
             f"another format ({reason})"
         ) from error

@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import cache, wraps
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
@@ -217,8 +218,14 @@ def pruning_checkpoint(
 def _completed(block: Callable[P, AbstractContextManager[T]], name: str) -> Callable[P, T]:
     """The function of that name that runs a block with nothing in it."""
 
+    takes = signature(block)
+
     @wraps(block)
     def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            takes.bind(*args, **kwargs)
+        except TypeError as error:
+            raise TypeError(f"{name}() {error}") from None
         with block(*args, **kwargs) as result:
             pass
         return result
