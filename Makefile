@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-large lint format wheel abi second-torch sanitize arm spills bench bench-files clean
+.PHONY: help demo test test-large lint format wheel wheels abi second-torch sanitize arm spills bench bench-files clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -65,6 +65,13 @@ format: $(VENV)/.lint  ## Format all sources
 	@$(BIN)/ruff check --quiet --fix .
 	@$(BIN)/ruff format --quiet .
 	@$(BIN)/clang-format -i $(FORMATTED)
+
+PYTHONS ?= python3.10 python3.11 python3.12 python3.13 python3.14
+wheels:  ## Build manylinux wheels in dist/ for those of PYTHONS that are here (CUDAARCHS=all where nvcc is)
+	@echo "== wheels for $(PYTHONS)"
+	@rm -rf dist build/wheels
+	@CUDAARCHS=$${CUDAARCHS:-all} .ci/wheels $(PYTHONS)
+	@ls -l dist
 
 wheel: $(VENV)/.torch  ## Build a wheel in dist/
 	@echo "== wheel"

@@ -21,11 +21,12 @@ from __future__ import annotations
 import json
 import math
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -41,19 +42,23 @@ _VERSION_KEY, _SHAPES_KEY = "dimap_masks", "shapes"
 
 
 def save_masks(
-    path: str | os.PathLike[str],
     masks: Mapping[str, Tensor],
+    path: str | os.PathLike[str],
     metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Write masks to `path`, one bit a weight; a file that is there already is replaced.
 
-    masks: parameter name -> bool tensor of the parameter's shape, any device, True = kept.
+    masks: parameter name -> bool tensor of the parameter's shape, any device, True = kept. The two are
+        taken the other way round, too, with a FutureWarning.
     metadata: strings to store beside them.
 
     Raises TypeError or ValueError for masks that are not bool tensors and for metadata that are not
     strings or that use this format's own keys; OSError where the file cannot be written. The file
     appears complete or not at all.
     """
+    if isinstance(masks, (str, os.PathLike)):
+        warnings.warn("save_masks takes masks first, then path", FutureWarning, stacklevel=2)
+        masks, path = cast("tuple[Mapping[str, Tensor], str]", (path, masks))
     _check_masks(masks)
     check_whole(masks.values(), "a file of masks")
     extra = dict(metadata or {})

@@ -249,7 +249,7 @@ class Pruning(Pruned):
 
     def save_masks(self, path: str | os.PathLike[str]) -> None:
         """Write the masks to a safetensors file, one bit a weight (see `dimap.load_masks`)."""
-        save_masks(path, self.masks, self.mask_metadata())
+        save_masks(self.masks, path, self.mask_metadata())
 
 
 def count_nonzero(tensor: Tensor) -> int:

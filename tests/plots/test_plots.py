@@ -506,7 +506,7 @@ def test_plot_tells_what_is_wrong_and_writes_nothing(
 
 
 def test_masks_of_another_model_are_refused(run):
-    dimap.save_masks("m", {"other.weight": torch.ones(2, 2, dtype=torch.bool)})
+    dimap.save_masks({"other.weight": torch.ones(2, 2, dtype=torch.bool)}, "m")
     got, _, err = run("plot", "kept", "in.safetensors", "a.png", "--masks", "m")
     assert (
         got,
