@@ -156,8 +156,8 @@ inline Problem modules_problem(const std::vector<Tensor>& weights, const std::ve
   return problem;
 }
 
-[[noreturn]] inline void throw_non_finite(int64_t tensor, int64_t index, bool nan) {
-  STD_TORCH_CHECK(false, "weights[", tensor, "] must be finite, got ", nan ? "nan" : "inf", " at flat index ", index);
+[[noreturn]] inline void throw_non_finite(int64_t tensor, int64_t index, const char* name) {
+  STD_TORCH_CHECK(false, "weights[", tensor, "] must be finite, got ", name, " at flat index ", index);
   __builtin_unreachable();
 }
 

@@ -86,7 +86,7 @@ auto guarded(Body&& body) {
   try {
     return body();
   } catch (const NonFinite& e) {
-    throw_non_finite(e.tensor, e.index, e.nan);
+    throw_non_finite(e.tensor, e.index, e.name);
   }
 }
 

@@ -17,20 +17,15 @@ READ, FILL = os.O_RDONLY, os.O_RDWR
 class Told:
     """What `_C` tells of its work, told to a `Progress`."""
 
-    def __init__(self, progress: Progress, title: str = "") -> None:
-        """title: of a single step for all of it, which ends with writing as much as a reading has."""
-        self._progress, self._title = progress, title
-        self._step, self._done, self._total, self._all = "", 0, 0, 0
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._step, self._done, self._total = "", 0, 0
 
     def __call__(self, step: str, done: int, total: int) -> None:
         if done == 0 and (step != self._step or self._done > 0):
             self.finish()
             self._step, self._done, self._total = step, 0, total
-            self._all += total
-            if self._title:
-                self._progress.step(self._title, self._all + (total if step == "reading" else 0))
-            else:
-                self._progress.step(step, total)
+            self._progress.step(step, total)
         elif done > self._done:
             self._progress.advance(done - self._done)
             self._done = done

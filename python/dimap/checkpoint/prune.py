@@ -29,7 +29,7 @@ from .card import add_card_section
 from .counted import model_of
 from .native import Told
 from .shards import Shards
-from .streaming import ENGINE_DTYPES, Stream, StreamPruning, check_agreement
+from .streaming import ENGINE_DTYPES, Stream, StreamPruning, check_agreement, nan_notes
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -179,7 +179,7 @@ def pruning_checkpoint(
         # The work. All ranks fill the files.
         progress = progress if progress is not None and first else Silent()
         if stream is not None:
-            stream.fill(files, packed, result, Told(progress, "pruning"))
+            stream.fill(files, packed, result, Told(progress))
         else:
             held: StateDict = checkpoint  # type: ignore[assignment]  # the only other kind
             ending = out.suffix.lower()
@@ -309,6 +309,7 @@ def _prune_state(
         state, sparsity, scope=result.scope, normalize=result.normalize, patterns=checkpoint.choice
     )
     checkpoint.mask_copies(pruning.masks)
+    progress.step("writing")
     checkpoint.save(
         targets, safetensors=ending == ".safetensors", pack=pruning.masks if bitmask else ()
     )
@@ -316,3 +317,5 @@ def _prune_state(
         pruning.save_masks(masks)
     result.thresholds, result.kept = pruning.thresholds, pruning.kept
     result.nonzero, result.smallest = pruning.nonzero, pruning.smallest
+    others = [n for n, x in checkpoint.tensors.items() if x.dtype.most and n not in pruning.masks]
+    result.notes += nan_notes([n for n in others if bool(checkpoint.get(n).float().isnan().any())])

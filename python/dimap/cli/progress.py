@@ -21,10 +21,13 @@ class Bar:
     with Bar("opening") as bar:               # work of unknown length
         bar.step("reading", total=1 << 30)    # another piece of it, of known length
         bar.advance(1 << 20)
+
+    whole: the name of a single bar for all steps; as much is written, after all readings, as one reads.
     """
 
-    def __init__(self, description: str, *, wanted: bool = True) -> None:
-        self._description, self._done = description, 0
+    def __init__(self, description: str, *, whole: str = "", wanted: bool = True) -> None:
+        self._description, self._whole = description, whole
+        self._done = self._begun = 0
         self._total: int | None = None
         self._lock = threading.Lock()
         self._progress: Progress | None = None
@@ -34,14 +37,15 @@ class Bar:
             self._timer.daemon = True
 
     def step(self, description: str, total: int | None = None) -> None:
-        """Begin the next piece of work; `total` in any unit, None where it is not known.
-
-        One of the same description goes on, with this for its total.
-        """
+        """Begin the next piece of work; `total` in any unit, None where it is not known."""
         with self._lock:
-            goes_on = description == self._description and None not in (total, self._total)
-            self._description, self._total = description, total
-            self._done = self._done if goes_on else 0
+            goes_on = bool(self._whole) and self._description == self._whole
+            self._done = self._begun if goes_on else 0
+            if total is not None:
+                self._begun = self._done + total
+                total = self._begun + (total if self._whole and description == "reading" else 0)
+            goes_on = goes_on and (total is None) == (self._total is None)
+            self._description, self._total = self._whole or description, total
             if self._progress is not None and goes_on:
                 self._progress.update(self._progress.task_ids[0], total=total)
             elif self._progress is not None:

@@ -189,7 +189,7 @@ def prune(
         from ..stream import prune_checkpoint
 
         (source, out), start = paths, time.monotonic()
-        with launched() as ranks, Bar("opening", wanted=ranks.rank == 0) as bar:
+        with launched() as ranks, Bar("opening", whole="pruning", wanted=ranks.rank == 0) as bar:
             more |= {"masks": masks, "report": report, "force": force}
             done = prune_checkpoint(source, out, **settings, **more, progress=bar, group=ranks)
             built = done.summary()
