@@ -41,7 +41,7 @@ struct Matrix : Rows {
       throw_non_finite(static_cast<int64_t>(t), i, non_finite_name(key, word, size));
     }
   }
-  STD_TORCH_CHECK(false, "weights must be finite");
+  DIMAP_CHECK(false, "weights must be finite");
   __builtin_unreachable();
 }
 
