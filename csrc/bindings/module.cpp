@@ -11,13 +11,16 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <variant>
 #include <vector>
 
-#include "core/wire.h"
+#include "cpu/files/elements.h"
 #include "cpu/files/expand.h"
+#include "cpu/files/groups.h"
 #include "cpu/files/prune.h"
 #include "cpu/isa/decide.h"
 #include "cpu/sparse/pack.h"
+#include "cpu/sparse/planes.h"
 #include "cpu/thread_pool.h"
 
 namespace py = pybind11;
@@ -30,6 +33,7 @@ namespace {
 using Files = std::vector<std::tuple<int, std::string>>;  // descriptor, path
 using Progress = std::optional<std::function<void(const std::string&, int64_t, int64_t)>>;
 using Sum = std::function<void(py::memoryview)>;
+using Piece = std::function<void(int32_t, int64_t, py::memoryview)>;            // file, where in its output, bytes
 using ElementTuple = std::tuple<int32_t, int64_t, int64_t, int64_t, uint64_t>;  // file, offset, count, size, mask
 
 std::vector<File> files_of(const Files& given) {
@@ -126,13 +130,23 @@ class Pruning {
  public:
   Pruning(const Files& files, const std::vector<std::tuple<int32_t, int64_t, int64_t, int, int32_t>>& tensors,
           const std::vector<int64_t>& modules, const std::vector<int64_t>& keep, int threads, int32_t rank,
-          int32_t size, std::optional<Sum> exchange, Progress progress, int64_t aside)
+          int32_t size, std::optional<Sum> exchange, Progress progress, int64_t aside,
+          const std::vector<std::tuple<int32_t, int32_t, int64_t>>& patterns)
       : aside_(aside), pool_(threads, watch_of(std::move(progress))), exchange_(exchange_of(std::move(exchange))) {
     problem_.files = files_of(files);
     problem_.rank = rank, problem_.ranks = size;
     for (const auto& [file, offset, numel, dtype, layer] : tensors)
       problem_.tensors.push_back({nullptr, numel, dtype_of(dtype), layer, file, offset});
     set_modules(problem_, modules, keep, std::nullopt);
+    if (!patterns.empty() && patterns.size() != tensors.size())
+      throw py::value_error("patterns must have one entry for each of the " + std::to_string(tensors.size()) +
+                            " tensors, or none, got " + std::to_string(patterns.size()));
+    for (size_t t = 0; t < patterns.size(); ++t) {
+      const auto& [n, m, inner] = patterns[t];
+      if (m < 2 || m > cpu::kMostInGroup || n < 0 || n > m || inner < 1 || problem_.tensors[t].numel % (m * inner))
+        throw py::value_error("patterns[" + std::to_string(t) + "] must fit its tensor");
+      problem_.patterns.push_back({n, m, inner});
+    }
   }
 
   void decide() {
@@ -146,8 +160,8 @@ class Pruning {
   }
 
   using Rest = std::tuple<int32_t, int64_t, int64_t, int64_t, uint64_t, int64_t, uint64_t>;
-  std::vector<int64_t> write(const Files& targets, const std::vector<std::tuple<int64_t, int64_t>>& places,
-                             const std::vector<Rest>& rest,
+  std::vector<int64_t> write(const std::variant<Files, Piece>& targets,
+                             const std::vector<std::tuple<int64_t, int64_t>>& places, const std::vector<Rest>& rest,
                              const std::optional<std::tuple<int, std::string, std::vector<int64_t>>>& masks) {
     if (places.size() != problem_.tensors.size())
       throw py::value_error("places must have one entry for each of the " + std::to_string(problem_.tensors.size()) +
@@ -160,14 +174,30 @@ class Pruning {
     std::optional<cpu::MaskFile> mask_file;
     if (masks) mask_file = {{std::get<0>(*masks), std::get<1>(*masks)}, std::get<2>(*masks)};
     const py::gil_scoped_release release;
-    written_ = decided().write(files_of(targets), at, elements, mask_file);
+    if (const auto* take = std::get_if<Piece>(&targets)) {
+      const auto sink = [take](int32_t file, const char* memory, int64_t bytes, int64_t place) {
+        const py::gil_scoped_acquire gil;
+        (*take)(file, place, py::memoryview::from_memory(memory, bytes));
+      };
+      written_ = decided().write(sink, at, elements, mask_file);
+    } else {
+      cpu::Targets files(files_of(std::get<Files>(targets)));
+      const auto sink = [&files](int32_t file, const char* memory, int64_t bytes, int64_t place) {
+        files.write(file, memory, bytes, place);
+      };
+      written_ = decided().write(sink, at, elements, mask_file);
+    }
     return written_.rest;
   }
 
-  std::vector<double> thresholds() const { return std::get<2>(decided_of(decided().decision())); }
-  std::vector<CutTuple> cuts() const { return std::get<0>(decided_of(decided().decision())); }
+  Decided cuts_found() const {
+    const cpu::Decision* decision = decided().decision();
+    return decision ? decided_of(*decision) : Decided{};
+  }
+  std::vector<double> thresholds() const { return std::get<2>(cuts_found()); }
+  std::vector<CutTuple> cuts() const { return std::get<0>(cuts_found()); }
   std::vector<int64_t> kept() const { return decided().kept(); }
-  int readings() const { return decided().decision().readings; }
+  int readings() const { return decided().decision() ? decided().decision()->readings : 0; }
   std::vector<int64_t> nonzero() const { return written_.nonzero; }
   std::vector<bool> nan() const { return {written_.nan.begin(), written_.nan.end()}; }
   std::vector<double> smallest() const {
@@ -206,39 +236,6 @@ Decided decide_shards(const std::vector<std::tuple<uintptr_t, int64_t, int, int3
   return decided_of(cpu::Decision(problem, pool, &sum, cpu::Keeps::kCounts, {}));
 }
 
-Decided decide_surveys(const std::function<py::buffer(py::bytes, int64_t)>& survey,
-                       const std::vector<int32_t>& granularities, const std::vector<int64_t>& totals,
-                       const std::vector<int64_t>& modules, const std::vector<int64_t>& keep) {
-  Problem problem;
-  set_modules(problem, modules, keep, totals);
-  if (granularities.size() != modules.size())
-    throw py::value_error("granularities must have one entry for each of the " + std::to_string(modules.size()) +
-                          " layers, got " + std::to_string(granularities.size()));
-  problem.layer_granularity = granularities;
-  const auto ask = [&](std::span<const Window> windows, int64_t bins) {
-    const py::gil_scoped_acquire gil;
-    std::vector<int64_t> rows(windows.size() * static_cast<size_t>(kWindowColumns));
-    for (size_t l = 0; l < windows.size(); ++l)
-      write_window({windows[l], granularities[l]}, rows.data() + l * static_cast<size_t>(kWindowColumns));
-    const py::bytes given(reinterpret_cast<const char*>(rows.data()), rows.size() * 8);
-    const py::buffer_info table = survey(given, bins).request();
-    const auto columns = static_cast<size_t>(wire_columns(bins));
-    if (static_cast<size_t>(table.size * table.itemsize) != windows.size() * columns * 8)
-      throw py::value_error("survey must return " + std::to_string(windows.size()) + " rows of " +
-                            std::to_string(columns) + " int64");
-    cpu::Survey seen{{}, std::vector<Bin>(windows.size() * static_cast<size_t>(bins))};
-    const auto* row = static_cast<const int64_t*>(table.ptr);
-    for (size_t l = 0; l < windows.size(); ++l, row += columns) {
-      const auto mine = std::span(seen.bins).subspan(l * static_cast<size_t>(bins), static_cast<size_t>(bins));
-      seen.tables.push_back(read_table(row, {windows[l], granularities[l]}, mine));
-    }
-    return seen;
-  };
-  const cpu::ThreadPool pool(1);
-  const py::gil_scoped_release release;
-  return decided_of(cpu::Decision(problem, pool, ask));
-}
-
 std::vector<int64_t> count_nonzero(const Files& files, const std::vector<ElementTuple>& tensors, int threads,
                                    Progress progress) {
   const cpu::ThreadPool pool(threads, watch_of(std::move(progress)));
@@ -246,12 +243,31 @@ std::vector<int64_t> count_nonzero(const Files& files, const std::vector<Element
   return cpu::count_nonzero(files_of(files), elements_of(tensors), pool);
 }
 
-void expand(const Files& files, const Files& targets,
-            const std::vector<std::tuple<int32_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t>>& tensors,
-            const std::vector<std::tuple<int32_t, int64_t, int64_t, int64_t>>& rest, int threads, Progress progress) {
+std::vector<std::tuple<int64_t, std::vector<int>>> count_groups(
+    const Files& files,
+    const std::vector<std::tuple<int32_t, int64_t, int64_t, uint64_t, int64_t, int64_t, int64_t>>& tensors, int threads,
+    Progress progress) {
+  std::vector<cpu::Grid3> grids;
+  for (const auto& [file, offset, size, mask, outer, length, inner] : tensors)
+    grids.push_back({file, offset, size, mask, outer, length, inner});
+  const cpu::ThreadPool pool(threads, watch_of(std::move(progress)));
+  std::vector<cpu::Most> found;
+  {
+    const py::gil_scoped_release release;
+    found = cpu::count_groups(files_of(files), grids, pool);
+  }
+  std::vector<std::tuple<int64_t, std::vector<int>>> out;
+  for (const cpu::Most& one : found) out.emplace_back(one.nonzero, std::vector<int>(one.most.begin(), one.most.end()));
+  return out;
+}
+
+void expand(
+    const Files& files, const Files& targets,
+    const std::vector<std::tuple<int32_t, int64_t, int64_t, int32_t, int64_t, int64_t, int64_t, int64_t>>& tensors,
+    const std::vector<std::tuple<int32_t, int64_t, int64_t, int64_t>>& rest, int threads, Progress progress) {
   std::vector<cpu::Packed> packed;
-  for (const auto& [file, values, count, bits, numel, size, place] : tensors)
-    packed.push_back({file, values, count, bits, numel, size, place});
+  for (const auto& [file, values, count, bits_file, bits, numel, size, place] : tensors)
+    packed.push_back({file, values, count, bits_file, bits, numel, size, place});
   std::vector<cpu::Copied> copied;
   for (const auto& [file, offset, bytes, place] : rest) copied.push_back({file, offset, bytes, place});
   const cpu::ThreadPool pool(threads, watch_of(std::move(progress)));
@@ -259,14 +275,52 @@ void expand(const Files& files, const Files& targets,
   cpu::expand(files_of(files), files_of(targets), packed, copied, pool);
 }
 
-py::bytes pack_bits(const py::buffer& mask) {
-  const py::buffer_info info = mask.request();
+py::buffer_info bytes_of(const py::buffer& given, const char* name, bool writable = false) {
+  py::buffer_info info = given.request(writable);
   if (info.itemsize != 1 || (info.ndim > 0 && !PyBuffer_IsContiguous(info.view(), 'C')))
-    throw py::value_error("mask must be contiguous bytes");
+    throw py::value_error(std::string(name) + " must be contiguous bytes");
+  return info;
+}
+
+py::bytes pack_bits(const py::buffer& mask) {
+  const py::buffer_info info = bytes_of(mask, "mask");
   const auto n = static_cast<int64_t>(info.size);
   std::string bits(static_cast<size_t>((n + 7) / 8), '\0');
   cpu::pack_bits(static_cast<const uint8_t*>(info.ptr), n, reinterpret_cast<uint8_t*>(bits.data()));
   return py::bytes(bits);
+}
+
+// How many elements of `size` bytes are in memory of Python's.
+int64_t elements_in(const py::buffer_info& info, const char* name, int64_t size) {
+  if ((size != 1 && size != 2 && size != 4 && size != 8) || info.size % size)
+    throw py::value_error(std::string(name) + " must hold elements of 1, 2, 4 or 8 bytes, got " +
+                          std::to_string(info.size) + " bytes and elements of " + std::to_string(size));
+  return info.size / size;
+}
+
+py::bytes split(const py::buffer& data, int64_t size) {
+  const py::buffer_info info = bytes_of(data, "data");
+  const int64_t n = elements_in(info, "data", size);
+  const auto* elements = static_cast<const char*>(info.ptr);
+  int64_t count;
+  {
+    const py::gil_scoped_release release;
+    count = cpu::count_set(elements, n, size, ~uint64_t{0});
+  }
+  PyObject* made = PyBytes_FromStringAndSize(nullptr, (n + 7) / 8 + count * size);
+  if (made == nullptr) throw py::error_already_set();
+  auto out = py::reinterpret_steal<py::bytes>(made);
+  auto* to = reinterpret_cast<uint8_t*>(PyBytes_AS_STRING(made));
+  const py::gil_scoped_release release;
+  cpu::split(elements, {n, size}, count, to);
+  return out;
+}
+
+void merge(const py::buffer& content, int64_t size, const py::buffer& out) {
+  const py::buffer_info from = bytes_of(content, "content"), to = bytes_of(out, "out", true);
+  const int64_t n = elements_in(to, "out", size);
+  const py::gil_scoped_release release;
+  cpu::merge(static_cast<const uint8_t*>(from.ptr), from.size, {n, size}, static_cast<char*>(to.ptr));
 }
 
 // How it was built
@@ -331,10 +385,11 @@ PYBIND11_MODULE(_C, m) {
   py::class_<Pruning>(m, "Pruning", "Weights in files that are pruned together, or one rank's part of them.")
       .def(py::init<const Files&, const std::vector<std::tuple<int32_t, int64_t, int64_t, int, int32_t>>&,
                     const std::vector<int64_t>&, const std::vector<int64_t>&, int, int32_t, int32_t, std::optional<Sum>,
-                    Progress, int64_t>(),
+                    Progress, int64_t, const std::vector<std::tuple<int32_t, int32_t, int64_t>>&>(),
            py::arg("files"), py::arg("tensors"), py::arg("modules"), py::arg("keep"), py::kw_only(),
            py::arg("threads") = 0, py::arg("rank") = 0, py::arg("size") = 1, py::arg("exchange") = py::none(),
-           py::arg("progress") = py::none(), py::arg("aside") = cpu::kAsideMost)
+           py::arg("progress") = py::none(), py::arg("aside") = cpu::kAsideMost,
+           py::arg("patterns") = std::vector<std::tuple<int32_t, int32_t, int64_t>>{})
       .def("decide", &Pruning::decide)
       .def("count_packed", &Pruning::count_packed)
       .def("write", &Pruning::write, py::arg("targets"), py::arg("places"), py::arg("rest"), py::kw_only(),
@@ -348,11 +403,14 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly("smallest", &Pruning::smallest);
   m.def("decide_shards", &decide_shards, py::arg("tensors"), py::arg("totals"), py::arg("modules"), py::arg("keep"),
         py::kw_only(), py::arg("exchange"), py::arg("size"));
-  m.def("decide_surveys", &decide_surveys, py::arg("survey"), py::arg("granularities"), py::arg("totals"),
-        py::arg("modules"), py::arg("keep"));
   m.def("count_nonzero", &count_nonzero, py::arg("files"), py::arg("tensors"), py::kw_only(), py::arg("threads") = 0,
+        py::arg("progress") = py::none());
+  m.def("count_groups", &count_groups, py::arg("files"), py::arg("tensors"), py::kw_only(), py::arg("threads") = 0,
         py::arg("progress") = py::none());
   m.def("expand", &expand, py::arg("files"), py::arg("targets"), py::arg("tensors"), py::arg("rest"), py::kw_only(),
         py::arg("threads") = 0, py::arg("progress") = py::none());
   m.def("pack_bits", &pack_bits, py::arg("mask"));
+  m.def("threads", [] { return cpu::ThreadPool(0).workers(); });
+  m.def("split", &split, py::arg("data"), py::arg("size"));
+  m.def("merge", &merge, py::arg("content"), py::arg("size"), py::arg("out"));
 }

@@ -14,6 +14,8 @@ __version__: str
 Exchange = Callable[[memoryview], None]
 # step ("reading", "writing", …), bytes done of it, bytes in all.
 Progress = Callable[[str, int, int], None]
+# Takes bytes of an output: its number, where they lie in it, the bytes, which are there for this call alone.
+Piece = Callable[[int, int, memoryview], None]
 
 class NonFiniteError(ValueError):
     """A NaN or an infinity: args are (tensor, flat index, "nan" or "inf")."""
@@ -32,7 +34,9 @@ class Pruning:
     files: open descriptor and path (for errors) of each. tensors: in the order in which ties are
     kept: (file, offset, weights, dtype, layer). modules: of each layer. keep: of each module, how
     many weights. rank, size, exchange: of several processes that see the same files each does a
-    part, neighbouring bytes.
+    part, neighbouring bytes. patterns: instead of what modules keep, N:M of each tensor, (n, m, how
+    many weights lie from one of a group to its next): then nothing is read to decide, there are no
+    cuts and thresholds, and what is not finite is found in writing.
     """
 
     def __init__(
@@ -48,6 +52,7 @@ class Pruning:
         exchange: Exchange | None = None,
         progress: Progress | None = None,
         aside: int = 1 << 25,  # numbers of 4 bytes that may be set aside
+        patterns: Sequence[tuple[int, int, int]] = (),
     ) -> None: ...
     def decide(self) -> None:
         """Find the cuts. Raises NonFiniteError, OSError."""
@@ -64,7 +69,7 @@ class Pruning:
         """
     def write(
         self,
-        targets: Sequence[tuple[int, str]],
+        targets: Sequence[tuple[int, str]] | Piece,
         places: Sequence[tuple[int, int]],
         rest: Sequence[tuple[int, int, int, int, int, int, int]],
         *,
@@ -72,7 +77,8 @@ class Pruning:
     ) -> list[int]:
         """Write this rank's part of the pruned files, which exist and have their headers and sizes.
 
-        targets: a descriptor (read and write) and path for each of `files`.
+        targets: a descriptor (read and write) and path for each of `files`; or what takes the bytes that
+            would be written there, from any thread, about in their order.
         places: [tensors] (offset of its weights, -1), or (offset of its nonzero values, offset of
             its bits), in the target of its file.
         rest: what is copied as it is: (file, offset, elements, bytes of one, mask, offset in the
@@ -104,20 +110,6 @@ def decide_shards(
     layer in all ranks together. A quota says how many of the weights that tie with the threshold are kept.
     """
 
-def decide_surveys(
-    survey: Callable[[bytes, int], Buffer],
-    granularities: Sequence[int],
-    totals: Sequence[int],
-    modules: Sequence[int],
-    keep: Sequence[int],
-) -> tuple[list[tuple[int, int]], list[int], list[float]]:
-    """The same where only surveys can be had, of a GPU's weights for example.
-
-    survey(windows, bins): windows are int64 [layers, 7] as dimap.ops.survey takes them; it returns
-    the int64 table [layers, 22 + 3 * bins], already added up over ranks. granularities: low zero bits
-    of every key of a layer: 0, 16 or 13 for float32, bfloat16, float16.
-    """
-
 def count_nonzero(
     files: Sequence[tuple[int, str]],
     tensors: Sequence[tuple[int, int, int, int, int]],
@@ -127,10 +119,24 @@ def count_nonzero(
 ) -> list[int]:
     """Elements that are not zero: tensors are (file, offset, elements, bytes of one, mask) as in `rest`."""
 
+def count_groups(
+    files: Sequence[tuple[int, str]],
+    tensors: Sequence[tuple[int, int, int, int, int, int, int]],
+    *,
+    threads: int = 0,
+    progress: Progress | None = None,
+) -> list[tuple[int, list[int]]]:
+    """What N:M the tensors have: how many elements are not zero, and of m = 0 … 16 the most in a group of m.
+
+    tensors: (file, offset, bytes of an element, mask as in `rest`, and the tensor as [outer, length,
+    inner]), of which `length` is cut into groups. 0 bytes: one bit an element, and the offset is in
+    bits. Where m does not divide the length, and for m below 2, the most is m.
+    """
+
 def expand(
     files: Sequence[tuple[int, str]],
     targets: Sequence[tuple[int, str]],
-    tensors: Sequence[tuple[int, int, int, int, int, int, int]],
+    tensors: Sequence[tuple[int, int, int, int, int, int, int, int]],
     rest: Sequence[tuple[int, int, int, int]],
     *,
     threads: int = 0,
@@ -138,9 +144,19 @@ def expand(
 ) -> None:
     """Write dense files from bitmask files.
 
-    tensors: (file, offset of values, values, offset of bits, weights, bytes of one, offset in the
-    target). rest: (file, offset, bytes, offset in the target). Raises BitsError, OSError.
+    tensors: (file, offset of values, values, file of bits, their offset, weights, bytes of one, offset
+    in the target of the first file). rest: (file, offset, bytes, offset in the target).
+    Raises BitsError, OSError.
     """
 
 def pack_bits(mask: Buffer) -> bytes:
     """One bit for each byte of 0 or 1 (bool): bit i % 8 of byte i // 8."""
+
+def threads() -> int:
+    """How many threads work at a time, as OMP_NUM_THREADS or the processors say."""
+
+def split(data: Buffer, size: int) -> bytes:
+    """Elements of 1, 2, 4 or 8 bytes as bits and byte planes: the content of a block in docs/format.md."""
+
+def merge(content: Buffer, size: int, out: Buffer) -> None:
+    """Back; `out` has the elements' length. Raises BitsError, of tensor 0, where they do not fit."""

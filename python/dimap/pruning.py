@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,10 +24,12 @@ from .groups import (
     part_of,
     part_shape,
 )
+from .groups.nm import LARGEST, NM
 from .groups.plan import Normalize, Plan, Scope, check_choice, renamed
 from .masks import save_masks
 from .methods import METHODS
 from .report import Pruned
+from .rows import select_rows
 from .saliency import Batches, Loss
 
 __all__ = ["Normalize", "Pruning", "Scope", "prune", "score", "select"]
@@ -60,8 +63,9 @@ def score(
 
 def select(
     model: Model,
-    sparsity: float | Mapping[str, float],
+    sparsity: float | Mapping[str, float] | None = None,
     *,
+    nm: str | None = None,
     method: str = "dimap",
     scope: Scope | None = None,
     normalize: Normalize | None = None,
@@ -76,11 +80,18 @@ def select(
 
     sparsity: the share of weights to drop, in [0, 1]: one number, or one for each module by name, all of
         them; 0 keeps a module as it is, 1 keeps nothing of it.
+    nm: "2:4", say: every layer keeps, of every 4 weights in turn along its input, the 2 of largest
+        magnitude (or saliency), of equal ones those of the lower index; any N:M up to M = 16, with
+        no sparsity, scope or normalize. "auto" (of 4) or "auto:M": the N of each layer is its share at
+        this sparsity, as `select` without nm gives it, rounded such that the scope's total is met as
+        nearly as it can be (`groups.nm.round_kept`). The input axis is that of `groups.nm.input_axes`;
+        layers whose inputs are no multiple of M are left dense, with a note.
     method: a name of `dimap.methods.METHODS`, which says the saliency, and the scope and the
         normalisation where they are not given: "dimap", "lamp", "uniform", "global_magnitude",
-        "taylor", "snip".
+        "taylor", "snip", "wanda".
     scope: where one threshold holds: "module" (the paper), "global" (one for the network: LAMP),
         "layer" (the same ratio in every layer: uniform magnitude; `normalize` changes nothing),
+        "row" (the same of each output of a layer: a row of [out, in]; nor there),
         "type" (a module with FC1 and FC2 apart), "block" or "stage" (all modules of it together).
     normalize: where the squares are summed, within the scope: over "layer" (the paper), the
         module's part of a "block" or "stage", "module", or the whole "scope". The last ranks by plain
@@ -95,21 +106,23 @@ def select(
 
     A model may be sharded: parameters that are DTensors (FSDP2). Then all processes of its mesh call
     this together, no weight is gathered, and the masks are DTensors with the same placements; the
-    order in which ties are kept is that of the whole tensors.
+    order in which ties are kept is that of the whole tensors. A saliency is placed as the weights are,
+    or whole and the same on every rank; methods that need data are refused.
 
     Returns parameter name -> bool tensor, True where the weight is kept. In each scope of N weights
     exactly ``N - round(sparsity * N)`` are kept; ties go to the earlier parameter, then to the lower
     flat index. Parameters of "aux" are not in it.
     """
     choice = choose(patterns, family, ignore)
-    pruning = _decide(model, sparsity, method, scope, normalize, saliency, data, loss, choice)
+    pruning = _decide(model, sparsity, nm, method, scope, normalize, saliency, data, loss, choice)
     return pruning.masks
 
 
 def prune(
     model: Model,
-    sparsity: float | Mapping[str, float],
+    sparsity: float | Mapping[str, float] | None = None,
     *,
+    nm: str | None = None,
     method: str = "dimap",
     scope: Scope | None = None,
     normalize: Normalize | None = None,
@@ -125,22 +138,17 @@ def prune(
     Nothing is changed when an error is raised.
     """
     choice = choose(patterns, family, ignore)
-    pruning = _decide(model, sparsity, method, scope, normalize, saliency, data, loss, choice)
+    pruning = _decide(model, sparsity, nm, method, scope, normalize, saliency, data, loss, choice)
     weights = [pruning.parameters[name].detach() for name in pruning.masks]
-    masks = list(pruning.masks.values())
-    if is_sharded(weights):
-        from .distributed import _dtensor
-
-        _dtensor.apply_(weights, masks)
-    else:
-        with renamed(list(pruning.masks)):
-            ops.apply_(weights, masks)
+    with renamed(list(pruning.masks)):
+        ops.apply_(weights, list(pruning.masks.values()))
     return pruning
 
 
 def _decide(
     model: Model,
-    sparsity: float | Mapping[str, float],
+    sparsity: float | Mapping[str, float] | None,
+    nm: str | None,
     method: str,
     scope: Scope | None,
     normalize: Normalize | None,
@@ -161,15 +169,21 @@ def _decide(
             raise TypeError(
                 f"method={method!r} needs an nn.Module, to have gradients, got {type(model).__name__}"
             )
+    groups = NM.parse(nm)
+    if groups is not None:
+        groups.refuse(sparsity=sparsity, scope=scope, normalize=normalize)
+    ratio = sparsity
+    if groups is not None and groups.n is not None:  # in each layer the same
+        scope, normalize, ratio = "layer", "layer", 1 - groups.n / groups.m
     scope = scope or chosen.scope
     # A saliency of the caller's own is an order already: it is normalised only on request.
     normalize = normalize or ("scope" if saliency is not None else chosen.normalize)
-    plan = Plan.of(model, scope, normalize, choice)
+    plan = Plan.of(model, scope, normalize, choice, groups)
     _check_dense(plan)
     parameters = named_tensors(model)
-    if saliency is not None or data is not None:  # only magnitudes are ranked on several processes
-        check_whole(parameters.values(), "data" if saliency is None else "saliency")
-    keep = plan.keep(sparsity)
+    if data is not None:
+        check_whole(parameters.values(), "data")
+    keep = plan.keep(ratio)
     source, tensors, labels = "magnitude", plan.tensors, plan.names
     if chosen.saliency is not None:
         source, saliency = method, chosen.saliency(model, data, loss, patterns=choice)
@@ -177,24 +191,75 @@ def _decide(
         source = "given"
     if saliency is not None:
         tensors, labels = plan.ranked(saliency), [f"saliency of {name}" for name in plan.names]
-    if is_sharded(tensors):
+    sharded = is_sharded(plan.tensors)
+    if sharded:
         from .distributed import _dtensor
 
-        masks, cuts = _dtensor.select_cuts(plan.names, tensors, plan.layers, plan.scopes, keep)
-    else:
-        with renamed(labels):
-            masks, cuts = ops.select_cuts(tensors, plan.layers, plan.scopes, keep)
+        if saliency is not None:
+            tensors = [_dtensor.placed(t, w) for t, w in zip(tensors, plan.tensors, strict=True)]
+    thresholds, counts = {}, {}
+    if scope == "row":
+        check_whole(plan.tensors, "scope='row'")
+        shares = plan.of_rows(plan.ratios(ratio))
+        each = zip(labels, tensors, plan.axes, shares, strict=True)
+        masks = [select_rows(*given) for given in each]
+    elif groups is None or groups.n is None:
+        if sharded:
+            masks, cuts = _dtensor.select_cuts(
+                labels, tensors, plan.layers, plan.scopes, keep, signed=saliency is None
+            )
+        else:
+            with renamed(labels):
+                masks, cuts = ops.select_cuts(tensors, plan.layers, plan.scopes, keep)
+        thresholds = dict(zip(plan.scope_names, cuts.tolist(), strict=True))
+    if groups is not None:
+        kept = [_count_kept(mask) for mask in masks] if groups.n is None else []
+        counts, thresholds = plan.counts(kept), {}
+        masks = _select_groups(plan, tensors, labels, plan.of_tensors(counts), saliency is None)
     return Pruning(
         modules=plan.modules,
-        thresholds=dict(zip(plan.scope_names, cuts.tolist(), strict=True)),
+        thresholds=thresholds,
         scope=scope,
         normalize=normalize,
-        sparsity=plan.ratios(sparsity),
+        sparsity=plan.ratios(ratio),
         saliency=source,
+        nm={name: f"{n}:{groups.m}" for name, n in counts.items()} if groups else {},
         masks=plan.merged(masks),
         parameters=parameters,
         notes=list(plan.notes),
     )
+
+
+def _count_kept(mask: Tensor) -> int:
+    """The weights that a mask keeps, of all ranks."""
+    count: Any = mask.sum()
+    return int(count.full_tensor() if is_sharded([count]) else count)
+
+
+def _select_groups(
+    plan: Plan,
+    tensors: Sequence[Tensor],
+    labels: Sequence[str],
+    counts: Sequence[int],
+    signed: bool,
+) -> list[Tensor]:
+    """The masks of the plan's groups, of which each tensor keeps so many."""
+    assert plan.nm is not None
+    together: dict[tuple[int, int], list[int]] = {}
+    for i, each in enumerate(zip(counts, plan.axes, strict=True)):
+        together.setdefault(each, []).append(i)
+    masks: dict[int, Tensor] = {}
+    for (n, axis), places in together.items():
+        here, names = [tensors[i] for i in places], [labels[i] for i in places]
+        if is_sharded(tensors):
+            from .distributed import _dtensor
+
+            found = _dtensor.select_nm(names, here, n, plan.nm.m, axis, signed=signed)
+        else:
+            with renamed(names):
+                found = ops.select_nm(here, n, plan.nm.m, axis)
+        masks |= zip(places, found, strict=True)
+    return [masks[i] for i in range(len(tensors))]
 
 
 @dataclass(kw_only=True)
@@ -271,6 +336,22 @@ def count_nonzero(tensor: Tensor) -> int:
     elif tensor.dtype in (torch.uint16, torch.uint32, torch.uint64):
         tensor = tensor.view(getattr(torch, f"int{8 * tensor.itemsize}"))
     return int(tensor.count_nonzero())
+
+
+def most_in_groups(tensor: Tensor, axis: int) -> list[int]:
+    """Of m = 0 … 16, the most values that are not zero in a group of m along an axis.
+
+    m itself where the groups do not fit the axis, and for m below 2.
+    """
+    most = list(range(LARGEST + 1))
+    if tensor.layout is torch.strided and tensor.numel() and not tensor.is_quantized:
+        values = tensor.float() if tensor.itemsize == 1 else tensor  # torch compares no float8
+        along = (values != 0).movedim(axis, -1)
+        for m in range(2, LARGEST + 1):
+            if along.shape[-1] % m == 0:
+                groups = along.unflatten(-1, (-1, m))
+                most[m] = int(groups.sum(-1, dtype=torch.uint8).amax())
+    return most
 
 
 def _check_dense(plan: Plan) -> None:

@@ -1,7 +1,9 @@
-// A pruning from open files to open files, or one rank's part of it: decide, then write.
+// A pruning from open files to open files, or one rank's part of it: decide, then write. What patterns keep is decided
+// as it is written.
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <span>
@@ -36,6 +38,9 @@ struct Place {
   int64_t bits = -1;  // one bit a weight goes here
 };
 
+// Takes bytes of the output of a file, and where they lie in it; called by any worker, about in order.
+using Sink = std::function<void(int32_t file, const char* memory, int64_t bytes, int64_t at)>;
+
 // A file that takes every mask, one bit a weight.
 struct MaskFile {
   File file;
@@ -47,7 +52,7 @@ class FilePruning {
   // The problem's tensors lie in files; exchange: null where there is one rank. All must outlive this.
   FilePruning(const Problem& problem, const Pool& pool, const Exchange* exchange, int64_t aside_most = kAsideMost);
 
-  const Decision& decision() const { return decision_; }
+  const Decision* decision() const { return decision_ ? &*decision_ : nullptr; }  // null with patterns
   const std::vector<int64_t>& kept() const { return kept_; }  // [tensors] by the masks, of all ranks
 
   // How many kept weights have any bit set, [tensors], of all ranks: reads again what keeps zeros.
@@ -59,17 +64,19 @@ class FilePruning {
     std::vector<uint32_t> smallest;  // [tensors] key of the smallest kept weight of this rank; kKeyEnd: none
     std::vector<char> nan;           // [rest] whether an element is a NaN, of this rank
   };
-  // Writes this rank's part. targets: [files], in their full length and with their headers. places: [tensors]. With
-  // places for bits, count_packed comes first. Throws FileError, Changed.
-  Written write(const std::vector<File>& targets, std::span<const Place> places, std::span<const Elements> rest,
+  // Writes this rank's part. places: [tensors]. With places for bits, count_packed comes first. Throws FileError,
+  // Changed, and what the sink throws.
+  Written write(const Sink& sink, std::span<const Place> places, std::span<const Elements> rest,
                 const std::optional<MaskFile>& masks);
 
  private:
   struct Segment;
   struct Worker;
-  bool known(const Chunk& chunk) const { return decision_.read()[chunk.layer]; }
+  std::vector<Chunk>& chunks() { return decision_ ? decision_->reading().chunks : groups_; }
+  bool known(const Chunk& chunk) const { return decision_ && decision_->read()[chunk.layer]; }
   bool keeps_zeros(const Chunk& chunk) const;
   void share_ties();
+  void mark_by_cut(const Chunk& chunk, const void* weights, uint8_t* mask) const;
   void prune_chunk(Worker& worker, const Chunk& chunk, void* weights);
   void sum(std::span<int64_t> numbers) const {
     if (exchange_) exchange_->sum(numbers);
@@ -78,7 +85,10 @@ class FilePruning {
   const Problem& problem_;
   const Pool& pool_;
   const Exchange* exchange_;
-  Decision decision_;
+  Loader loader_;
+  std::optional<Decision> decision_;
+  std::vector<Chunk> groups_;          // with patterns
+  int64_t most_ = Chunk::kWeights;     // weights of a chunk
   std::vector<int64_t> chunk_kept_;    // [chunks]
   std::vector<int64_t> chunk_packed_;  // [chunks], of all ranks, once counted
   std::vector<int64_t> kept_;          // [tensors]

@@ -7,11 +7,11 @@ in an output: metadata, index, optimizer state and a folder's other files are ca
         for name, spec in checkpoint.tensors.items():
             print(name, spec.shape, checkpoint.get(name))
 
-Rooms: `locate` (what a path is), `header` (safetensors headers), `bitmask` (the sparse format),
-`shards` (safetensors), `state_dict` (`.pth` and timm; imports torch), `copies` (of the weights, beside
-them); what is done with them: `prune` (with `streaming` for safetensors), `inspect`, `expand`, and
-`native`, what `_C` is handed; of many checkpoints: `inputs` (which), `manifest` (what is done), `many`
-(one of them), `workers` (--jobs).
+Rooms: `locate` (what a path is), `header` (safetensors headers), `bitmask` (the sparse formats, with
+`compact`, the blocks of one of them; `sparse_bitmask`, another library's), `shards` (safetensors),
+`state_dict` (`.pth` and timm; imports torch), `copies` (of the weights, beside them); what is done with
+them: `prune` (with `streaming` for safetensors), `inspect`, `expand`, and `native`, what `_C` is handed;
+of many checkpoints: `inputs` (which), `manifest` (what is done), `many` (one of them), `workers` (--jobs).
 """
 
 from __future__ import annotations
@@ -97,5 +97,5 @@ def _from_hub(text: str) -> Path:
     except Exception as error:  # its own kinds, and those of what it loads with
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise OSError(
-            f"{text} could be had neither from the hub nor from its cache: {reason}"
+            f"{text} is not in the hub's cache and could not be downloaded: {reason}"
         ) from error

@@ -12,19 +12,21 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import cache, wraps
 from inspect import signature
 from pathlib import Path
-from typing import TYPE_CHECKING, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from .._errors import first_line
-from .._files import SUFFIX, naming, replacing
+from .._files import SUFFIX, naming, open_safetensors, replacing
 from ..distributed.launch import group_of
 from ..distributed.ranks import Ranks
 from ..groups import AUX, Choice, Patterns, Slice, choose, part_shape, whole, wholes
+from ..groups.nm import NM
 from ..groups.plan import Normalize, Plan, Scope, check_choice
 from ..methods import METHODS
 from ..plots import report_output
 from ..report import Report, build_report
 from . import HUB, open_checkpoint
 from .base import Checkpoint, Progress, Silent, check_apart
+from .bitmask import VERSIONS, Format
 from .card import add_card_section
 from .counted import model_of
 from .native import Told
@@ -32,6 +34,7 @@ from .shards import Shards
 from .streaming import ENGINE_DTYPES, Stream, StreamPruning, check_agreement, nan_notes
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from torch.distributed import ProcessGroup
 
     from .state_dict import StateDict
@@ -48,6 +51,7 @@ def pruning_checkpoint(
     target: str | os.PathLike[str],
     sparsity: float | Mapping[str, float] | None = None,
     *,
+    nm: str | None = None,
     shares: Mapping[str, float] | None = None,
     method: str = "dimap",
     scope: Scope | None = None,
@@ -55,9 +59,10 @@ def pruning_checkpoint(
     patterns: Patterns | Choice | None = None,
     family: str | None = None,
     ignore: str | Sequence[str] | None = None,
+    input_norms: str | os.PathLike[str] | None = None,
     masks: str | os.PathLike[str] | None = None,
     report: str | os.PathLike[str] | None = None,
-    bitmask: bool = False,
+    format: Format = "dense",
     key: str | None = None,
     all_copies: bool = False,
     random_init: bool = False,
@@ -76,14 +81,15 @@ def pruning_checkpoint(
         read. Safetensors stream by; files of torch.save and timm models are pruned in memory.
     target: a file for a file, a folder for a folder. It appears complete or not at all: the same
         headers, metadata, index and other files, with weights set to zero.
-    sparsity, scope, normalize, patterns, family, ignore: as in `dimap.select`. shares: other
+    sparsity, nm, scope, normalize, patterns, family, ignore: as in `dimap.select`. shares: other
         sparsities of single modules, by name.
-    method: "dimap", "lamp", "uniform" or "global_magnitude": the scope and normalization where these
-        are not given.
+    method: "dimap", "lamp", "uniform", "global_magnitude" or "wanda": the scope and normalization
+        where these are not given. Scope "row" is read tensor by tensor, by one process.
+    input_norms: for "wanda", a safetensors file of what `dimap.saliency.input_norms` gave.
     masks: a file for the masks (see `dimap.load_masks`), one bit a weight.
     report: a file that ends in .json for the report; or a folder for it, pictures and a page.
-    bitmask: write files of one bit a weight and the nonzero values (docs/format.md), which
-        `dimap.load_file` and `dimap expand` read.
+    format: "bitmask" writes files of one bit a weight and the nonzero values, "compact" has these
+        compressed (docs/format.md); `dimap.load_file` and `dimap expand` read both.
     all_copies: give other copies of the weights the same masks: a teacher's beside them in a file,
         earlier checkpoints in a folder.
     model, input_size: for counting FLOPs: the model's name, where the checkpoint does not say it
@@ -114,19 +120,55 @@ def pruning_checkpoint(
         out = Path(target)
 
         # Which weights, and how many of them are kept.
-        check_choice("method", method, [n for n, m in METHODS.items() if not m.needs_data])
+        check_choice("format", format, ["dense", *VERSIONS.values()])
+        streamed = [n for n, m in METHODS.items() if not m.needs_data or n == "wanda"]
+        check_choice("method", method, streamed)
+        if (method == "wanda") != (input_norms is not None):
+            raise ValueError(
+                "method='wanda' (--method wanda) and the norms of the inputs (--input-norms) need each "
+                f"other, got method={method!r} and input_norms={input_norms!r}"
+            )
+        groups = NM.parse(nm)
+        exact = groups is not None and groups.n is not None
+        if groups is not None:
+            groups.refuse(sparsity=sparsity, shares=shares, scope=scope, normalize=normalize)
+        if exact:
+            method = "uniform"
         scope = scope or METHODS[method].scope
         normalize = normalize or METHODS[method].normalize
+        if isinstance(checkpoint, Shards) and (checkpoint.packed or checkpoint.foreign):
+            raise ValueError(
+                f"{checkpoint.path} must be dense, got one stored as bits and values: "
+                "`dimap expand` makes it dense"
+            )
         checkpoint.choice = choose(patterns, family, ignore) or checkpoint.choice
         shapes = checkpoint.shapes()
-        plan = Plan.of_shapes(shapes, scope, normalize, checkpoint.choice, checkpoint.ties())
+        plan = Plan.of_shapes(
+            shapes, scope, normalize, checkpoint.choice, checkpoint.ties(), groups
+        )
+        if groups is not None and groups.n is not None:
+            sparsity = 1 - groups.n / groups.m
         given = _join(sparsity, shares or {}, [name for name in plan.modules if name != AUX])
         keep, ratios = plan.keep(given), plan.ratios(given)
-        _check(checkpoint, plan, out, bitmask, masks is not None, ranks)
+        _check(checkpoint, plan, out, format, masks is not None, ranks)
+        norms = None
+        if input_norms is not None:
+            with open_safetensors(Path(input_norms)) as file:
+                norms = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         stream = None
-        if isinstance(checkpoint, Shards):
-            stream = Stream(checkpoint, plan, keep, bitmask, ranks)
-            settings = (keep, ratios, scope, normalize, masks is None, bitmask)
+        if isinstance(checkpoint, Shards) and scope == "row":
+            if format != "dense" or groups is not None or ranks.size > 1:
+                raise ValueError(
+                    "scope 'row' needs one process, the dense format and no nm for safetensors, got "
+                    f"format={format!r}, nm={nm}, {ranks.size} processes"
+                )
+        elif isinstance(checkpoint, Shards):
+            if norms is not None:
+                raise ValueError(
+                    f"method='wanda' needs scope 'row' for safetensors, got {scope}: dimap.prune takes others"
+                )
+            stream = Stream(checkpoint, plan, keep, format, ranks)
+            settings = (keep, ratios, scope, normalize, masks is None, format, nm)
             check_agreement(checkpoint, plan, settings, ranks)
         parts = [p for layers in plan.modules.values() for x in layers for p in x.parameters]
         names = wholes(parts)
@@ -140,6 +182,7 @@ def pruning_checkpoint(
             shapes={name: part_shape(shapes, name) for name in parts},
             dtypes={name: checkpoint.tensors[whole(name)].dtype.name for name in parts},
             notes=list(plan.notes),
+            saliency="magnitude" if input_norms is None else method,
         )
 
         # The first rank creates the outputs, before the work, so that one that cannot be written is
@@ -180,10 +223,25 @@ def pruning_checkpoint(
         progress = progress if progress is not None and first else Silent()
         if stream is not None:
             stream.fill(files, packed, result, Told(progress))
+        elif isinstance(checkpoint, Shards):
+            from .by_rows import fill_by_rows
+
+            fill_by_rows(checkpoint, plan, norms, files, packed, result, progress)
         else:
             held: StateDict = checkpoint  # type: ignore[assignment]  # the only other kind
             ending = out.suffix.lower()
-            _prune_state(held, given, files, ending, packed, bitmask, result, progress)
+            _prune_state(
+                held,
+                None if exact else given,
+                nm,
+                norms,
+                files,
+                ending,
+                packed,
+                format,
+                result,
+                progress,
+            )
         result.notes += checkpoint.notes
         if first and all_copies and checkpoint.others and packed is not None:
             from .copies import mask_others
@@ -199,9 +257,7 @@ def pruning_checkpoint(
                 try:
                     counted = model_of(checkpoint, names, model, input_size)
                     return build_report(result, counted, input_size)
-                except (
-                    Exception
-                ) as error:  # of a library that builds it, too: a note, never the end
+                except Exception as error:  # of the library that builds it, too: a note, no end
                     why = first_line(error)
             return build_report(result, no_flops=why)
 
@@ -257,46 +313,53 @@ def _join(
         given = dict.fromkeys(modules, sparsity)
     given |= named
     if missing := [name for name in modules if name not in given]:
-        raise ValueError(f"--sparsity, or --module for each of {', '.join(missing)}, must be given")
+        raise ValueError(f"give --sparsity, or --module NAME=SHARE for {' and '.join(missing)} too")
     return given
 
 
 def _check(
-    checkpoint: Checkpoint, plan: Plan, out: Path, bitmask: bool, masks: bool, ranks: Ranks
+    checkpoint: Checkpoint, plan: Plan, out: Path, form: Format, masks: bool, ranks: Ranks
 ) -> None:
     """Refuse what cannot be pruned, or not be written as it is asked for."""
-    if isinstance(checkpoint, Shards):
-        if checkpoint.packed:
-            raise ValueError(
-                f"{checkpoint.path} must be dense, got a bitmask file: `dimap expand` makes it dense"
-            )
-    elif ranks.size > 1:
+    streamed = isinstance(checkpoint, Shards)
+    if form == "compact" and ranks.size > 1:  # a block's place depends on the lengths of all before
+        raise ValueError(
+            f"one process must write with --format compact, got {ranks.size} ranks: leave torchrun out, "
+            "or let them write with --format bitmask"
+        )
+    if not streamed and ranks.size > 1:
         raise ValueError(
             f"IN must be safetensors to be shared among {ranks.size} ranks, got {checkpoint.path}"
         )
-    elif bitmask and (checkpoint.is_folder or out.suffix.lower() != ".safetensors"):
-        raise ValueError(f"the output must end in .safetensors with --format bitmask, got {out}")
+    if (
+        not streamed
+        and form != "dense"
+        and (checkpoint.is_folder or out.suffix.lower() != ".safetensors")
+    ):
+        raise ValueError(f"the output must end in .safetensors with --format {form}, got {out}")
     for name in wholes(plan.names):
         dtype = checkpoint.tensors[name].dtype
         if dtype.code not in ENGINE_DTYPES:
             raise ValueError(f"{name} must be float32, bfloat16 or float16, got {dtype.name}")
-    if not isinstance(checkpoint, Shards) or not (bitmask or masks):
+    if not streamed or not (form == "bitmask" or masks):
         return
     for name, size in zip(plan.names, plan.sizes, strict=True):
         if isinstance(name, Slice) and size % 8:  # each begins with a byte of its own
             raise ValueError(
                 f"{name} must have a multiple of 8 weights for masks or a bitmask file to be "
-                f"streamed, got {size}: leave --masks and --format bitmask out"
+                f"streamed, got {size}: leave --masks out, and take --format compact for a smaller file"
             )
 
 
 def _prune_state(
     checkpoint: StateDict,
-    sparsity: float | Mapping[str, float],
+    sparsity: float | Mapping[str, float] | None,
+    nm: str | None,
+    norms: Mapping[str, Tensor] | None,
     targets: list[Path],
     ending: str,
     masks: Path | None,
-    bitmask: bool,
+    form: Format,
     result: StreamPruning,
     progress: Progress,
 ) -> None:
@@ -305,17 +368,20 @@ def _prune_state(
 
     progress.step("pruning")
     state = {name: checkpoint.get(name) for name in wholes(result.shapes)}
-    pruning = prune(
-        state, sparsity, scope=result.scope, normalize=result.normalize, patterns=checkpoint.choice
-    )
+    ranking: dict[str, Any] = {"scope": result.scope, "normalize": result.normalize}
+    if nm is not None and sparsity is None:
+        ranking = {}
+    if norms is not None:
+        from ..saliency import by_norms
+
+        ranking["saliency"] = by_norms(state, norms, patterns=checkpoint.choice)
+    pruning = prune(state, sparsity, nm=nm, patterns=checkpoint.choice, **ranking)
     checkpoint.mask_copies(pruning.masks)
     progress.step("writing")
-    checkpoint.save(
-        targets, safetensors=ending == ".safetensors", pack=pruning.masks if bitmask else ()
-    )
+    checkpoint.save(targets, safetensors=ending == ".safetensors", pack=pruning.masks, form=form)
     if masks is not None:
         pruning.save_masks(masks)
     result.thresholds, result.kept = pruning.thresholds, pruning.kept
-    result.nonzero, result.smallest = pruning.nonzero, pruning.smallest
+    result.nonzero, result.smallest, result.nm = pruning.nonzero, pruning.smallest, pruning.nm
     others = [n for n, x in checkpoint.tensors.items() if x.dtype.most and n not in pruning.masks]
     result.notes += nan_notes([n for n in others if bool(checkpoint.get(n).float().isnan().any())])

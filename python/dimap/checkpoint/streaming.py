@@ -21,7 +21,8 @@ from ..distributed.ranks import Ranks
 from ..groups import AUX, Slice, whole, wholes
 from ..groups.plan import Plan
 from ..report import Pruned, Report
-from .bitmask import Layout, lay_out
+from .bitmask import Format, Layout, compact_file, lay_out
+from .compact import Writer
 from .header import DTYPES, Entry, Header, make_header
 from .native import FILL, READ, Told, begin, elements, opened
 from .shards import Shards, packed_index
@@ -102,10 +103,10 @@ class Stream:
     """One pruning from files to files, by one rank or by several."""
 
     def __init__(
-        self, checkpoint: Shards, plan: Plan, keep: list[int], bitmask: bool, ranks: Ranks
+        self, checkpoint: Shards, plan: Plan, keep: list[int], form: Format, ranks: Ranks
     ) -> None:
         self.checkpoint, self.plan, self.keep = checkpoint, plan, keep
-        self.bitmask, self.ranks = bitmask, ranks
+        self.form, self.ranks = form, ranks
         self.shards = checkpoint.shards
         located = {
             e.name: (file, e) for file, s in enumerate(self.shards) for e in s.header.entries
@@ -122,32 +123,30 @@ class Stream:
     ) -> None:
         """Decide and write this rank's part, and complete the result with the counts of all ranks."""
         plan, ranks = self.plan, self.ranks
-        module_of = dict(zip(plan.layers, plan.scopes, strict=True))
         with ExitStack() as files:
-            engine = _C.Pruning(
-                files.enter_context(opened(self.checkpoint.files, READ)),
-                [
-                    (file, e.begin, e.numel(), ENGINE_DTYPES[e.dtype.code], layer)
-                    for (file, e), layer in zip(self.tensors, plan.layers, strict=True)
-                ],
-                [module_of[layer] for layer in range(len(module_of))],
-                self.keep,
-                rank=ranks.rank,
-                size=ranks.size,
-                exchange=ranks.exchange if ranks.size > 1 else None,
-                progress=told,
-                aside=ASIDE,
-            )
+            inputs = files.enter_context(opened(self.checkpoint.files, READ))
             try:
-                engine.decide()
+                engine = self._decide(inputs, result, told)
                 layouts = self._lay_out(engine)
-                outputs = files.enter_context(opened(targets, FILL))
-                for output, layout in zip(outputs, layouts, strict=True):
-                    begin(output, layout.header, first=ranks.rank == 0)
+                outputs: list[tuple[int, str]] = []
+                writers: list[Writer] = []
+                takes: list[tuple[int, str]] | _C.Piece
+                if self.form == "compact":
+                    for target, shard in zip(targets, self.shards, strict=True):
+                        writer = compact_file(target, shard.header, str(shard.path))
+                        writers.append(files.enter_context(writer))
+
+                    def takes(file: int, at: int, data: memoryview) -> None:
+                        writers[file].put(at, data)
+
+                else:
+                    takes = outputs = files.enter_context(opened(targets, FILL))
+                    for output, layout in zip(outputs, layouts, strict=True):
+                        begin(output, layout.header, first=ranks.rank == 0)
                 masks_at = None
                 if masks is not None:
                     (output,) = files.enter_context(opened([masks], FILL))
-                    header = _masks_header(plan, result)
+                    header = masks_header(plan, result)
                     begin(output, header, first=ranks.rank == 0)
                     begins = {entry.name: entry.begin for entry in header.entries}
                     sizes = zip(plan.names, plan.sizes, strict=True)
@@ -157,7 +156,7 @@ class Stream:
                     )
                     outputs = [*outputs, output]
                 nonzero_others = engine.write(
-                    outputs[: len(targets)],
+                    takes,
                     [
                         place_of(layouts[file], entry, before)
                         for (file, entry), before in zip(self.tensors, self.before, strict=True)
@@ -183,19 +182,56 @@ class Stream:
                 raise ValueError(
                     f"{self.shards[file].path}: {entry.name} must not change while it is read"
                 ) from error
+            headers = [writer.finish() for writer in writers] or [x.header for x in layouts]
             told.finish()
             if ranks.rank > 0:  # what rank 0 brings to the disk need not be what others wrote
                 for descriptor, path in outputs:
                     with naming(Path(path)):
                         os.fsync(descriptor)
         self._add_up(engine, nonzero_others, result)
-        if self.bitmask and self.checkpoint.index is not None and ranks.rank == 0:
-            headers = {s.path.name: x.header for s, x in zip(self.shards, layouts, strict=True)}
-            self.checkpoint.write_index(targets, packed_index(self.checkpoint.index, headers))
+        if self.form != "dense" and self.checkpoint.index is not None and ranks.rank == 0:
+            named = {s.path.name: header for s, header in zip(self.shards, headers, strict=True)}
+            self.checkpoint.write_index(targets, packed_index(self.checkpoint.index, named))
+
+    def _decide(
+        self, inputs: list[tuple[int, str]], result: StreamPruning, told: Told
+    ) -> _C.Pruning:
+        """The engine, once it knows what is kept; with groups, the result is told which N they have."""
+        plan, ranks = self.plan, self.ranks
+        module_of = dict(zip(plan.layers, plan.scopes, strict=True))
+
+        def decide(patterns: Sequence[tuple[int, int, int]] = ()) -> _C.Pruning:
+            engine = _C.Pruning(
+                inputs,
+                [
+                    (file, e.begin, e.numel(), ENGINE_DTYPES[e.dtype.code], layer)
+                    for (file, e), layer in zip(self.tensors, plan.layers, strict=True)
+                ],
+                [module_of[layer] for layer in range(len(module_of))],
+                self.keep,
+                rank=ranks.rank,
+                size=ranks.size,
+                exchange=ranks.exchange if ranks.size > 1 else None,
+                progress=told,
+                aside=ASIDE,
+                patterns=patterns,
+            )
+            engine.decide()
+            return engine
+
+        if plan.nm is None:
+            return decide()
+        counts = plan.counts(decide().kept if plan.nm.n is None else ())
+        m, kept = plan.nm.m, plan.of_tensors(counts)
+        result.nm = {name: f"{n}:{m}" for name, n in counts.items()}
+        self.keep = [0] * len(self.keep)
+        for n, size, scope in zip(kept, plan.sizes, plan.scopes, strict=True):
+            self.keep[scope] += size // m * n
+        return decide([(n, m, max(inner, 1)) for n, inner in zip(kept, plan.inners, strict=True)])
 
     def _lay_out(self, engine: _C.Pruning) -> list[Layout]:
         """What goes where in the outputs."""
-        if not self.bitmask:
+        if self.form != "bitmask":
             return [shard.layout for shard in self.shards]
         packed: dict[str, int] = {}
         for i, (name, count) in enumerate(zip(self.plan.names, engine.count_packed(), strict=True)):
@@ -210,7 +246,8 @@ class Stream:
         """Complete the result, once it is sure that exactly what was asked for is kept."""
         plan = self.plan
         result.readings = engine.readings
-        result.thresholds = dict(zip(plan.scope_names, engine.thresholds, strict=True))
+        if plan.nm is None:
+            result.thresholds = dict(zip(plan.scope_names, engine.thresholds, strict=True))
         result.kept = dict(zip(plan.names, engine.kept, strict=True))
         kept = [0] * len(self.keep)
         for scope, count in zip(plan.scopes, engine.kept, strict=True):
@@ -247,7 +284,7 @@ class Stream:
                 result.smallest.update(dict.fromkeys(layer.parameters, min(found)))
 
 
-def _masks_header(plan: Plan, result: StreamPruning) -> Header:
+def masks_header(plan: Plan, result: StreamPruning) -> Header:
     """The header of the file that `dimap.save_masks` would write."""
     shapes = {name: list(result.shapes[name]) for name in wholes(plan.names)}
     settings = result.mask_metadata() | {"dimap_masks": "1", "shapes": json.dumps(shapes)}

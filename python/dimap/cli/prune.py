@@ -44,19 +44,41 @@ def prune(
         float | None,
         typer.Option("--sparsity", "-s", help="Share of the weights to drop, 0 to 1."),
     ] = None,
+    nm: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N:M",
+            help="Keep N of every M weights along a layer's input, as in 2:4, and no --sparsity; or "
+            "auto, or auto:M, where the N of each layer is that of its share at --sparsity.",
+            show_default=False,
+        ),
+    ] = None,
     module: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME=SHARE", help="Another share for one module, as in qkv=0.4."),
     ] = None,
     method: Annotated[
-        Literal["dimap", "lamp", "uniform", "global_magnitude"],
-        typer.Option(help="A ready-made choice of --scope and --normalize."),
+        Literal["dimap", "lamp", "uniform", "global_magnitude", "wanda"],
+        typer.Option(
+            help="A name for a choice of --scope and --normalize; wanda ranks by magnitude times the "
+            "norm of the input, within each row, and needs --input-norms."
+        ),
     ] = "dimap",
+    input_norms: Annotated[
+        Path | None,
+        typer.Option(
+            "--input-norms",
+            metavar="FILE",
+            help="For --method wanda: safetensors of what dimap.saliency.input_norms gave.",
+            show_default=False,
+        ),
+    ] = None,
     scope: Annotated[
         Scope | None,
         typer.Option(
             help="Where one threshold holds: module (DIMAP), global (LAMP), layer (uniform "
-            "magnitude), type (FC1 and FC2 apart), block or stage. Default: the method's.",
+            "magnitude), row (each output of a layer by itself), type (FC1 and FC2 apart), block or "
+            "stage. Default: the method's.",
             show_default=False,
         ),
     ] = None,
@@ -69,11 +91,11 @@ def prune(
         ),
     ] = None,
     form: Annotated[
-        Literal["dense", "bitmask"],
+        Literal["dense", "bitmask", "compact"],
         typer.Option(
             "--format",
-            help="bitmask stores one bit a weight and the nonzero values; `dimap expand` and "
-            "dimap.load_file give the dense weights back bit by bit.",
+            help="bitmask stores one bit a weight and the nonzero values, compact has these "
+            "compressed; `dimap expand` and dimap.load_file give the dense weights back bit by bit.",
         ),
     ] = "dense",
     key: Key = None,
@@ -145,16 +167,19 @@ def prune(
 
     OUT appears complete or not at all. Metadata, dtypes and a folder's other files are kept.
 
-    With --out-dir many checkpoints are pruned. DIR/dimap-manifest.jsonl tells what is done, with
+    With --out-dir many checkpoints are pruned. DIR/dimap-manifest.jsonl lists what is done, with
     length, times and inode of inputs and outputs: after a crash the same command continues and
-    does nothing again. Where the settings, an IN or an OUT are other than told there, OUT is kept;
-    --force replaces it. One that fails is told and the others go on; the exit code is then 1.
+    repeats nothing. Where the settings, an IN or an OUT differ from that list, OUT is kept and
+    reported; --force replaces it. If one fails, the others go on, and the exit code is 1.
 
     Under torchrun its processes share the checkpoints, or the one checkpoint.
     """
     shares, size = parse_shares(module or []), parse_input_size(input_size)
-    if sparsity is None and not shares:
-        raise typer.BadParameter("give --sparsity, or --module NAME=SHARE for every module")
+    exact = nm is not None and not nm.startswith("auto")
+    if sparsity is None and not shares and not exact:
+        raise typer.BadParameter(
+            "give --sparsity, or --module NAME=SHARE for every module, or --nm N:M"
+        )
     if out_dir is None and len(paths) != 2:
         raise typer.BadParameter("give IN and OUT, or any number of IN and --out-dir DIR")
     for option, given in (("--jobs", jobs > 1), ("--checksum", checksum)):
@@ -166,10 +191,13 @@ def prune(
         settings: dict[str, Any] = {
             "sparsity": sparsity,
             "shares": shares,
-            "scope": scope or METHODS[method].scope,
-            "normalize": normalize or METHODS[method].normalize,
+            "nm": nm,
+            "scope": scope or (None if exact else METHODS[method].scope),
+            "normalize": normalize or (None if exact else METHODS[method].normalize),
+            "method": "wanda" if method == "wanda" else None,
+            "input_norms": input_norms and str(input_norms),
             "random_init": random_init,
-            "bitmask": form == "bitmask",
+            "format": None if form == "dense" else form,
             "key": key,
             "all_copies": all_copies,
             **grouping,

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from . import (
     AUX,
@@ -27,12 +27,13 @@ from . import (
     whole,
     wholes,
 )
+from .nm import NM, as_groups, count_rows, input_axes, leave_ragged, round_kept
 from .tied import check_apart
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-Scope = Literal["module", "global", "layer", "type", "block", "stage"]
+Scope = Literal["module", "global", "layer", "type", "block", "stage", "row"]
 Normalize = Literal["layer", "block", "stage", "module", "scope"]
 
 
@@ -45,6 +46,10 @@ class Plan:
         stacks layers is as many tensors, its slices.
     notes: what the user should know of the grouping, one sentence each.
     tensors: the tensors themselves; empty where the plan was made of names and shapes.
+    nm: N:M in place of scopes, or beside them where they say which N; None: neither.
+    axes, inners: with it, of each tensor the axis of its groups, counted from the end, and how many
+        weights lie behind that.
+    rows: with scope "row", of each tensor how many it has; its `axes` then say what a row is.
     """
 
     modules: dict[str, list[Layer]]
@@ -57,6 +62,10 @@ class Plan:
     scope_modules: list[str | None] = field(default_factory=list)
     notes: tuple[str, ...] = ()
     tensors: list[Tensor] = field(default_factory=list)
+    nm: NM | None = None
+    axes: list[int] = field(default_factory=list)
+    inners: list[int] = field(default_factory=list)
+    rows: list[int] = field(default_factory=list)
 
     @staticmethod
     def of_shapes(
@@ -65,16 +74,22 @@ class Plan:
         normalize: str,
         patterns: Patterns | Choice | None = None,
         ties: Sequence[tuple[str, ...]] = (),
+        nm: NM | None = None,
     ) -> Plan:
         """Plan for parameters of these names and shapes, of which no weight is looked at.
 
-        ties: as in `group`.
+        ties: as in `group`. nm: layers that its groups do not fit are left dense, with a note.
         """
         check_choice("scope", scope, get_args(Scope))
         check_choice("normalize", normalize, get_args(Normalize))
         grouping = group(shapes, patterns, ties)
         modules = grouping.modules
-        plan = Plan(modules, notes=grouping.notes)
+        plan, axes = Plan(modules, notes=grouping.notes, nm=nm), dict[str, int]()
+        if nm is not None:
+            plan.modules, axes, ragged = leave_ragged(modules, shapes, nm.m)
+            modules, plan.notes = plan.modules, (*plan.notes, *ragged)
+        elif scope == "row":
+            axes = input_axes(modules, shapes)
         of_layer = scope_names(modules, scope)
         groups: dict[tuple[str, ...], int] = {}
         scopes: dict[str, int] = {}
@@ -86,11 +101,20 @@ class Plan:
                 whole = scope in ("global", "block", "stage")
                 plan.scope_modules.append(None if whole else module)
             # A sum never reaches beyond the scope in which its scores are compared.
-            key = (name, *_group_key(layer, module, "layer" if scope == "layer" else normalize))
+            key = (
+                name,
+                *_group_key(layer, module, "layer" if scope in ("layer", "row") else normalize),
+            )
             number = groups.setdefault(key, len(groups))
             for parameter in layer.parameters:
                 plan.names.append(parameter)
-                plan.sizes.append(math.prod(part_shape(shapes, parameter)))
+                shape = part_shape(shapes, parameter)
+                plan.sizes.append(math.prod(shape))
+                if axes:
+                    plan.axes.append(axes[parameter])
+                    plan.inners.append(as_groups(shape, axes[parameter])[2])
+                if scope == "row":
+                    plan.rows.append(count_rows(shape, axes[parameter]))
                 plan.layers.append(number)
                 plan.scopes.append(scopes[name])
         if not plan.names:
@@ -99,10 +123,14 @@ class Plan:
 
     @staticmethod
     def of(
-        model: Model, scope: str, normalize: str, patterns: Patterns | Choice | None = None
+        model: Model,
+        scope: str,
+        normalize: str,
+        patterns: Patterns | Choice | None = None,
+        nm: NM | None = None,
     ) -> Plan:
         """Plan for a model or a state dict, with its tensors."""
-        plan = Plan.of_shapes(shapes_of(model), scope, normalize, patterns, tied_in(model))
+        plan = Plan.of_shapes(shapes_of(model), scope, normalize, patterns, tied_in(model), nm)
         parameters = named_tensors(model)
         for name in plan.names:
             if isinstance(name, Slice) and hasattr(parameters[name.parameter], "placements"):
@@ -127,7 +155,7 @@ class Plan:
         stacked = {name.parameter for name in self.names if isinstance(name, Slice)}
         return {n: torch.stack(p) if n in stacked else p[0] for n, p in parts.items()}
 
-    def keep(self, sparsity: float | Mapping[str, float]) -> list[int]:
+    def keep(self, sparsity: float | Mapping[str, float] | None) -> list[int]:
         """How many weights each scope keeps."""
         if isinstance(sparsity, Mapping) and None in self.scope_modules:
             raise ValueError(
@@ -135,6 +163,13 @@ class Plan:
                 "(scope='global', 'block' or 'stage'), got one per module"
             )
         ratios = self.ratios(sparsity)
+        if self.rows:
+            kept = [0] * len(self.scope_names)
+            each = zip(self.sizes, self.rows, self.of_rows(ratios), self.scopes, strict=True)
+            for size, rows, share, scope in each:
+                n = size // max(1, rows)
+                kept[scope] += rows * (n - round(share * n))
+            return kept
         totals = [0] * len(self.scope_names)
         for size, scope in zip(self.sizes, self.scopes, strict=True):
             totals[scope] += size
@@ -144,9 +179,14 @@ class Plan:
             for n, module in zip(totals, self.scope_modules, strict=True)
         ]
 
-    def ratios(self, sparsity: float | Mapping[str, float]) -> dict[str, float]:
-        """The ratio of each prunable module, checked."""
+    def of_rows(self, ratios: Mapping[str, float]) -> list[float]:
+        """The ratio of each tensor's rows, with scope "row"."""
+        return [ratios[self.scope_modules[scope] or ""] for scope in self.scopes]
+
+    def ratios(self, sparsity: float | Mapping[str, float] | None) -> dict[str, float]:
+        """The ratio of each prunable module, checked; None is what the caller forgot."""
         names = [name for name in self.modules if name != AUX]
+        given: dict[str, Any]
         if isinstance(sparsity, Mapping):
             if set(sparsity) != set(names):
                 lacks = f", none for {', '.join(n for n in names if n not in sparsity)}"
@@ -165,6 +205,33 @@ class Plan:
             if not 0 <= value <= 1 or math.isnan(value):
                 raise ValueError(f"{where} must be in [0, 1], got {value}")
         return {name: float(value) for name, value in given.items()}
+
+    def counts(self, kept: Sequence[int] = ()) -> dict[str, int]:
+        """The N of each layer by name.
+
+        kept: for nm "auto", how many weights `select` keeps of each tensor.
+        """
+        assert self.nm is not None
+        layers = [x for module, found in self.modules.items() if module != AUX for x in found]
+        if self.nm.n is not None:
+            return dict.fromkeys((x.name for x in layers), self.nm.n)
+        of = {name: i for i, name in enumerate(self.names)}
+        counts: dict[str, int] = {}
+        for scope in range(len(self.scope_names)):
+            here = [x for x in layers if self.scopes[of[x.parameters[0]]] == scope]
+            share, whole = (
+                [sum(numbers[of[p]] for p in x.parameters) for x in here]
+                for numbers in (kept, self.sizes)
+            )
+            rounded = round_kept(share, whole, self.nm.m)
+            counts |= zip((x.name for x in here), rounded, strict=True)
+        return counts
+
+    def of_tensors(self, counts: Mapping[str, int]) -> list[int]:
+        """What is said of layers by name, of each tensor."""
+        layers = (x for found in self.modules.values() for x in found)
+        said = {p: counts[x.name] for x in layers if x.name in counts for p in x.parameters}
+        return [said[name] for name in self.names]
 
     def ranked(self, saliency: Mapping[str, Tensor]) -> list[Tensor]:
         """The saliency of each tensor, checked: it takes the place of the magnitudes."""
@@ -197,6 +264,8 @@ class Plan:
                 problem = f"be float32, bfloat16 or float16, got {got}"
             elif value.device != weight.device:
                 problem = f"be on {weight.device} like its weight, got {value.device}"
+            elif hasattr(value, "placements"):  # each rank looks at its own
+                pass
             elif bool((negative := value.detach().flatten() < 0).any()):
                 at = int(negative.int().argmax())
                 got = f"{float(value.detach().flatten()[at]):g} at flat index {at}"
@@ -209,7 +278,7 @@ class Plan:
 def scope_names(modules: Mapping[str, Sequence[Located]], scope: str) -> dict[str, str]:
     """Layer name -> name of the scope that the layer is ranked in; "aux" left out.
 
-    "module": the module's name. "global": "global". "layer": the layer's name. "type": the module's
+    "module": the module's name. "global": "global". "layer", "row": the layer's name. "type": the module's
     name, with the layer's place in its block where a block has several: "mlp.1" is every FC1,
     "mlp.2" every FC2. "block": "stage 0 block 1", or "block 1" where there are no stages. "stage":
     "stage 0", which is the whole network where there are none; "text stage 0" in a tower.
@@ -231,7 +300,8 @@ def scope_names(modules: Mapping[str, Sequence[Located]], scope: str) -> dict[st
             elif scope in ("block", "stage"):
                 names[layer.name] = place
             else:
-                names[layer.name] = {"module": module, "layer": layer.name}.get(scope, scope)
+                own = {"module": module, "layer": layer.name, "row": layer.name}
+                names[layer.name] = own.get(scope, scope)
         if scope == "type" and max(seen.values(), default=0) <= 1:
             names.update(dict.fromkeys((layer.name for layer in layers), module))
     return names

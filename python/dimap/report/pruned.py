@@ -37,8 +37,10 @@ class Pruned:
         sparsity: module name -> the ratio asked for.
         notes: what the user should know, of the grouping say, one sentence each.
         saliency: what was ranked: "magnitude", "given", or the method's name ("taylor", "snip").
+        nm: with groups, layer name -> "2:4", say; then there are no thresholds.
 
     A subclass has, as attributes or properties, by parameter name:
+
         shapes: of every parameter, "aux" included.
         kept: how many weights the masks keep, of every pruned parameter.
         nonzero: how many weights are not zero after pruning, of every parameter, "aux" included.
@@ -54,6 +56,7 @@ class Pruned:
     sparsity: dict[str, float]
     saliency: str = "magnitude"
     notes: list[str] = field(default_factory=list)
+    nm: dict[str, str] = field(default_factory=dict)
 
     if TYPE_CHECKING:  # a dataclass would take a property of its base for a field's default
 
@@ -71,6 +74,8 @@ class Pruned:
         found: dict[str, str] = {"scope": self.scope, "normalize": self.normalize}
         if self.saliency != "magnitude":
             found["saliency"] = self.saliency
+        if self.nm:
+            found["nm"] = json.dumps(self.nm)
         found |= {f"sparsity.{name}": repr(s) for name, s in self.sparsity.items()}
         return found | {"addresses": json.dumps(self.places())}
 
@@ -151,6 +156,7 @@ def build_report(
             flops_nominal=round(sum(dense) * density) if flops else None,
             flops=sum(left) if flops else None,
             tower=layer.tower,
+            nm=pruning.nm.get(layer.name),
         )
 
     rows: list[LayerReport] = []
