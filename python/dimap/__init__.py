@@ -60,7 +60,7 @@ __all__ = [
     "to_semi_structured",
 ]
 
-# Where each name is, and the modules that can be had as attributes of dimap.
+# Where each name is, and the modules that are attributes of dimap.
 _NAMES = {
     "bitmask": ("load_file", "save_file"),
     "finetuning": ("finetune",),

@@ -1,4 +1,4 @@
-"""What a user is told of an error, and how signals end the program."""
+"""What a user reads of an error, and how signals end the program."""
 
 from __future__ import annotations
 

@@ -162,7 +162,9 @@ def _decide(
     chosen = METHODS[method]
     if chosen.needs_data:
         if saliency is not None:
-            raise ValueError(f"saliency must be left to method={method!r}, got both")
+            raise ValueError(
+                f"method={method!r} computes a saliency of its own: leave saliency out"
+            )
         if data is None:
             raise ValueError(f"method={method!r} needs data, batches (input, target), got none")
         if not isinstance(model, nn.Module):
@@ -308,7 +310,7 @@ class Pruning(Pruned):
         return found
 
     def _slices(self) -> list[str]:
-        """The slices that are layers: they are told beside their parameters."""
+        """The slices that are layers: they are listed beside their parameters."""
         layers = (x for name, found in self.modules.items() if name != AUX for x in found)
         return [p for layer in layers for p in layer.parameters if isinstance(p, Slice)]
 

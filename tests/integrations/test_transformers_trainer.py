@@ -205,5 +205,5 @@ def test_lora_with_the_masks_of_the_base_model(tmp_path):
 
 
 def test_something_must_be_given():
-    with pytest.raises(ValueError, match="sparsity or masks must be given, got neither"):
+    with pytest.raises(ValueError, match="give a sparsity, masks or both"):
         PruningCallback()

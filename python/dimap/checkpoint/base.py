@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class Progress(Protocol):
-    """What is told of the work as it goes on; `advance` in bytes."""
+    """What the work calls as it goes on; `advance` with bytes."""
 
     def step(self, description: str, total: int | None = None) -> None: ...
     def advance(self, amount: int) -> None: ...

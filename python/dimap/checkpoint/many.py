@@ -175,7 +175,7 @@ def _are_those_of(record: Record, present: Mapping[str, Path]) -> bool:
 
 
 def _prune(job: Job, item: Item, record: Record | None) -> Record:
-    """Prune, and tell the manifest; returns what it was told."""
+    """Prune, and write a line of the manifest; returns that line."""
     start = time.monotonic()
     manifest = Manifest(job.out_dir)
     places = job.outputs(item.name)

@@ -291,7 +291,7 @@ def _check_sums(path: Path) -> None:
 
 
 def _harmless(name: str) -> Any:
-    """A class of `HARMLESS`, where it can be had."""
+    """A class of `HARMLESS`, where it can be imported."""
     if not HARMLESS.fullmatch(name):
         return None
     module, _, attribute = name.replace("numpy.core.", "numpy._core.").rpartition(".")

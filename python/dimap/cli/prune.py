@@ -134,7 +134,7 @@ def prune(
         typer.Option(
             "--checksum",
             help="With --out-dir: note the SHA-256 of every file, so that those that were copied or "
-            "touched can be told from those that were changed.",
+            "touched are not taken for changed ones.",
         ),
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace outputs that exist.")] = False,

@@ -168,7 +168,7 @@ def tied_in(model: Model) -> list[tuple[str, ...]]:
 def is_parameter(name: str, floating_point: bool) -> bool:
     """Whether an entry of a state dict is taken for a parameter, known buffers aside.
 
-    A weight of another type is one too: quantized weights are told apart from counters this way.
+    A weight of another type is one too: quantized weights differ from counters by this.
     """
     return floating_point or name.rpartition(".")[2] == "weight"
 
