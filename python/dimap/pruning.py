@@ -78,7 +78,8 @@ def select(
 ) -> dict[str, Tensor]:
     """Return the masks that prune a model, without changing it.
 
-    sparsity: the share of weights to drop, in [0, 1]: one number, or one for each module by name.
+    sparsity: the share of weights to drop, in [0, 1]: one number, or one for each module by name, all of
+        them; 0 keeps a module as it is, 1 keeps nothing of it.
     nm: "2:4", say: every layer keeps, of every 4 weights in turn along its input, the 2 of largest
         magnitude (or saliency), of equal ones those of the lower index; any N:M up to M = 16, with
         no sparsity, scope or normalize. "auto" (of 4) or "auto:M": the N of each layer is its share at
@@ -315,7 +316,7 @@ class Pruning(Pruned):
 
     def save_masks(self, path: str | os.PathLike[str]) -> None:
         """Write the masks to a safetensors file, one bit a weight (see `dimap.load_masks`)."""
-        save_masks(path, self.masks, self.mask_metadata())
+        save_masks(self.masks, path, self.mask_metadata())
 
 
 def count_nonzero(tensor: Tensor) -> int:

@@ -289,7 +289,7 @@ def test_resume_from_a_checkpoint_gives_the_same_weights(tmp_path) -> None:
     dimap.hold_masks(model, masks, optimizer)
     train(model, optimizer, steps=3)
     torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "c")
-    dimap.save_masks(tmp_path / "m.safetensors", masks)
+    dimap.save_masks(masks, tmp_path / "m.safetensors")
     train(model, optimizer, steps=3, start=3)
 
     again = micro(seed=1)[0]

@@ -34,7 +34,7 @@ class Job:
 
     settings: the arguments of `prune_checkpoint` that make an output what it is, beside its input;
         values that JSON has.
-    more: its other arguments, as `timm_model`.
+    more: its other arguments, as `model`.
     masks, reports: folders, or None where none are wanted.
     force: replace outputs that are there and that the manifest does not tell to be these.
     checksum: note the SHA-256 of inputs and outputs.

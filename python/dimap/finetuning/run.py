@@ -151,7 +151,9 @@ def _need(package: str, module: str | None = None) -> None:
         import_module(module or package)
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f"fine-tuning needs the package {package}: pip install 'dimap[finetune]'", name=package
+            f"fine-tuning needs the package {package}: pip install 'torch-dimap[finetune]', or "
+            "'.[finetune]' from a checkout",
+            name=package,
         ) from error
 
 
