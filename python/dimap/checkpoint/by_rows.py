@@ -23,7 +23,7 @@ from ..rows import select_rows
 from ..saliency import fit_norms, scaled
 from .base import Progress, raw_bytes
 from .native import FILL, begin, opened
-from .streaming import StreamPruning, masks_header
+from .streaming import StreamPruning, masks_header, nan_notes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,6 +51,7 @@ def fill_by_rows(
     parts: dict[str, list[tuple[str, int, float]]] = {}
     for each in zip(plan.names, plan.axes, plan.of_rows(result.sparsity), strict=True):
         parts.setdefault(whole(each[0]), []).append(each)
+    nans: list[str] = []
     kept, nonzero, smallest = Counter[str](), Counter[str](), dict[str, float]()
 
     def masked(name: str, tensor: Tensor) -> tuple[Tensor, Tensor]:
@@ -94,10 +95,14 @@ def fill_by_rows(
                         mask, tensor = masked(entry.name, tensor)
                         if masks is not None:
                             os.pwrite(bits, raw_bytes(pack(mask)), begins[entry.name])
-                    elif entry.name in result.shapes:
-                        nonzero[entry.name] = count_nonzero(tensor)
+                    else:
+                        if entry.name in result.shapes:
+                            nonzero[entry.name] = count_nonzero(tensor)
+                        if entry.dtype.most and bool(tensor.float().isnan().any()):
+                            nans.append(entry.name)
                     file.write(raw_bytes(tensor))
                     progress.advance(entry.nbytes)
+    result.notes += nan_notes(nans)
     result.kept = {name: kept[name] for name in [*parts, *plan.names]}
     result.nonzero = {name: nonzero[name] for name in result.shapes}
     for layer in (x for m, layers in plan.modules.items() if m != AUX for x in layers):
