@@ -18,7 +18,7 @@ Progress = Callable[[str, int, int], None]
 Piece = Callable[[int, int, memoryview], None]
 
 class NonFiniteError(ValueError):
-    """A NaN or an infinity: args are (tensor, flat index, "nan" or "inf")."""
+    """A NaN or an infinity: args are (tensor, flat index, "nan", "inf" or "-inf")."""
 
 class ChangedError(ValueError):
     """A file changed between two readings: args are (tensor,)."""

@@ -147,8 +147,8 @@ def _raise_non_finite(weights: Sequence[Tensor]) -> None:
         bad = ~torch.isfinite(w).flatten()
         if bool(bad.any()):
             index = int(bad.int().argmax())
-            kind = "nan" if bool(torch.isnan(w.flatten()[index])) else "inf"
-            raise RuntimeError(f"weights[{i}] must be finite, got {kind} at flat index {index}")
+            got = float(w.detach().flatten()[index])
+            raise RuntimeError(f"weights[{i}] must be finite, got {got} at flat index {index}")
     raise RuntimeError("the CUDA operator did not decide: please report this with the weights")
 
 

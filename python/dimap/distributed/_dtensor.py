@@ -381,7 +381,7 @@ def _named(held: Sequence[Local]) -> Iterator[None]:
         yield
     except RuntimeError as error:
         told = re.search(
-            r"weights\[(\d+)\] must be finite, got (\w+) at flat index (\d+)", str(error)
+            r"weights\[(\d+)\] must be finite, got (\S+) at flat index (\d+)", str(error)
         )
         if told is None:
             raise
