@@ -6,11 +6,14 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from . import ops
+from .budgets import Budgets, Weights, costs_of, solve
 from .distributed import check_whole, is_sharded
 from .groups import (
     AUX,
@@ -23,11 +26,16 @@ from .groups import (
     part_of,
     part_shape,
 )
-from .groups.plan import Normalize, Plan, Scope, check_choice, renamed
+from .groups.plan import Normalize, Plan, Scope, Sparsity, check_choice, renamed
 from .masks import save_masks
 from .methods import METHODS
 from .report import Pruned
 from .saliency import Batches, Loss
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from .budgets import Wanted
 
 __all__ = ["Normalize", "Pruning", "Scope", "prune", "score", "select"]
 
@@ -60,7 +68,7 @@ def score(
 
 def select(
     model: Model,
-    sparsity: float | Mapping[str, float],
+    sparsity: Sparsity = None,
     *,
     method: str = "dimap",
     scope: Scope | None = None,
@@ -71,6 +79,8 @@ def select(
     patterns: Patterns | Choice | None = None,
     family: str | None = None,
     ignore: str | Sequence[str] | None = None,
+    input_size: int | Sequence[int] | None = None,
+    **budgets: Unpack[Wanted],
 ) -> dict[str, Tensor]:
     """Return the masks that prune a model, without changing it.
 
@@ -91,6 +101,12 @@ def select(
         What it says of other parameters is left out.
     data, loss: batches and loss for the methods that need them, as in `dimap.saliency.taylor`.
     patterns, family, ignore: see `find_modules`.
+    budgets: flops, nominal_flops, params, min_keep, max_keep and limits, as in `dimap.Budgets`. With one
+        of the first three the smallest sparsity is found that meets it; `sparsity` then says nothing, or
+        that of some modules, or "auto": then the modules have sparsities of their own, such that a
+        weight more removed would add as much to the distortion of any of them (docs/guide.md).
+        Limits move nothing from scope to scope: what they take from one layer the others get.
+    input_size: for a budget of FLOPs, as in `dimap.flops.count_flops`.
 
     A model may be sharded: parameters that are DTensors (FSDP2). Then all processes of its mesh call
     this together, no weight is gathered, and the masks are DTensors with the same placements; the
@@ -101,13 +117,13 @@ def select(
     flat index. Parameters of "aux" are not in it.
     """
     choice = choose(patterns, family, ignore)
-    pruning = _decide(model, sparsity, method, scope, normalize, saliency, data, loss, choice)
-    return pruning.masks
+    given = saliency, data, loss, choice, Budgets(**budgets), input_size
+    return decide(model, sparsity, method, scope, normalize, *given).masks
 
 
 def prune(
     model: Model,
-    sparsity: float | Mapping[str, float],
+    sparsity: Sparsity = None,
     *,
     method: str = "dimap",
     scope: Scope | None = None,
@@ -118,13 +134,22 @@ def prune(
     patterns: Patterns | Choice | None = None,
     family: str | None = None,
     ignore: str | Sequence[str] | None = None,
+    input_size: int | Sequence[int] | None = None,
+    **budgets: Unpack[Wanted],
 ) -> Pruning:
     """Prune a model in place: what `select` drops becomes zero. Arguments as in `select`.
 
     Nothing is changed when an error is raised.
     """
     choice = choose(patterns, family, ignore)
-    pruning = _decide(model, sparsity, method, scope, normalize, saliency, data, loss, choice)
+    given = saliency, data, loss, choice, Budgets(**budgets), input_size
+    pruning = decide(model, sparsity, method, scope, normalize, *given)
+    zero(pruning)
+    return pruning
+
+
+def zero(pruning: Pruning) -> None:
+    """Set to zero what the masks drop."""
     weights = [pruning.parameters[name].detach() for name in pruning.masks]
     masks = list(pruning.masks.values())
     if is_sharded(weights):
@@ -134,12 +159,11 @@ def prune(
     else:
         with renamed(list(pruning.masks)):
             ops.apply_(weights, masks)
-    return pruning
 
 
-def _decide(
+def decide(
     model: Model,
-    sparsity: float | Mapping[str, float],
+    sparsity: Sparsity,
     method: str,
     scope: Scope | None,
     normalize: Normalize | None,
@@ -147,8 +171,14 @@ def _decide(
     data: Batches | None,
     loss: Loss | None,
     choice: Choice,
+    budgets: Budgets,
+    input_size: int | Sequence[int] | None,
+    counted: nn.Module | None = None,
 ) -> Pruning:
-    """The masks and cuts of a pruning; the model is as it was, all checked before data are read."""
+    """The masks and cuts of a pruning; the model is as it was, all checked before data are read.
+
+    counted: the model whose FLOPs a budget bounds, where `model` is a state dict.
+    """
     check_choice("method", method, tuple(METHODS))
     chosen = METHODS[method]
     if chosen.needs_data:
@@ -168,7 +198,10 @@ def _decide(
     parameters = named_tensors(model)
     if saliency is not None or data is not None:  # only magnitudes are ranked on several processes
         check_whole(parameters.values(), "data" if saliency is None else "saliency")
-    keep = plan.keep(sparsity)
+    shapes = {name: tuple(tensor.shape) for name, tensor in parameters.items()}
+    costs = costs_of(budgets, plan, shapes, counted or model, input_size)
+    if not costs:
+        plan.keep(sparsity)  # a wrong one is told before data are read
     source, tensors, labels = "magnitude", plan.tensors, plan.names
     if chosen.saliency is not None:
         source, saliency = method, chosen.saliency(model, data, loss, patterns=choice)
@@ -176,24 +209,48 @@ def _decide(
         source = "given"
     if saliency is not None:
         tensors, labels = plan.ranked(saliency), [f"saliency of {name}" for name in plan.names]
+    surveyed = partial(_surveyed, plan, tensors, labels, source != "magnitude")
+    solved = solve(plan, sparsity, budgets, costs, surveyed)
+    numbers = solved.plan.layers, solved.plan.scopes, solved.keep
     if is_sharded(tensors):
         from .distributed import _dtensor
 
-        masks, cuts = _dtensor.select_cuts(plan.names, tensors, plan.layers, plan.scopes, keep)
+        masks, cuts = _dtensor.select_cuts(plan.names, tensors, *numbers)
     else:
         with renamed(labels):
-            masks, cuts = ops.select_cuts(tensors, plan.layers, plan.scopes, keep)
+            masks, cuts = ops.select_cuts(tensors, *numbers)
+    thresholds = dict(zip(solved.plan.scope_names, cuts.tolist(), strict=True))
     return Pruning(
         modules=plan.modules,
-        thresholds=dict(zip(plan.scope_names, cuts.tolist(), strict=True)),
+        thresholds=solved.thresholds or thresholds,
         scope=scope,
         normalize=normalize,
-        sparsity=plan.ratios(sparsity),
+        sparsity=solved.sparsity,
         saliency=source,
         masks=plan.merged(masks),
         parameters=parameters,
-        notes=list(plan.notes),
+        notes=[*plan.notes, *solved.notes],
+        asked=budgets.settings(),
     )
+
+
+def _surveyed(plan: Plan, tensors: Sequence[Tensor], labels: Sequence[str], dense: bool) -> Weights:
+    """Tensors in the memory of this process, or of several, for budgets and limits."""
+    bits = [ops.ZERO_BITS.get(tensor.dtype, 0) for tensor in tensors]
+    if is_sharded(tensors):
+        from .distributed import _dtensor
+
+        return Weights(plan, bits, _dtensor.surveyor(labels, tensors), dense)
+
+    def survey(rows: Mapping[int, int], windows: bytes, bins: int) -> memoryview:
+        weights = [tensors[i] for i in rows]
+        views = torch.frombuffer(bytearray(windows), dtype=torch.int64).reshape(-1, 7)
+        device = weights[0].device if weights else "cpu"
+        with renamed([labels[i] for i in rows]):
+            table = ops.survey(weights, list(rows.values()), views.to(device), bins)
+        return table.cpu().numpy().data
+
+    return Weights(plan, bits, survey, dense)
 
 
 @dataclass(kw_only=True)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from .._files import replacing
 from .base import raw_bytes
-from .header import DTYPES, Entry, Header, Spec, dtype_of, make_header, parse_header, refuse
+from .header import DTYPES, DType, Entry, Header, Spec, dtype_of, make_header, parse_header, refuse
 
 if TYPE_CHECKING:
     import os
@@ -70,8 +70,16 @@ def lay_out(dense: Header, nonzero: Mapping[str, int], where: str) -> Layout:
         # Where the name of its bits is taken the tensor is stored as it is.
         packed = count is not None and pays(entry, count) and entry.name + BITS not in names
         stored.append((entry, count if packed else None))
+    header = make_header(_describe(stored), _metadata(dense), where)
+    return _join(header, dense, where)
+
+
+def _describe(
+    stored: list[tuple[Entry, int | None]],
+) -> list[tuple[str, DType, list[int]]]:
+    """Entries of a file: of each tensor, or of its values, so many, and its bits."""
     # From the largest type to the smallest, the bits last: so every tensor lies aligned.
-    stored.sort(key=lambda item: -item[0].dtype.bits)
+    stored = sorted(stored, key=lambda item: -item[0].dtype.bits)
     described = [
         (entry.name, entry.dtype, list(entry.shape) if count is None else [count])
         for entry, count in stored
@@ -81,9 +89,28 @@ def lay_out(dense: Header, nonzero: Mapping[str, int], where: str) -> Layout:
         for entry, count in stored
         if count is not None
     ]
-    own = {VERSION_KEY: VERSION, DENSE_KEY: dense.raw[8:].decode("utf-8")}
-    header = make_header(described, dense.metadata | own, where)
-    return _join(header, dense, where)
+    return described
+
+
+def _metadata(dense: Header) -> dict[str, str]:
+    return dense.metadata | {VERSION_KEY: VERSION, DENSE_KEY: dense.raw[8:].decode("utf-8")}
+
+
+def size_at_most(dense: Header, nonzero: Mapping[str, int], where: str) -> int:
+    """Bytes that the file of `lay_out` does not exceed, and hardly falls below; it grows with the counts.
+
+    The header is that of a file that packs all of them, if packing pays or not.
+    """
+    names = {entry.name for entry in dense.entries}
+    packed = {n: c for n, c in nonzero.items() if n + BITS not in names}
+    stored = [(entry, packed.get(entry.name)) for entry in dense.entries]
+    header = make_header(_describe(stored), _metadata(dense), where)
+    saved = 0
+    for entry, count in stored:
+        if count is not None:
+            size = count * entry.dtype.size + (entry.numel() + 7) // 8
+            saved += max(0, size - entry.nbytes)
+    return header.file_size - saved
 
 
 def read_layout(header: Header, where: str) -> Layout:

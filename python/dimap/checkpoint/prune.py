@@ -12,14 +12,15 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from functools import cache, wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from .. import _timm
 from .._files import SUFFIX, naming, replacing
+from ..budgets import Budgets, costs_of, solve
 from ..distributed.launch import group_of
 from ..distributed.ranks import Ranks
 from ..groups import AUX, Choice, Patterns, Slice, choose, part_shape, whole, wholes
-from ..groups.plan import Normalize, Plan, Scope, check_choice
+from ..groups.plan import Normalize, Plan, Scope, Sparsity, check_choice
 from ..methods import METHODS
 from ..plots import report_output
 from ..report import Report, build_report
@@ -33,7 +34,9 @@ from .streaming import ENGINE_DTYPES, Stream, StreamPruning, check_agreement
 if TYPE_CHECKING:
     from torch import nn
     from torch.distributed import ProcessGroup
+    from typing_extensions import Unpack
 
+    from ..budgets import Wanted
     from .state_dict import StateDict
 
 __all__ = ["Progress", "StreamPruning", "prune_checkpoint", "pruning_checkpoint"]
@@ -46,7 +49,7 @@ T = TypeVar("T")
 def pruning_checkpoint(
     source: str | os.PathLike[str] | Checkpoint,
     target: str | os.PathLike[str],
-    sparsity: float | Mapping[str, float] | None = None,
+    sparsity: Sparsity = None,
     *,
     shares: Mapping[str, float] | None = None,
     method: str = "dimap",
@@ -66,6 +69,7 @@ def pruning_checkpoint(
     force: bool = False,
     progress: Progress | None = None,
     group: ProcessGroup | Ranks | None = None,
+    **budgets: Unpack[Wanted],
 ) -> Iterator[StreamPruning]:
     """Prune a checkpoint into another, exactly as `dimap.prune` does it with the loaded weights.
 
@@ -92,6 +96,7 @@ def pruning_checkpoint(
     group: several processes do it together, each its part of the bytes: all of them call this with
         the same arguments and see the same files. The first one creates the outputs and returns
         when they are there, as do the others.
+    budgets: as in `dimap.select`, and `size`: bytes of the files of weights, with `bitmask`.
 
     Returns what was done, in counts; the weights were not loaded, where they streamed by.
 
@@ -119,26 +124,36 @@ def pruning_checkpoint(
         checkpoint.choice = choose(patterns, family, ignore) or checkpoint.choice
         shapes = checkpoint.shapes()
         plan = Plan.of_shapes(shapes, scope, normalize, checkpoint.choice, checkpoint.ties())
-        given = _join(sparsity, shares or {}, [name for name in plan.modules if name != AUX])
-        keep, ratios = plan.keep(given), plan.ratios(given)
+        wanted = Budgets(**budgets)
+        modules = [name for name in plan.modules if name != AUX]
+        given = _join(sparsity, shares or {}, modules, partly=bool(wanted.asked))
+        if not wanted.asked:
+            plan.keep(given)  # a wrong one is told before any work
         _check(checkpoint, plan, out, bitmask, masks is not None, ranks)
+        progress = progress if progress is not None and first else Silent()
         stream = None
         if isinstance(checkpoint, Shards):
-            stream = Stream(checkpoint, plan, keep, bitmask, ranks)
-            settings = (keep, ratios, scope, normalize, masks is None, bitmask)
+            stream = Stream(checkpoint, plan, ranks, Told(progress))
+            settings = (given, wanted.settings(), scope, normalize, masks is None, bitmask)
             check_agreement(checkpoint, plan, settings, ranks)
         parts = [p for layers in plan.modules.values() for x in layers for p in x.parameters]
         names = wholes(parts)
+        model, why = None, "the first rank counts them"
+        if first or wanted.flops or wanted.nominal_flops:
+            model, why = _model(checkpoint, names, timm_model, input_size)
+        if model is None and (wanted.flops or wanted.nominal_flops):
+            raise ValueError(f"a budget of FLOPs needs the model's FLOPs, got none: {why}")
         parts = list(dict.fromkeys([*names, *parts]))
         result = StreamPruning(
             modules=plan.modules,
             thresholds={},
             scope=scope,
             normalize=normalize,
-            sparsity=ratios,
+            sparsity={},
             shapes={name: part_shape(shapes, name) for name in parts},
             dtypes={name: checkpoint.tensors[whole(name)].dtype.name for name in parts},
             notes=list(plan.notes),
+            asked=wanted.settings(),
         )
 
         # The first rank creates the outputs, before the work, so that one that cannot be written is
@@ -176,13 +191,20 @@ def pruning_checkpoint(
         stack.enter_context(naming(out, home))
 
         # The work. All ranks fill the files.
-        progress = progress if progress is not None and first else Silent()
         if stream is not None:
-            stream.fill(files, packed, result, Told(progress))
+            packing = stream.packed_size if bitmask else None
+            costs = costs_of(wanted, plan, shapes, model, input_size, packing)
+            solved = solve(plan, given, wanted, costs, stream.weights)
+            result.sparsity = solved.sparsity
+            result.notes += solved.notes
+            stream.fill(solved, bitmask, files, packed, result)
         else:
             held: StateDict = checkpoint  # type: ignore[assignment]  # the only other kind
             ending = out.suffix.lower()
-            _prune_state(held, given, files, ending, packed, bitmask, result, progress)
+            bounds = given, wanted, input_size, model
+            _prune_state(held, *bounds, files, ending, packed, bitmask, result, progress)
+        if wanted.size is not None:
+            result.size = sum(file.stat().st_size for file in files)
         result.notes += checkpoint.notes
         if first and all_copies and checkpoint.others and packed is not None:
             from .copies import mask_others
@@ -193,9 +215,6 @@ def pruning_checkpoint(
 
         # What was done.
         def summarize() -> Report:
-            model, why = None, "the first rank counts them"
-            if first:
-                model, why = _model(checkpoint, names, timm_model, input_size)
             built = build_report(result, model, input_size)
             return built if model else replace(built, notes=(f"no FLOPs: {why}", *result.notes))
 
@@ -228,24 +247,24 @@ prune_checkpoint = _completed(pruning_checkpoint, "prune_checkpoint")
 
 
 def _join(
-    sparsity: float | Mapping[str, float] | None,
-    shares: Mapping[str, float],
-    modules: Sequence[str],
-) -> float | Mapping[str, float]:
-    """One sparsity, or one for each of the modules."""
-    if sparsity is not None and not shares:
+    sparsity: Sparsity, shares: Mapping[str, float], modules: Sequence[str], *, partly: bool
+) -> Sparsity:
+    """One sparsity, or one for each of the modules; partly: those that are not given are sought."""
+    if not shares and (sparsity is not None or partly):
         return sparsity
-    named: dict[str, float] = {}
+    named: dict[str, Any] = {}
     # "qkv" is the module of every tower; "text.qkv" says more of one.
     for name, share in sorted(shares.items(), key=lambda item: item[0] in modules):
         here = [name] if name in modules else [m for m in modules if m.endswith(f".{name}")]
         if not here:
             raise ValueError(f"--module must name one of {', '.join(modules)}, got {name}")
         named |= dict.fromkeys(here, share)
-    given = dict(sparsity) if isinstance(sparsity, Mapping) else {}
+    given: dict[str, Any] = dict(sparsity) if isinstance(sparsity, Mapping) else {}
     if sparsity is not None and not isinstance(sparsity, Mapping):
         given = dict.fromkeys(modules, sparsity)
     given |= named
+    if partly:
+        return given
     if missing := [name for name in modules if name not in given]:
         raise ValueError(f"--sparsity, or --module for each of {', '.join(missing)}, must be given")
     return given
@@ -282,7 +301,10 @@ def _check(
 
 def _prune_state(
     checkpoint: StateDict,
-    sparsity: float | Mapping[str, float],
+    sparsity: Sparsity,
+    budgets: Budgets,
+    input_size: int | Sequence[int] | None,
+    model: nn.Module | None,
     targets: list[Path],
     ending: str,
     masks: Path | None,
@@ -291,13 +313,13 @@ def _prune_state(
     progress: Progress,
 ) -> None:
     """Prune what is in memory, write it, and complete the result."""
-    from ..pruning import prune
+    from ..pruning import decide, zero
 
     progress.step("pruning")
     state = {name: checkpoint.get(name) for name in wholes(result.shapes)}
-    pruning = prune(
-        state, sparsity, scope=result.scope, normalize=result.normalize, patterns=checkpoint.choice
-    )
+    given = None, None, None, checkpoint.choice, budgets, input_size, model
+    pruning = decide(state, sparsity, "dimap", result.scope, result.normalize, *given)
+    zero(pruning)
     checkpoint.mask_copies(pruning.masks)
     progress.step("writing")
     checkpoint.save(
@@ -307,6 +329,7 @@ def _prune_state(
         pruning.save_masks(masks)
     progress.step("counting")
     result.thresholds, result.kept = pruning.thresholds, pruning.kept
+    result.sparsity, result.notes = pruning.sparsity, pruning.notes
     result.nonzero, result.smallest = pruning.nonzero, pruning.smallest
 
 

@@ -9,24 +9,26 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from .. import _C
 from .._files import naming
+from ..budgets import Solved, Weights
 from ..distributed.ranks import Ranks
 from ..groups import AUX, Slice, whole, wholes
 from ..groups.plan import Plan
 from ..report import Pruned, Report
-from .bitmask import Layout, lay_out
+from .bitmask import Layout, lay_out, size_at_most
 from .header import DTYPES, Entry, Header, make_header
 from .native import FILL, READ, Told, begin, elements, opened
 from .shards import Shards, packed_index
 
 ENGINE_DTYPES = {"F32": 0, "BF16": 1, "F16": 2}  # as `_C` numbers them
+ZERO_BITS = {"F32": 0, "BF16": 16, "F16": 13}  # low bits that are zero in every key
 ASIDE = 1 << 25  # numbers that may be set aside while the cuts are sought: 128 MiB
 
 
@@ -94,11 +96,8 @@ def _skipped(name: str, size: int) -> int:
 class Stream:
     """One pruning from files to files, by one rank or by several."""
 
-    def __init__(
-        self, checkpoint: Shards, plan: Plan, keep: list[int], bitmask: bool, ranks: Ranks
-    ) -> None:
-        self.checkpoint, self.plan, self.keep = checkpoint, plan, keep
-        self.bitmask, self.ranks = bitmask, ranks
+    def __init__(self, checkpoint: Shards, plan: Plan, ranks: Ranks, told: Told) -> None:
+        self.checkpoint, self.plan, self.ranks, self.told = checkpoint, plan, ranks, told
         self.shards = checkpoint.shards
         located = {
             e.name: (file, e) for file, s in enumerate(self.shards) for e in s.header.entries
@@ -109,81 +108,119 @@ class Stream:
         self.others = list(located.values())  # alike on all ranks
         # Of each tensor: values of its parameter before its own.
         self.before = [0] * len(plan.names)
+        self.surveys = 0
+
+    def weights(self) -> Weights:
+        """The weights of all ranks, for budgets and limits."""
+        codes = [entry.dtype.code for _, entry in self.tensors]
+        return Weights(self.plan, [ZERO_BITS[code] for code in codes], self._survey)
+
+    def _survey(self, rows: Mapping[int, int], windows: bytes, bins: int) -> bytes:
+        self.surveys += 1
+        with opened(self.checkpoint.files, READ) as files, self._naming(list(rows)):
+            return _C.survey(
+                files,
+                [(*self._place(i), row) for i, row in rows.items()],
+                windows,
+                bins,
+                rank=self.ranks.rank,
+                size=self.ranks.size,
+                exchange=self.ranks.exchange if self.ranks.size > 1 else None,
+                progress=self.told,
+            )
+
+    def _place(self, tensor: int) -> tuple[int, int, int, int]:
+        """What the engine is told of a tensor: file, offset, weights, dtype."""
+        file, entry = self.tensors[tensor]
+        return file, entry.begin, entry.numel(), ENGINE_DTYPES[entry.dtype.code]
+
+    @contextmanager
+    def _naming(self, numbers: Sequence[int]) -> Iterator[None]:
+        """Say the names of tensors where the engine's errors say their numbers."""
+        try:
+            yield
+        except _C.NonFiniteError as error:
+            number, index, kind = error.args
+            name = self.plan.names[numbers[number]]
+            raise ValueError(f"{name} must be finite, got {kind} at flat index {index}") from error
+        except _C.ChangedError as error:
+            file, entry = self.tensors[numbers[error.args[0]]]
+            raise ValueError(
+                f"{self.shards[file].path}: {entry.name} must not change while it is read"
+            ) from error
 
     def fill(
-        self, targets: list[Path], masks: Path | None, result: StreamPruning, told: Told
+        self,
+        solved: Solved,
+        bitmask: bool,
+        targets: list[Path],
+        masks: Path | None,
+        result: StreamPruning,
     ) -> None:
         """Decide and write this rank's part, and complete the result with the counts of all ranks."""
-        plan, ranks = self.plan, self.ranks
+        plan, ranks = solved.plan, self.ranks
         module_of = dict(zip(plan.layers, plan.scopes, strict=True))
-        with ExitStack() as files:
+        with ExitStack() as files, self._naming(range(len(self.tensors))):
             engine = _C.Pruning(
                 files.enter_context(opened(self.checkpoint.files, READ)),
-                [
-                    (file, e.begin, e.numel(), ENGINE_DTYPES[e.dtype.code], layer)
-                    for (file, e), layer in zip(self.tensors, plan.layers, strict=True)
-                ],
+                [(*self._place(i), layer) for i, layer in enumerate(plan.layers)],
                 [module_of[layer] for layer in range(len(module_of))],
-                self.keep,
+                solved.keep,
                 rank=ranks.rank,
                 size=ranks.size,
                 exchange=ranks.exchange if ranks.size > 1 else None,
-                progress=told,
+                progress=self.told,
                 aside=ASIDE,
             )
-            try:
-                engine.decide()
-                layouts = self._lay_out(engine)
-                outputs = files.enter_context(opened(targets, FILL))
-                for output, layout in zip(outputs, layouts, strict=True):
-                    begin(output, layout.header, first=ranks.rank == 0)
-                masks_at = None
-                if masks is not None:
-                    (output,) = files.enter_context(opened([masks], FILL))
-                    header = _masks_header(plan, result)
-                    begin(output, header, first=ranks.rank == 0)
-                    begins = {entry.name: entry.begin for entry in header.entries}
-                    sizes = zip(plan.names, plan.sizes, strict=True)
-                    masks_at = (
-                        *output,
-                        [begins[whole(n)] + _skipped(n, size) for n, size in sizes],
-                    )
-                    outputs = [*outputs, output]
-                nonzero_others = engine.write(
-                    outputs[: len(targets)],
-                    [
-                        place_of(layouts[file], entry, before)
-                        for (file, entry), before in zip(self.tensors, self.before, strict=True)
-                    ],
-                    [
-                        (file, *elements(e), layouts[file].places[e.name].values.begin)
-                        for file, e in self.others
-                    ],
-                    masks=masks_at,
+            engine.decide()
+            layouts = self._lay_out(engine, bitmask)
+            outputs = files.enter_context(opened(targets, FILL))
+            for output, layout in zip(outputs, layouts, strict=True):
+                begin(output, layout.header, first=ranks.rank == 0)
+            masks_at = None
+            if masks is not None:
+                (output,) = files.enter_context(opened([masks], FILL))
+                header = _masks_header(plan, result)
+                begin(output, header, first=ranks.rank == 0)
+                begins = {entry.name: entry.begin for entry in header.entries}
+                sizes = zip(plan.names, plan.sizes, strict=True)
+                masks_at = (
+                    *output,
+                    [begins[whole(n)] + _skipped(n, size) for n, size in sizes],
                 )
-            except _C.NonFiniteError as error:
-                number, index, kind = error.args
-                raise ValueError(
-                    f"{plan.names[number]} must be finite, got {kind} at flat index {index}"
-                ) from error
-            except _C.ChangedError as error:
-                file, entry = self.tensors[error.args[0]]
-                raise ValueError(
-                    f"{self.shards[file].path}: {entry.name} must not change while it is read"
-                ) from error
-            told.finish()
+                outputs = [*outputs, output]
+            nonzero_others = engine.write(
+                outputs[: len(targets)],
+                [
+                    place_of(layouts[file], entry, before)
+                    for (file, entry), before in zip(self.tensors, self.before, strict=True)
+                ],
+                [
+                    (file, *elements(e), layouts[file].places[e.name].values.begin)
+                    for file, e in self.others
+                ],
+                masks=masks_at,
+            )
+            self.told.finish()
             if ranks.rank > 0:  # what rank 0 brings to the disk need not be what others wrote
                 for descriptor, path in outputs:
                     with naming(Path(path)):
                         os.fsync(descriptor)
-        self._add_up(engine, nonzero_others, result)
-        if self.bitmask and self.checkpoint.index is not None and ranks.rank == 0:
+        self._add_up(engine, nonzero_others, solved, result)
+        if bitmask and self.checkpoint.index is not None and ranks.rank == 0:
             headers = {s.path.name: x.header for s, x in zip(self.shards, layouts, strict=True)}
             self.checkpoint.write_index(targets, packed_index(self.checkpoint.index, headers))
 
-    def _lay_out(self, engine: _C.Pruning) -> list[Layout]:
+    def packed_size(self, values: Mapping[str, int]) -> int:
+        """Bytes of the bitmask files, if the pruned parameters have so many values at most."""
+        return sum(
+            size_at_most(s.header, {n: values[n] for n in s.entries if n in values}, str(s.path))
+            for s in self.shards
+        )
+
+    def _lay_out(self, engine: _C.Pruning, bitmask: bool) -> list[Layout]:
         """What goes where in the outputs."""
-        if not self.bitmask:
+        if not bitmask:
             return [shard.layout for shard in self.shards]
         packed: dict[str, int] = {}
         for i, (name, count) in enumerate(zip(self.plan.names, engine.count_packed(), strict=True)):
@@ -194,16 +231,19 @@ class Stream:
             for s in self.shards
         ]
 
-    def _add_up(self, engine: _C.Pruning, nonzero_others: list[int], result: StreamPruning) -> None:
+    def _add_up(
+        self, engine: _C.Pruning, nonzero_others: list[int], solved: Solved, result: StreamPruning
+    ) -> None:
         """Complete the result, once it is sure that exactly what was asked for is kept."""
-        plan = self.plan
-        result.readings = engine.readings
-        result.thresholds = dict(zip(plan.scope_names, engine.thresholds, strict=True))
+        plan = solved.plan
+        result.readings = self.surveys + engine.readings
+        thresholds = dict(zip(plan.scope_names, engine.thresholds, strict=True))
+        result.thresholds = solved.thresholds or thresholds
         result.kept = dict(zip(plan.names, engine.kept, strict=True))
-        kept = [0] * len(self.keep)
+        kept = [0] * len(solved.keep)
         for scope, count in zip(plan.scopes, engine.kept, strict=True):
             kept[scope] += count
-        for name, want, got in zip(plan.scope_names, self.keep, kept, strict=True):
+        for name, want, got in zip(plan.scope_names, solved.keep, kept, strict=True):
             if want != got:
                 raise ValueError(f"{name} must keep {want} weights, got {got}")
         parts = self.ranks.gather((engine.nonzero, nonzero_others, engine.smallest))

@@ -8,7 +8,7 @@ hold (`Replicate`) only the first of them counts; all of them get its mask.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -171,7 +171,6 @@ def share_out(held: Sequence[Local], ranks: Ranks) -> set[str]:
 
 # Masks of all
 
-ZERO_BITS = (0, 16, 13)  # low bits that are zero in every magnitude key, by number of the dtype
 PROBES = 255  # places that are tried at once when the last kept tie is looked for
 
 # [layers] the key from which weights are kept, and the key of ties or -1; [modules] how many ties are
@@ -256,31 +255,58 @@ def _decide_on_devices(
     held: Sequence[Local], sizes: list[int], module_of: list[int], keep: Sequence[int], ranks: Ranks
 ) -> Decided:
     """The same where some are on GPUs: these survey them, and the tables are added up there."""
-    granularities = [max(ZERO_BITS)] * len(sizes)
-    on: dict[torch.device, list[Local]] = {}  # those that this rank surveys
+    granularities = [max(ops.ZERO_BITS.values())] * len(sizes)
     for local in held:
-        granularities[local.layer] = min(granularities[local.layer], ZERO_BITS[local.dtype])
-        if local.counts:
-            on.setdefault(local.weights.device, []).append(local)
+        here = ops.ZERO_BITS[local.weights.dtype]
+        granularities[local.layer] = min(granularities[local.layer], here)
 
     def survey(windows: bytes, bins: int) -> memoryview:
-        views = torch.frombuffer(bytearray(windows), dtype=torch.int64).reshape(-1, 7)
-        table = ops.survey([], [], views, bins)
-        for device, mine in on.items():
-            weights, layers = [local.weights for local in mine], [local.layer for local in mine]
-            try:
-                found = ops.survey(weights, layers, views.to(device), bins)
-            except RuntimeError as error:
-                told = re.search(
-                    r"weights\[(\d+)\] must be finite, got (\w+) at flat index (\d+)", str(error)
-                )
-                if told is None:
-                    raise
-                raise mine[int(told[1])].non_finite(int(told[3]), told[2]) from error
-            table = table.to(device) + found
-        return ranks.sum(table).cpu().numpy().data
+        return _survey(held, [local.layer for local in held], windows, bins, ranks)
 
     return _C.decide_surveys(survey, granularities, sizes, module_of, keep)
+
+
+def _survey(
+    held: Sequence[Local], rows: Sequence[int], windows: bytes, bins: int, ranks: Ranks
+) -> memoryview:
+    """`dimap.ops.survey` of the weights of all ranks. rows: of each tensor, its row of the table."""
+    on: dict[torch.device, list[tuple[Local, int]]] = {}  # those that this rank surveys
+    for local, row in zip(held, rows, strict=True):
+        if local.counts:
+            on.setdefault(local.weights.device, []).append((local, row))
+    views = torch.frombuffer(bytearray(windows), dtype=torch.int64).reshape(-1, 7)
+    table = ops.survey([], [], views, bins)
+    for device, mine in on.items():
+        try:
+            found = ops.survey(
+                [local.weights for local, _ in mine],
+                [row for _, row in mine],
+                views.to(device),
+                bins,
+            )
+        except RuntimeError as error:
+            told = re.search(
+                r"weights\[(\d+)\] must be finite, got (\w+) at flat index (\d+)", str(error)
+            )
+            if told is None:
+                raise
+            raise mine[int(told[1])][0].non_finite(int(told[3]), told[2]) from error
+        table = table.to(device) + found
+    return ranks.sum(table).cpu().numpy().data
+
+
+def surveyor(
+    names: Sequence[str], tensors: Sequence[Tensor]
+) -> Callable[[Mapping[int, int], bytes, int], memoryview]:
+    """A function that surveys the weights of all ranks (see `dimap.budgets`); all ranks call it."""
+
+    def survey(rows: Mapping[int, int], windows: bytes, bins: int) -> memoryview:
+        with _ranks_of(tensors) as ranks:
+            held = [local_of(names[i], tensors[i], 0, 0) for i in rows]
+            share_out(held, ranks)
+            return _survey(held, list(rows.values()), windows, bins, ranks)
+
+    return survey
 
 
 # Ties: the first ones are kept, by tensor and by flat index in the whole

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 from . import (
     AUX,
@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 
 Scope = Literal["module", "global", "layer", "type", "block", "stage"]
 Normalize = Literal["layer", "block", "stage", "module", "scope"]
+# One share of weights to drop, one for each module, or how it is found: "auto", or none where a budget
+# says it.
+Sparsity: TypeAlias = "float | Mapping[str, float] | str | None"
 
 
 @dataclass
@@ -78,7 +81,7 @@ class Plan:
         of_layer = scope_names(modules, scope)
         groups: dict[tuple[str, ...], int] = {}
         scopes: dict[str, int] = {}
-        for module, layer in ((m, x) for m, xs in modules.items() if m != AUX for x in xs):
+        for module, layer in plan.prunable():
             name = of_layer[layer.name]
             if name not in scopes:
                 scopes[name] = len(scopes)
@@ -117,6 +120,14 @@ class Plan:
                 raise ValueError(f"{name} must hold weights, got a tensor on the meta device")
         return plan
 
+    def prunable(self) -> list[tuple[str, Layer]]:
+        """The layers that are pruned, each with its module."""
+        return [(m, layer) for m, layers in self.modules.items() if m != AUX for layer in layers]
+
+    def of_tensors(self) -> list[tuple[str, Layer]]:
+        """The module and the layer of each tensor."""
+        return [(m, layer) for m, layer in self.prunable() for _ in layer.parameters]
+
     def merged(self, values: Sequence[Tensor]) -> dict[str, Tensor]:
         """What was computed for each tensor, by parameter: slices are stacked again."""
         import torch
@@ -127,7 +138,7 @@ class Plan:
         stacked = {name.parameter for name in self.names if isinstance(name, Slice)}
         return {n: torch.stack(p) if n in stacked else p[0] for n, p in parts.items()}
 
-    def keep(self, sparsity: float | Mapping[str, float]) -> list[int]:
+    def keep(self, sparsity: Sparsity) -> list[int]:
         """How many weights each scope keeps."""
         if isinstance(sparsity, Mapping) and None in self.scope_modules:
             raise ValueError(
@@ -144,16 +155,18 @@ class Plan:
             for n, module in zip(totals, self.scope_modules, strict=True)
         ]
 
-    def ratios(self, sparsity: float | Mapping[str, float]) -> dict[str, float]:
+    def ratios(self, sparsity: Sparsity) -> dict[str, float]:
         """The ratio of each prunable module, checked."""
         names = [name for name in self.modules if name != AUX]
+        if sparsity is None or sparsity == "auto":
+            raise TypeError(f"sparsity must be a number where no budget finds it, got {sparsity}")
         if isinstance(sparsity, Mapping):
             if set(sparsity) != set(names):
                 raise ValueError(
                     f"sparsity must have one number for each of the modules {', '.join(names)}, "
                     f"got {', '.join(map(str, sparsity)) or 'none'}"
                 )
-            given = {name: sparsity[name] for name in names}
+            given: dict[str, Any] = {name: sparsity[name] for name in names}
         else:
             given = dict.fromkeys(names, sparsity)
         for name, value in given.items():

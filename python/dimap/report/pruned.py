@@ -37,6 +37,8 @@ class Pruned:
         sparsity: module name -> the ratio asked for.
         notes: what the user should know, of the grouping say, one sentence each.
         saliency: what was ranked: "magnitude", "given", or the method's name ("taylor", "snip").
+        asked: the budgets and limits that were given, as in `dimap.Budgets`.
+        size: bytes of the output's files of weights, where there is a budget of them.
 
     A subclass has, as attributes or properties, by parameter name:
         shapes: of every parameter, "aux" included.
@@ -54,6 +56,8 @@ class Pruned:
     sparsity: dict[str, float]
     saliency: str = "magnitude"
     notes: list[str] = field(default_factory=list)
+    asked: dict[str, Any] = field(default_factory=dict)
+    size: int | None = None
 
     if TYPE_CHECKING:  # a dataclass would take a property of its base for a field's default
 
@@ -106,24 +110,17 @@ def build_report(
             pruned is sharded (DTensor).
         RuntimeError: the forward pass at the given `input_size` failed.
     """
-    names_in = _names_in(pruning, model)
-    flops, notes = _flops(model, input_size)
+    dense_flops, flops, notes = count_dense(pruning.modules, pruning.shapes, model, input_size)
     # Of a pruning in memory each of these is counted when it is asked for: once.
     nonzero, smallest = pruning.nonzero, pruning.smallest
     weights = {name: math.prod(shape) for name, shape in pruning.shapes.items()}
     kept = {**weights, **pruning.kept}
     scopes = scope_names(pruning.modules, pruning.scope)
-    every = (p for layers in pruning.modules.values() for x in layers for p in x.parameters)
-    pieces = Counter(map(whole, every))  # slices of each parameter; 1 where it is whole
 
     def count(layer: Layer, density: Fraction) -> LayerReport:
         """density: kept share of the layer's module."""
         names = layer.parameters
-        dense = (
-            [flops.parameters.get(names_in[p], 0) // pieces[p] for p in map(whole, names)]
-            if flops
-            else []
-        )
+        dense = [dense_flops[p] for p in names] if flops else []
         left = dense
         if layer.module != AUX:
             # Every weight of a matrix or a kernel meets equally many tokens: count / weights.
@@ -161,6 +158,13 @@ def build_report(
         modules.append(ModuleReport(name, len(layers), threshold=threshold, **sums))
     if flops and (unused := [row.name for row in rows if row.weights and not row.flops_dense]):
         notes.append(f"no FLOPs were seen of {len(unused)} layers, {unused[0]} is the first")
+    sums = _sums(modules, flops.other if flops else None)
+    shares = {
+        "flops": _share(sums.get("flops"), sums.get("flops_dense")),
+        "nominal_flops": _share(sums.get("flops_nominal"), sums.get("flops_dense")),
+        "params": _share(sums["kept"], sums["weights"]),
+        "size": pruning.size,
+    }
     return Report(
         scope=pruning.scope,
         normalize=pruning.normalize,
@@ -171,8 +175,14 @@ def build_report(
         input_size=flops.input_size if flops else None,
         flops_other=flops.other if flops else None,
         notes=(*notes, *pruning.notes),
-        **_sums(modules, flops.other if flops else None),
+        asked=dict(pruning.asked),
+        got={name: got for name, got in shares.items() if name in pruning.asked},
+        **sums,
     )
+
+
+def _share(left: int | None, all_of_it: int | None) -> float | None:
+    return left / all_of_it if left is not None and all_of_it else None
 
 
 def _sums(parts: Sequence[LayerReport | ModuleReport], other: int | None) -> dict[str, Any]:
@@ -186,13 +196,36 @@ def _sums(parts: Sequence[LayerReport | ModuleReport], other: int | None) -> dic
     return sums
 
 
-def _names_in(pruning: Pruned, model: nn.Module | Mapping[str, Tensor] | None) -> dict[str, str]:
+def count_dense(
+    modules: Mapping[str, Sequence[Layer]],
+    shapes: Mapping[str, tuple[int, ...]],
+    model: nn.Module | Mapping[str, Tensor] | None,
+    input_size: int | Sequence[int] | None,
+) -> tuple[dict[str, int], Flops | None, list[str]]:
+    """The multiply-adds of every parameter and slice before pruning, and of the whole model.
+
+    modules, shapes: as in `Pruned`. model, input_size, errors: as in `build_report`. Where there are
+    no FLOPs: none, None, and a note that says why.
+    """
+    names_in = _names_in(modules, shapes, model)
+    flops, notes = _flops(model, input_size)
+    every = [p for layers in modules.values() for x in layers for p in x.parameters]
+    pieces = Counter(map(whole, every))  # slices of each parameter; 1 where it is whole
+    counted = flops.parameters if flops else {}
+    return {p: counted.get(names_in[whole(p)], 0) // pieces[whole(p)] for p in every}, flops, notes
+
+
+def _names_in(
+    modules: Mapping[str, Sequence[Layer]],
+    shapes: Mapping[str, tuple[int, ...]],
+    model: nn.Module | Mapping[str, Tensor] | None,
+) -> dict[str, str]:
     """What the model that was pruned calls each of its parameters."""
-    every = (p for layers in pruning.modules.values() for x in layers for p in x.parameters)
+    every = (p for layers in modules.values() for x in layers for p in x.parameters)
     known = wholes(every)
     if model is None:
         return {name: name for name in known}
-    shapes = {name: tuple(pruning.shapes[name]) for name in known}
+    shapes = {name: tuple(shapes[name]) for name in known}
     tensors: Mapping[str, Tensor] = (
         model
         if isinstance(model, Mapping)
