@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from ..groups.plan import Normalize, Scope
+from .budgets import BUDGETS, budgeted, parse_sparsity
 from .common import (
     IN_HELP,
     Debug,
@@ -24,6 +25,7 @@ from .common import (
 )
 from .grouping import Grouping, grouped
 from .progress import Bar
+from .recipes import Recipe, write_recipe
 
 PATHS_HELP = f"""{IN_HELP} OUT is a file where IN is a file, a folder where it is a folder.
 
@@ -34,14 +36,23 @@ folders that its wildcards matched, too."""
 
 
 @grouped
+@budgeted
 def prune(
+    ctx: typer.Context,
     paths: Annotated[
         list[str],
         typer.Argument(metavar="IN... [OUT]", help=PATHS_HELP, show_default=False),
     ],
     sparsity: Annotated[
-        float | None,
-        typer.Option("--sparsity", "-s", help="Share of the weights to drop, 0 to 1."),
+        str | None,
+        typer.Option(
+            "--sparsity",
+            "-s",
+            parser=parse_sparsity,
+            metavar="SHARE|auto",
+            help="Share of the weights to drop, as 0.55 or 55%; auto shares a budget among the modules "
+            "by what they lose.",
+        ),
     ] = None,
     module: Annotated[
         list[str] | None,
@@ -126,10 +137,12 @@ def prune(
             metavar="SIZE", help="Input for FLOPs: 224, 224x224 or 3x224x224. Default: the model's."
         ),
     ] = None,
+    recipe: Recipe = None,
     layers: Layers = False,
     as_json: Json = False,
     debug: Debug = False,
     *,
+    budgets: dict[str, Any],
     grouping: Grouping,
 ) -> None:
     """Set the least important weights of a checkpoint to zero and write the result to OUT.
@@ -144,8 +157,10 @@ def prune(
     Under torchrun its processes share the checkpoints, or the one checkpoint.
     """
     shares, size = parse_shares(module or []), parse_input_size(input_size)
-    if sparsity is None and not shares:
-        raise typer.BadParameter("give --sparsity, or --module NAME=SHARE for every module")
+    if sparsity is None and not shares and not budgets.keys() & BUDGETS:
+        raise typer.BadParameter(
+            "give --sparsity, --module NAME=SHARE for every module, or a budget as --flops 60%"
+        )
     if out_dir is None and len(paths) != 2:
         raise typer.BadParameter("give IN and OUT, or any number of IN and --out-dir DIR")
     for option, given in (("--jobs", jobs > 1), ("--checksum", checksum)):
@@ -163,6 +178,7 @@ def prune(
             "bitmask": form == "bitmask",
             "key": key,
             "all_copies": all_copies,
+            **budgets,
             **grouping,
         }
         settings = {
@@ -184,6 +200,9 @@ def prune(
             more |= {"masks": masks, "report": report, "force": force}
             done = prune_checkpoint(source, out, **settings, **more, progress=bar, group=ranks)
             built = done.summary()
+        if ranks.rank == 0:
+            found = {"sparsity": built.sparsity, **({"got": built.got} if built.got else {})}
+            write_recipe(Path(out), ctx, found)
     if ranks.rank > 0:
         return  # the first one tells
     seconds = time.monotonic() - start
