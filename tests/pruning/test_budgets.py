@@ -46,7 +46,7 @@ def look(counts: _C.Counts, weights, bins: int) -> None:
     counts.take(table.numpy())
 
 
-@settings(max_examples=200)
+@settings(max_examples=100, deadline=None)
 @given(limited(), st.sampled_from([256, 1000, 4096]))
 def test_counts_enclose_what_a_walk_keeps_and_close_in_on_it(case, bins) -> None:
     problem, sets, layer_of, limits = case
@@ -217,10 +217,10 @@ def test_limits_give_the_masks_of_the_walk(dtype, how, limits) -> None:
 
 def test_a_budget_within_limits_moves_what_a_limit_stops() -> None:
     model = Net(3, torch.float32)
-    pruned = dimap.prune(model, input_size=32, flops=0.5, min_keep=0.4, **HOW)
+    pruned = dimap.prune(model, input_size=32, flops=0.6, min_keep=0.5, **HOW)
     report = pruned.report(model, 32)
-    assert 0.49 < report.got["flops"] <= 0.5
-    assert all(layer.kept >= 0.4 * layer.weights for layer in report.layers)
+    assert 0.59 < report.got["flops"] <= 0.6
+    assert all(layer.kept >= 0.5 * layer.weights for layer in report.layers)
     assert any("the least that they may" in note for note in report.notes)
 
 
@@ -238,7 +238,7 @@ def test_sparsities_of_some_modules_and_auto() -> None:
         total = 0.0
         for name in ("qkv", "proj", "mlp"):
             layers = [p for layer in pruning.modules[name] for p in layer.parameters]
-            before = sum(float(model.get_parameter(p).square().sum()) for p in layers)
+            before = sum(float(model.get_parameter(p).detach().square().sum()) for p in layers)
             total += 1 - sum(float(pruning.parameters[p].square().sum()) for p in layers) / before
         return total
 
@@ -281,7 +281,7 @@ def test_weights_that_are_not_finite_are_named() -> None:
 
 
 def test_a_budget_of_a_state_dict_says_why_it_has_no_flops() -> None:
-    with pytest.raises(ValueError, match="a budget of FLOPs needs .* the nn.Module does"):
+    with pytest.raises(ValueError, match=r"a budget of FLOPs needs .* the nn.Module does"):
         dimap.prune(copied(Net(7, torch.float32)), flops=0.6, **HOW)
 
 
