@@ -21,15 +21,17 @@ from ._C import __version__, build_info
 if TYPE_CHECKING:
     from . import methods, ops, reference, saliency
     from .bitmask import load_file, save_file
+    from .budgets import Budgets
     from .finetuning import finetune
     from .groups import Layer, find_modules
     from .holding import Holding, hold_masks
     from .masks import apply_masks, load_masks, save_masks
-    from .pruning import Pruning, prune, score, select
+    from .pruning import Pruning, measure_sensitivity, prune, score, select
     from .schedule import CubicSchedule, GradualPruning
     from .stream import prune_checkpoint
 
 __all__ = [
+    "Budgets",
     "CubicSchedule",
     "GradualPruning",
     "Holding",
@@ -43,6 +45,7 @@ __all__ = [
     "hold_masks",
     "load_file",
     "load_masks",
+    "measure_sensitivity",
     "methods",
     "ops",
     "prune",
@@ -58,11 +61,12 @@ __all__ = [
 # Where each name is, and the modules that can be had as attributes of dimap.
 _NAMES = {
     "bitmask": ("load_file", "save_file"),
+    "budgets": ("Budgets",),
     "finetuning": ("finetune",),
     "groups": ("Layer", "find_modules"),
     "holding": ("Holding", "hold_masks"),
     "masks": ("apply_masks", "load_masks", "save_masks"),
-    "pruning": ("Pruning", "prune", "score", "select"),
+    "pruning": ("Pruning", "measure_sensitivity", "prune", "score", "select"),
     "schedule": ("CubicSchedule", "GradualPruning"),
     "stream": ("prune_checkpoint",),
 }

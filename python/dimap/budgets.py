@@ -309,7 +309,7 @@ class Tables:
         costs: Sequence[Cost] = (),
         limits: Mapping[str, tuple[int, int]] | None = None,
         around: tuple[int, int] = USUAL,
-        bins: int | None = None,
+        bins: int = 4096,
     ) -> None:
         plan, self.weights = weights.plan, weights
         self.set_of: list[int] = []  # of each tensor
@@ -338,7 +338,8 @@ class Tables:
         for number, size in zip(self.set_of, plan.sizes, strict=True):
             sizes[number] += size
         most = limits or {name: (0, n) for name, n in zip(self.names, sizes, strict=True)}
-        self.bins = bins or max(256, min(4096, TABLE_BYTES // 24 // len(totals)))
+        self._sizes = totals
+        self.bins = max(256, min(bins, TABLE_BYTES // 24 // len(totals)))
         self._counts = _C.Counts(
             [(self.set_of[head], total) for head, total in zip(self.heads, totals, strict=True)],
             [(layer_of[i], *most[name]) for i, name in enumerate(self.names)],
@@ -386,12 +387,21 @@ class Tables:
         """Of each part, how many weights are dropped and the sum of their squares, about."""
         _, kept, _, _ = self._counts.kept(keep)
         found = []
-        for (counts, energies), (least, most) in zip(self._curves, kept, strict=True):
-            dropped = counts[-1] - (least + most) // 2
-            i = bisect_left(counts, dropped, 1)
-            share = (dropped - counts[i - 1]) / max(counts[i] - counts[i - 1], 1)
-            found.append((dropped, energies[i - 1] + share * (energies[i] - energies[i - 1])))
+        for part, (least, most) in enumerate(kept):
+            dropped = self.sizes()[part] - (least + most) // 2
+            found.append((dropped, self.removed_from(part, dropped)))
         return found
+
+    def removed_from(self, part: int, dropped: int) -> float:
+        """The sum of the squares of so many of the smallest weights of a part, about."""
+        counts, energies = self._curves[part]
+        i = bisect_left(counts, dropped, 1)
+        share = (dropped - counts[i - 1]) / max(counts[i] - counts[i - 1], 1)
+        return energies[i - 1] + share * (energies[i] - energies[i - 1])
+
+    def sizes(self) -> list[int]:
+        """How many weights each part has."""
+        return self._sizes
 
     def energies(self) -> list[float]:
         """The sum of the squares of each part, about."""

@@ -31,6 +31,7 @@ from .masks import save_masks
 from .methods import METHODS
 from .report import Pruned
 from .saliency import Batches, Loss
+from .sensitivity import Sensitivity, measure
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -148,6 +149,22 @@ def prune(
     return pruning
 
 
+def measure_sensitivity(
+    model: Model,
+    *,
+    patterns: Patterns | Choice | None = None,
+    family: str | None = None,
+    ignore: str | Sequence[str] | None = None,
+) -> Sensitivity:
+    """What each module and each layer loses if it alone is pruned, at all sparsities, without data.
+
+    model: as in `prune`. patterns, family, ignore: see `find_modules`.
+    """
+    plan = Plan.of(model, "module", "layer", choose(patterns, family, ignore))
+    _check_dense(plan)
+    return measure(surveyed_tensors(plan, plan.tensors, plan.names))
+
+
 def zero(pruning: Pruning) -> None:
     """Set to zero what the masks drop."""
     weights = [pruning.parameters[name].detach() for name in pruning.masks]
@@ -209,7 +226,7 @@ def decide(
         source = "given"
     if saliency is not None:
         tensors, labels = plan.ranked(saliency), [f"saliency of {name}" for name in plan.names]
-    surveyed = partial(_surveyed, plan, tensors, labels, source != "magnitude")
+    surveyed = partial(surveyed_tensors, plan, tensors, labels, source != "magnitude")
     solved = solve(plan, sparsity, budgets, costs, surveyed)
     numbers = solved.plan.layers, solved.plan.scopes, solved.keep
     if is_sharded(tensors):
@@ -234,7 +251,9 @@ def decide(
     )
 
 
-def _surveyed(plan: Plan, tensors: Sequence[Tensor], labels: Sequence[str], dense: bool) -> Weights:
+def surveyed_tensors(
+    plan: Plan, tensors: Sequence[Tensor], labels: Sequence[str], dense: bool = False
+) -> Weights:
     """Tensors in the memory of this process, or of several, for budgets and limits."""
     bits = [ops.ZERO_BITS.get(tensor.dtype, 0) for tensor in tensors]
     if is_sharded(tensors):

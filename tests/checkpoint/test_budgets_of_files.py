@@ -72,7 +72,7 @@ def test_what_no_file_can_be(tmp_path):
     save_file(vit(), tmp_path / "in.safetensors")
     where = tmp_path / "in.safetensors", tmp_path / "out.safetensors"
     with pytest.raises(
-        ValueError, match="size must be at least .* all is pruned that may be, got 10"
+        ValueError, match=r"size must be at least .* all is pruned that may be, got 10"
     ):
         prune_checkpoint(*where, size=10, bitmask=True)
     with pytest.raises(ValueError, match="size is for a safetensors checkpoint written as bitmask"):

@@ -29,7 +29,7 @@ from .base import Checkpoint, Progress, Silent, check_apart
 from .card import add_card_section
 from .native import Told
 from .shards import Shards
-from .streaming import ENGINE_DTYPES, Stream, StreamPruning, check_agreement
+from .streaming import Stream, StreamPruning, check_agreement, check_dtypes
 
 if TYPE_CHECKING:
     from torch import nn
@@ -274,22 +274,16 @@ def _check(
     checkpoint: Checkpoint, plan: Plan, out: Path, bitmask: bool, masks: bool, ranks: Ranks
 ) -> None:
     """Refuse what cannot be pruned, or not be written as it is asked for."""
-    if isinstance(checkpoint, Shards):
-        if checkpoint.packed:
-            raise ValueError(
-                f"{checkpoint.path} must be dense, got a bitmask file: `dimap expand` makes it dense"
-            )
-    elif ranks.size > 1:
+    streamed = isinstance(checkpoint, Shards)
+    if ranks.size > 1 and not streamed:
         raise ValueError(
             f"IN must be safetensors to be shared among {ranks.size} ranks, got {checkpoint.path}"
         )
-    elif bitmask and (checkpoint.is_folder or out.suffix.lower() != ".safetensors"):
+    single = not checkpoint.is_folder and out.suffix.lower() == ".safetensors"
+    if bitmask and not streamed and not single:
         raise ValueError(f"the output must end in .safetensors with --format bitmask, got {out}")
-    for name in wholes(plan.names):
-        dtype = checkpoint.tensors[name].dtype
-        if dtype.code not in ENGINE_DTYPES:
-            raise ValueError(f"{name} must be float32, bfloat16 or float16, got {dtype.name}")
-    if not isinstance(checkpoint, Shards) or not (bitmask or masks):
+    check_dtypes(checkpoint, plan)
+    if not streamed or not (bitmask or masks):
         return
     for name, size in zip(plan.names, plan.sizes, strict=True):
         if isinstance(name, Slice) and size % 8:  # each begins with a byte of its own

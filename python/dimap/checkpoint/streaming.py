@@ -22,6 +22,7 @@ from ..distributed.ranks import Ranks
 from ..groups import AUX, Slice, whole, wholes
 from ..groups.plan import Plan
 from ..report import Pruned, Report
+from .base import Checkpoint
 from .bitmask import Layout, lay_out, size_at_most
 from .header import DTYPES, Entry, Header, make_header
 from .native import FILL, READ, Told, begin, elements, opened
@@ -59,6 +60,18 @@ class StreamPruning(Pruned):
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"summarize": None}  # which holds the checkpoint
+
+
+def check_dtypes(checkpoint: Checkpoint, plan: Plan) -> None:
+    """Refuse weights that the engine cannot read."""
+    if isinstance(checkpoint, Shards) and checkpoint.packed:
+        raise ValueError(
+            f"{checkpoint.path} must be dense, got a bitmask file: `dimap expand` makes it dense"
+        )
+    for name in wholes(plan.names):
+        dtype = checkpoint.tensors[name].dtype
+        if dtype.code not in ENGINE_DTYPES:
+            raise ValueError(f"{name} must be float32, bfloat16 or float16, got {dtype.name}")
 
 
 def check_agreement(shards: Shards, plan: Plan, settings: object, ranks: Ranks) -> None:

@@ -25,7 +25,7 @@ from .common import (
 )
 from .grouping import Grouping, grouped
 from .progress import Bar
-from .recipes import Recipe, write_recipe
+from .recipes import Recipe, told_by_recipes, write_recipe
 
 PATHS_HELP = f"""{IN_HELP} OUT is a file where IN is a file, a folder where it is a folder.
 
@@ -35,6 +35,7 @@ checkpoint; any other folder stands for the checkpoints directly in it; a quoted
 folders that its wildcards matched, too."""
 
 
+@told_by_recipes
 @grouped
 @budgeted
 def prune(

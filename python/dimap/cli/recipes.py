@@ -27,12 +27,20 @@ ELSEWHERE = {
 }  # fmt: skip
 
 
+_COMMANDS: list[Callable[..., None]] = []
+
+
+def told_by_recipes(command: Callable[..., None]) -> Callable[..., None]:
+    """Mark the command whose options a recipe says."""
+    _COMMANDS[:] = [command]
+    return command
+
+
 def options() -> dict[str, tuple[inspect.Parameter, typer.models.OptionInfo]]:
     """The options that a recipe may say, by their names without dashes: those of `dimap prune`."""
-    from .prune import prune
-
+    (command,) = _COMMANDS
     found = {}
-    for parameter in inspect.signature(prune, eval_str=True).parameters.values():
+    for parameter in inspect.signature(command, eval_str=True).parameters.values():
         info = next(iter(getattr(parameter.annotation, "__metadata__", ())), None)
         if isinstance(info, typer.models.OptionInfo) and parameter.name not in ELSEWHERE:
             said = (info.default, *(info.param_decls or ()))  # typer reads the first as a name, too
