@@ -386,9 +386,16 @@ class Tables:
     def removed(self, keep: Sequence[int]) -> list[tuple[int, float]]:
         """Of each part, how many weights are dropped and the sum of their squares, about."""
         _, kept, _, _ = self._counts.kept(keep)
+        scopes = [self.weights.plan.scopes[head] for head in self.heads]
+        sums = [[0, 0] for _ in keep]
+        for scope, pair in zip(scopes, kept, strict=True):
+            sums[scope] = [a + b for a, b in zip(sums[scope], pair, strict=True)]
         found = []
-        for part, (least, most) in enumerate(kept):
-            dropped = self.sizes()[part] - (least + most) // 2
+        for part, (scope, (least, most)) in enumerate(zip(scopes, kept, strict=True)):
+            # Between the bounds as all parts of the scope together are.
+            low, high = sums[scope]
+            share = (keep[scope] - low) / (high - low) if high > low else 0.0
+            dropped = self.sizes()[part] - least - round(share * (most - least))
             found.append((dropped, self.removed_from(part, dropped)))
         return found
 
