@@ -160,7 +160,7 @@ def prune(
     shares, size = parse_shares(module or []), parse_input_size(input_size)
     if sparsity is None and not shares and not budgets.keys() & BUDGETS:
         raise typer.BadParameter(
-            "give --sparsity, --module NAME=SHARE for every module, or a budget as --flops 60%"
+            "give --sparsity, or --module NAME=SHARE for every module, or a budget as --flops 60%"
         )
     if out_dir is None and len(paths) != 2:
         raise typer.BadParameter("give IN and OUT, or any number of IN and --out-dir DIR")

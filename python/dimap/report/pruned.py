@@ -75,6 +75,8 @@ class Pruned:
         found: dict[str, str] = {"scope": self.scope, "normalize": self.normalize}
         if self.saliency != "magnitude":
             found["saliency"] = self.saliency
+        if self.asked:
+            found["asked"] = json.dumps(self.asked)
         found |= {f"sparsity.{name}": repr(s) for name, s in self.sparsity.items()}
         places: dict[str, list[Any]] = {}
         for address, layer in addresses(self.modules).items():
