@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-large lint format wheel abi second-torch sanitize arm spills bench bench-files clean
+.PHONY: help demo test test-large lint format docs wheel abi second-torch sanitize arm spills bench bench-files clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -45,7 +45,7 @@ demo: $(VENV)/.dimap  ## Prune a trained Swin at 55 % and show what it costs
 
 # A file stays in one worker, with what its tests share. Idle threads of one do not spin on the other's core.
 WORKERS ?= 2
-test: $(VENV)/.test  ## Run the tests (WORKERS=2 of them at a time)
+test: $(VENV)/.test docs  ## Build the documentation, and run the tests (WORKERS=2 of them at a time)
 	@echo "== tests"
 	@OMP_WAIT_POLICY=passive $(BIN)/python -m pytest tests -n $(WORKERS) --dist loadfile
 
@@ -115,6 +115,16 @@ bench-files: $(VENV)/.dimap  ## Measure streams and bitmask files (BENCH_FOLDER 
 	@$(BIN)/python benchmarks/bench_bitmask.py --save --folder $(BENCH_FOLDER)
 	@$(BIN)/python benchmarks/bench_commands.py --save
 	@$(BIN)/python benchmarks/table.py --write
+
+$(VENV)/.docs: $(VENV)/.dimap
+	@echo "== documentation tools"
+	@$(PIP) install --quiet "sphinx>=8.1" "myst-parser>=4" furo sphinx-copybutton
+	@touch $@
+
+docs: $(VENV)/.docs  ## Build the documentation in build/site; a warning or a broken link is an error
+	@echo "== documentation"
+	@$(BIN)/python -m sphinx -c docs -b html -W --keep-going -q . build/site
+	@echo "    build/site/index.html"
 
 clean:  ## Remove what was built (.venv too)
 	rm -rf build dist $(VENV) $(VENV)-second demo-out

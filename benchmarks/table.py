@@ -1,4 +1,4 @@
-"""The tables of measurements in README.md and docs/, from benchmarks/results/*.json.
+"""The tables of measurements in README.md and docs/, and a picture, from benchmarks/results/*.json.
 
     python benchmarks/table.py [--write]
 
@@ -55,6 +55,63 @@ def table() -> str:
         "`global_unstructured` by magnitude."
     )
     return "\n".join([*lines, "", note])
+
+
+def summary() -> str:
+    """The figures that README.md begins with."""
+    (_, (row, *_)), (_, exact) = rows("select"), rows("exact")
+    s, wrong = row["seconds"], {r["dtype"]: r["plain PyTorch decides otherwise"] for r in exact}
+    files = json.loads((RESULTS / "stream_bfloat16_12GB.json").read_text())
+    times = files["seconds"]
+    lines = [
+        "| | dimap | plain PyTorch |",
+        "|---|---|---|",
+        f"| masks for the {row['weights'] / 1e6:.1f} million weights of a Swin-B | {s['select'] * 1e3:.0f} ms, "
+        f"**{s['plain PyTorch'] / s['select']:.0f} times as fast** | {s['plain PyTorch']:.1f} s |",
+        f"| weights decided otherwise than exact arithmetic does | **0** | {wrong['float32']:,} of float32, "
+        f"{wrong['bfloat16']:,} of bfloat16 |",
+        f"| a checkpoint of {files['gigabytes']:.0f} GB, from file to file | {times['dimap']:.0f} s in "
+        f"{files['memory_above_import_mb']:.0f} MB of memory (`cp` and `sync`: {times['cp and sync']:.0f} s) | |",
+    ]
+    return "\n".join(lines)
+
+
+def draw_speed(path: Path) -> None:
+    """The picture that README.md begins with: select beside what else there is, to scale."""
+    from dimap.plots import style
+    from matplotlib.figure import Figure
+
+    machine, (row, *_) = rows("select")
+    seconds = row["seconds"]
+    bars = {  # the job, its name, colour
+        "copy": ("a copy of the weights", style.GREY),
+        "select": ("dimap.select", style.BLUE),
+        "global_unstructured": ("torch.nn.utils.prune\n(global_unstructured, by magnitude)", style.ORANGE),
+        "plain PyTorch": ("the same rule in plain PyTorch\n(sort, cumsum, scatter, topk)", style.ORANGE),
+    }  # fmt: skip
+    with style.looking():
+        figure = Figure(figsize=(style.WIDTH, 2.3))
+        axes = figure.subplots()
+        for place, (job, (_, color)) in enumerate(bars.items()):
+            time = seconds[job]
+            axes.barh(place, time, height=0.6, color=color)
+            words = f"{time:.1f} s" if time > 1 else f"{time * 1e3:.0f} ms"
+            beside = (
+                ""
+                if job in ("copy", "select")
+                else f", {time / seconds['select']:.0f} times as long"
+            )
+            axes.text(time, place, f"  {words}{beside}", va="center")
+        axes.set_yticks(range(len(bars)), [name for name, _ in bars.values()])
+        axes.invert_yaxis()
+        axes.set_xlim(0, 1.35 * max(seconds.values()))
+        axes.set_xlabel("seconds")
+        axes.set_title(
+            f"Masks for a Swin-B, {row['weights'] / 1e6:.1f} M weights, {row['dtype']}: "
+            f"{machine['cpu']}, {machine['threads']} threads",
+            loc="left",
+        )
+        style.finish(figure, path)
 
 
 def gpu_table() -> str:
@@ -117,6 +174,19 @@ def commands_table() -> str:
     return "\n".join([*lines, "", f"{about(result['machine'])}."])
 
 
+def csr_table() -> str:
+    """torch's sparse product beside the dense one."""
+    machine, measured = rows("csr")
+    lines = [
+        "| zeros | " + " | ".join(f"{100 * row['sparsity']:.0f} %" for row in measured) + " |",
+        "|---|" + "---|" * len(measured),
+        "| time beside dense | "
+        + " | ".join(f"{row['beside dense']:.2f} ×" for row in measured)
+        + " |",
+    ]
+    return "\n".join([*lines, "", f"{machine['cpu']}, one thread, torch {machine['torch']}."])
+
+
 def about(machine: dict) -> str:
     cpu, cores, load = machine["cpu"], machine["cores"], machine["load_before"]
     return f"{cpu}, {cores} cores, load {load:.1f} before, commit {machine['commit']}"
@@ -124,7 +194,8 @@ def about(machine: dict) -> str:
 
 ROOT = RESULTS.parent.parent
 TABLES = {  # file -> marker -> what makes the table
-    "README.md": {"measured": table, "measured on a GPU": gpu_table},
+    "README.md": {"summary": summary, "measured": table, "measured on a GPU": gpu_table},
+    "docs/questions.md": {"csr": csr_table},
     "docs/streaming.md": {"measured": files_table},
     "docs/performance.md": {"commands": commands_table},
 }
@@ -160,6 +231,8 @@ def main() -> None:
                 print(new, end="\n\n")
         if args.write:
             path.write_text(text)
+    if args.write:
+        draw_speed(ROOT / "docs" / "images" / "speed.png")
 
 
 if __name__ == "__main__":

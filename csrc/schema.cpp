@@ -14,6 +14,11 @@ STABLE_TORCH_LIBRARY(dimap, m) {
   m.def("select_cuts(Tensor[] weights, int[] layers, int[] modules, int[] keep) -> (Tensor[], Tensor)");
   m.def("apply_(Tensor(a!)[] weights, Tensor[] masks) -> ()");
 
+  // N:M: of every m weights along a dimension the n largest, of equal ones the first. In each weight it is a multiple
+  // of m.
+  m.def("select_nm(Tensor[] weights, int n, int m, int dim) -> Tensor[]");
+  m.def("nm_(Tensor(a!)[] weights, int n, int m, int dim) -> ()");
+
   // The three stages, for streams and shards. windows: int64 [layers, 7]; table: int64 [layers, 22 + 3 * bins],
   // additive.
   m.def("survey(Tensor[] weights, int[] layers, Tensor windows, int bins) -> Tensor");

@@ -3,7 +3,7 @@
     python docs/make_families.py [--check]
 
 Builds every timm model with attention, and every model type of Transformers, on the meta device:
-minutes. --check compares instead of writing. Needs timm and transformers.
+minutes. README.md gets their numbers. --check compares instead of writing. Needs timm and transformers.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from dimap.groups.roles import LEAST
 from torch import nn
 
 PAGE = Path(__file__).with_name("families.md")
+README = PAGE.parents[1] / "README.md"
 Shapes = dict[str, tuple[int, ...]]
 
 # Classes of timm that attend to tokens or pixels; the others of such names weigh channels.
@@ -159,10 +160,44 @@ def page() -> str:
     return "\n".join([INTRO, named(), timm_table(), transformers_table()])
 
 
+def summary(text: str) -> str:
+    """How many models a page knows: what README.md says."""
+    counts = []
+    for part in text.split("\n## ")[2:]:
+        rows = [line.strip("| ").split(" | ")[-2:] for line in part.splitlines() if "| " in line][
+            1:
+        ]
+        sizes = [(said.startswith("refused"), len(names.split(", "))) for said, names in rows]
+        library = part.split(":")[0]
+        known = sum(size for refused, size in sizes if not refused)
+        counts.append((library, known, sum(size for _, size in sizes)))
+    (timm, *of_timm), (transformers, *of_transformers) = counts
+    words = re.search(r"transformer` knows (\d+)", text)
+    assert words is not None
+    return (
+        f"Very likely. {len(FAMILIES)} ways of naming are known, and with them **{of_timm[0]} of the "
+        f"{of_timm[1]} models with attention in {timm}**,\nand {of_transformers[0]} of the "
+        f"{of_transformers[1]} model types of {transformers}; `--family transformer` knows {words[1]} "
+        "of these. Among them are Swin, ViT,\nDINO, SAM, CLIP, BERT, T5, Whisper, Llama and Qwen: "
+        "[all names](docs/families.md)."
+    )
+
+
+def write_summary(text: str) -> None:
+    """Write it between the marks of README.md."""
+    old = README.read_text(encoding="utf-8")
+    marks = r"(<!-- families -->\n).*?(<!-- /families -->)"
+    README.write_text(
+        re.sub(marks, lambda m: m[1] + summary(text) + "\n" + m[2], old, flags=re.S),
+        encoding="utf-8",
+    )
+
+
 def main() -> int:
     text = page()
     if "--check" not in sys.argv[1:]:
         PAGE.write_text(text, encoding="utf-8")
+        write_summary(text)
         return 0
     old = PAGE.read_text(encoding="utf-8").splitlines()
     for was, is_now in itertools.zip_longest(old, text.splitlines()):

@@ -156,6 +156,35 @@ inline Problem modules_problem(const std::vector<Tensor>& weights, const std::ve
   return problem;
 }
 
+// Where a tensor is cut into groups of m weights along a dimension: [blocks, m, inner].
+struct GroupShape {
+  int64_t blocks, inner;
+};
+
+constexpr int64_t kLargestGroup = 16;
+
+// Checks the arguments of N:M, and says how each weight is cut.
+inline std::vector<GroupShape> group_shapes(const std::vector<Tensor>& weights, int64_t n, int64_t m, int64_t dim) {
+  STD_TORCH_CHECK(m >= 2 && m <= kLargestGroup, "m must be in [2, ", kLargestGroup, "], got ", m);
+  STD_TORCH_CHECK(n >= 0 && n <= m, "n must be in [0, ", m, "], got ", n);
+  check_same_device(weights);
+  std::vector<GroupShape> shapes;
+  for (size_t i = 0; i < weights.size(); ++i) {
+    const Tensor& t = weights[i];
+    dtype_of(t, i);
+    STD_TORCH_CHECK(t.dim() > 0, "weights[", i, "] must have a dimension to group along, got a tensor of 0 dimensions");
+    STD_TORCH_CHECK(dim >= -t.dim() && dim < t.dim(), "dim must be in [", -t.dim(), ", ", t.dim() - 1, "] for weights[",
+                    i, "] of ", t.dim(), " dimensions, got ", dim);
+    const int64_t at = dim < 0 ? dim + t.dim() : dim;
+    STD_TORCH_CHECK(t.size(at) % m == 0, "weights[", i, "] must have a multiple of m, ", m, ", along dim ", dim,
+                    ", got ", t.size(at), " of shape ", shape_of(t));
+    int64_t inner = 1;
+    for (int64_t d = at + 1; d < t.dim(); ++d) inner *= t.size(d);
+    shapes.push_back({inner == 0 ? 0 : t.numel() / inner / m, inner});
+  }
+  return shapes;
+}
+
 [[noreturn]] inline void throw_non_finite(int64_t tensor, int64_t index, bool nan) {
   STD_TORCH_CHECK(false, "weights[", tensor, "] must be finite, got ", nan ? "nan" : "inf", " at flat index ", index);
   __builtin_unreachable();

@@ -5,6 +5,7 @@
 
 #include "bindings/cpu_common.h"
 #include "cpu/apply.h"
+#include "cpu/nm.h"
 #include "cpu/score/score.h"
 #include "cpu/select/engine.h"
 
@@ -84,6 +85,34 @@ void apply_op(std::vector<Tensor> weights, std::vector<Tensor> masks) {
   write_back(weights, inputs);
 }
 
+// masks: [weights], or empty where the weights are to be zeroed.
+std::vector<Grouped> grouped(const std::vector<Tensor>& inputs, const std::vector<Tensor>& masks, int64_t n, int64_t m,
+                             int64_t dim) {
+  const std::vector<GroupShape> shapes = group_shapes(inputs, n, m, dim);
+  std::vector<Grouped> work;
+  for (size_t i = 0; i < inputs.size(); ++i) {
+    const TensorView view = view_of(inputs[i], i, 0);
+    auto* mask = masks.empty() ? nullptr : static_cast<uint8_t*>(masks[i].mutable_data_ptr());
+    work.push_back({const_cast<void*>(view.data), mask, shapes[i].blocks, shapes[i].inner, view.dtype});
+  }
+  return work;
+}
+
+std::vector<Tensor> select_nm_op(std::vector<Tensor> weights, int64_t n, int64_t m, int64_t dim) {
+  const std::vector<Tensor> inputs = contiguous(weights);
+  std::vector<Tensor> masks = empty_like(inputs, ScalarType::Bool);
+  const std::vector<Grouped> work = grouped(inputs, masks, n, m, dim);
+  guarded([&] { select_nm(work, static_cast<int>(n), static_cast<int>(m), TorchPool()); });
+  return masks;
+}
+
+void nm_op(std::vector<Tensor> weights, int64_t n, int64_t m, int64_t dim) {
+  const std::vector<Tensor> inputs = writable(weights);
+  const std::vector<Grouped> work = grouped(inputs, {}, n, m, dim);
+  guarded([&] { zero_nm(work, static_cast<int>(n), static_cast<int>(m), TorchPool()); });
+  write_back(weights, inputs);
+}
+
 }  // namespace
 }  // namespace dimap::cpu
 
@@ -95,4 +124,6 @@ STABLE_TORCH_LIBRARY_IMPL(dimap, CPU, m) {
   m.impl("prune_", TORCH_BOX(&dimap::cpu::prune_op));
   m.impl("select_cuts", TORCH_BOX(&dimap::cpu::select_cuts_op));
   m.impl("apply_", TORCH_BOX(&dimap::cpu::apply_op));
+  m.impl("select_nm", TORCH_BOX(&dimap::cpu::select_nm_op));
+  m.impl("nm_", TORCH_BOX(&dimap::cpu::nm_op));
 }

@@ -140,6 +140,51 @@ void apply_op(std::vector<Tensor> weights, std::vector<Tensor> masks) {
   write_back(weights, inputs);
 }
 
+// masks: [weights], or empty where the weights are to be zeroed.
+void run_groups(const Device& device, const std::vector<Tensor>& inputs, const std::vector<Tensor>& masks, int64_t n,
+                int64_t m, int64_t dim) {
+  const std::vector<GroupShape> shapes = group_shapes(inputs, n, m, dim);
+  std::vector<GroupEntry> entries;
+  int64_t pieces = 0;
+  for (size_t i = 0; i < inputs.size(); ++i) {
+    const TensorView view = view_of(inputs[i], i, 0);
+    const int64_t groups = shapes[i].blocks * shapes[i].inner;
+    entries.push_back({view.data, masks.empty() ? nullptr : masks[i].mutable_data_ptr(), groups, shapes[i].inner,
+                       pieces, static_cast<int32_t>(view.dtype), 0});
+    pieces += (groups + kGroupsInPiece - 1) / kGroupsInPiece;
+  }
+  entries.push_back({nullptr, nullptr, 0, 1, pieces, 0, 0});
+  const auto bytes = static_cast<int64_t>(entries.size() * sizeof(GroupEntry));
+  Workspace space;
+  char* table = nullptr;
+  int32_t* bad = nullptr;
+  for (int pass = 0; pass < 2; ++pass) {
+    if (pass) space.allocate(device);
+    table = space.take<char>(bytes);
+    bad = space.take<int32_t>(1);
+  }
+  check(upload(table, entries.data(), bytes, device.stream));
+  check(nm({reinterpret_cast<const GroupEntry*>(table), static_cast<int32_t>(inputs.size()), static_cast<int32_t>(n),
+            static_cast<int32_t>(m), pieces, bad},
+           masks.empty(), device.stream));
+}
+
+std::vector<Tensor> select_nm_op(std::vector<Tensor> weights, int64_t n, int64_t m, int64_t dim) {
+  const Device device = device_of_all(weights);
+  const std::vector<Tensor> inputs = contiguous(weights);
+  group_shapes(inputs, n, m, dim);  // before anything is allocated
+  std::vector<Tensor> masks = device.empty_like(inputs, ScalarType::Bool);
+  run_groups(device, inputs, masks, n, m, dim);
+  return masks;
+}
+
+void nm_op(std::vector<Tensor> weights, int64_t n, int64_t m, int64_t dim) {
+  const Device device = device_of_all(weights);
+  const std::vector<Tensor> inputs = writable(weights);
+  run_groups(device, inputs, {}, n, m, dim);
+  write_back(weights, inputs);
+}
+
 }  // namespace
 }  // namespace dimap::cuda
 
@@ -148,4 +193,6 @@ STABLE_TORCH_LIBRARY_IMPL(dimap, CUDA, m) {
   m.impl("prune_", TORCH_BOX(&dimap::cuda::prune_op));
   m.impl("select_cuts", TORCH_BOX(&dimap::cuda::select_cuts_op));
   m.impl("apply_", TORCH_BOX(&dimap::cuda::apply_op));
+  m.impl("select_nm", TORCH_BOX(&dimap::cuda::select_nm_op));
+  m.impl("nm_", TORCH_BOX(&dimap::cuda::nm_op));
 }

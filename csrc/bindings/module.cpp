@@ -16,6 +16,7 @@
 #include "core/counts.h"
 #include "core/wire.h"
 #include "cpu/files/expand.h"
+#include "cpu/files/groups.h"
 #include "cpu/files/prune.h"
 #include "cpu/isa/decide.h"
 #include "cpu/sparse/pack.h"
@@ -128,13 +129,22 @@ class Pruning {
  public:
   Pruning(const Files& files, const std::vector<TensorTuple>& tensors, const std::vector<int64_t>& modules,
           const std::vector<int64_t>& keep, int threads, int32_t rank, int32_t size, std::optional<Sum> exchange,
-          Progress progress, int64_t aside)
+          Progress progress, int64_t aside, const std::vector<std::tuple<int32_t, int32_t, int64_t>>& patterns)
       : aside_(aside), pool_(threads, watch_of(std::move(progress))), exchange_(exchange_of(std::move(exchange))) {
     problem_.files = files_of(files);
     problem_.rank = rank, problem_.ranks = size;
     for (const auto& [file, offset, numel, dtype, layer] : tensors)
       problem_.tensors.push_back({nullptr, numel, dtype_of(dtype), layer, file, offset});
     set_modules(problem_, modules, keep, std::nullopt);
+    if (!patterns.empty() && patterns.size() != tensors.size())
+      throw py::value_error("patterns must have one entry for each of the " + std::to_string(tensors.size()) +
+                            " tensors, or none, got " + std::to_string(patterns.size()));
+    for (size_t t = 0; t < patterns.size(); ++t) {
+      const auto& [n, m, inner] = patterns[t];
+      if (m < 2 || m > cpu::kMostInGroup || n < 0 || n > m || inner < 1 || problem_.tensors[t].numel % (m * inner))
+        throw py::value_error("patterns[" + std::to_string(t) + "] must fit its tensor");
+      problem_.patterns.push_back({n, m, inner});
+    }
   }
 
   void decide() {
@@ -165,10 +175,14 @@ class Pruning {
     return written_.rest;
   }
 
-  std::vector<double> thresholds() const { return std::get<2>(decided_of(decided().decision())); }
-  std::vector<CutTuple> cuts() const { return std::get<0>(decided_of(decided().decision())); }
+  Decided cuts_found() const {
+    const cpu::Decision* decision = decided().decision();
+    return decision ? decided_of(*decision) : Decided{};
+  }
+  std::vector<double> thresholds() const { return std::get<2>(cuts_found()); }
+  std::vector<CutTuple> cuts() const { return std::get<0>(cuts_found()); }
   std::vector<int64_t> kept() const { return decided().kept(); }
-  int readings() const { return decided().decision().readings; }
+  int readings() const { return decided().decision() ? decided().decision()->readings : 0; }
   std::vector<int64_t> nonzero() const { return written_.nonzero; }
   std::vector<double> smallest() const {
     std::vector<double> values;
@@ -204,39 +218,6 @@ Decided decide_shards(const std::vector<std::tuple<uintptr_t, int64_t, int, int3
   const PythonExchange sum(std::move(exchange));
   const py::gil_scoped_release release;
   return decided_of(cpu::Decision(problem, pool, &sum, cpu::Keeps::kCounts, {}));
-}
-
-Decided decide_surveys(const std::function<py::buffer(py::bytes, int64_t)>& survey,
-                       const std::vector<int32_t>& granularities, const std::vector<int64_t>& totals,
-                       const std::vector<int64_t>& modules, const std::vector<int64_t>& keep) {
-  Problem problem;
-  set_modules(problem, modules, keep, totals);
-  if (granularities.size() != modules.size())
-    throw py::value_error("granularities must have one entry for each of the " + std::to_string(modules.size()) +
-                          " layers, got " + std::to_string(granularities.size()));
-  problem.layer_granularity = granularities;
-  const auto ask = [&](std::span<const Window> windows, int64_t bins) {
-    const py::gil_scoped_acquire gil;
-    std::vector<int64_t> rows(windows.size() * static_cast<size_t>(kWindowColumns));
-    for (size_t l = 0; l < windows.size(); ++l)
-      write_window({windows[l], granularities[l]}, rows.data() + l * static_cast<size_t>(kWindowColumns));
-    const py::bytes given(reinterpret_cast<const char*>(rows.data()), rows.size() * 8);
-    const py::buffer_info table = survey(given, bins).request();
-    const auto columns = static_cast<size_t>(wire_columns(bins));
-    if (static_cast<size_t>(table.size * table.itemsize) != windows.size() * columns * 8)
-      throw py::value_error("survey must return " + std::to_string(windows.size()) + " rows of " +
-                            std::to_string(columns) + " int64");
-    cpu::Survey seen{{}, std::vector<Bin>(windows.size() * static_cast<size_t>(bins))};
-    const auto* row = static_cast<const int64_t*>(table.ptr);
-    for (size_t l = 0; l < windows.size(); ++l, row += columns) {
-      const auto mine = std::span(seen.bins).subspan(l * static_cast<size_t>(bins), static_cast<size_t>(bins));
-      seen.tables.push_back(read_table(row, {windows[l], granularities[l]}, mine));
-    }
-    return seen;
-  };
-  const cpu::ThreadPool pool(1);
-  const py::gil_scoped_release release;
-  return decided_of(cpu::Decision(problem, pool, ask));
 }
 
 // Rows of int64 as bytes.
@@ -348,6 +329,24 @@ std::vector<int64_t> count_nonzero(const Files& files, const std::vector<Element
   return cpu::count_nonzero(files_of(files), elements_of(tensors), pool);
 }
 
+std::vector<std::tuple<int64_t, std::vector<int>>> count_groups(
+    const Files& files,
+    const std::vector<std::tuple<int32_t, int64_t, int64_t, uint64_t, int64_t, int64_t, int64_t>>& tensors, int threads,
+    Progress progress) {
+  std::vector<cpu::Grid3> grids;
+  for (const auto& [file, offset, size, mask, outer, length, inner] : tensors)
+    grids.push_back({file, offset, size, mask, outer, length, inner});
+  const cpu::ThreadPool pool(threads, watch_of(std::move(progress)));
+  std::vector<cpu::Most> found;
+  {
+    const py::gil_scoped_release release;
+    found = cpu::count_groups(files_of(files), grids, pool);
+  }
+  std::vector<std::tuple<int64_t, std::vector<int>>> out;
+  for (const cpu::Most& one : found) out.emplace_back(one.nonzero, std::vector<int>(one.most.begin(), one.most.end()));
+  return out;
+}
+
 void expand(const Files& files, const Files& targets,
             const std::vector<std::tuple<int32_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t>>& tensors,
             const std::vector<std::tuple<int32_t, int64_t, int64_t, int64_t>>& rest, int threads, Progress progress) {
@@ -432,10 +431,12 @@ PYBIND11_MODULE(_C, m) {
       "and the instruction sets that this processor has; 'instruction_set' is the one in use (DIMAP_ISA forces one).");
   py::class_<Pruning>(m, "Pruning", "Weights in files that are pruned together, or one rank's part of them.")
       .def(py::init<const Files&, const std::vector<TensorTuple>&, const std::vector<int64_t>&,
-                    const std::vector<int64_t>&, int, int32_t, int32_t, std::optional<Sum>, Progress, int64_t>(),
+                    const std::vector<int64_t>&, int, int32_t, int32_t, std::optional<Sum>, Progress, int64_t,
+                    const std::vector<std::tuple<int32_t, int32_t, int64_t>>&>(),
            py::arg("files"), py::arg("tensors"), py::arg("modules"), py::arg("keep"), py::kw_only(),
            py::arg("threads") = 0, py::arg("rank") = 0, py::arg("size") = 1, py::arg("exchange") = py::none(),
-           py::arg("progress") = py::none(), py::arg("aside") = cpu::kAsideMost)
+           py::arg("progress") = py::none(), py::arg("aside") = cpu::kAsideMost,
+           py::arg("patterns") = std::vector<std::tuple<int32_t, int32_t, int64_t>>{})
       .def("decide", &Pruning::decide)
       .def("count_packed", &Pruning::count_packed)
       .def("write", &Pruning::write, py::arg("targets"), py::arg("places"), py::arg("rest"), py::kw_only(),
@@ -448,8 +449,6 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly("smallest", &Pruning::smallest);
   m.def("decide_shards", &decide_shards, py::arg("tensors"), py::arg("totals"), py::arg("modules"), py::arg("keep"),
         py::kw_only(), py::arg("exchange"), py::arg("size"));
-  m.def("decide_surveys", &decide_surveys, py::arg("survey"), py::arg("granularities"), py::arg("totals"),
-        py::arg("modules"), py::arg("keep"));
   m.def("survey", &survey, py::arg("files"), py::arg("tensors"), py::arg("windows"), py::arg("bins"), py::kw_only(),
         py::arg("threads") = 0, py::arg("rank") = 0, py::arg("size") = 1, py::arg("exchange") = py::none(),
         py::arg("progress") = py::none());
@@ -465,6 +464,8 @@ PYBIND11_MODULE(_C, m) {
       .def("close_in", &PythonCounts::close_in, py::arg("keep_least"), py::arg("keep_most"))
       .def("curve", &PythonCounts::curve, py::arg("part"));
   m.def("count_nonzero", &count_nonzero, py::arg("files"), py::arg("tensors"), py::kw_only(), py::arg("threads") = 0,
+        py::arg("progress") = py::none());
+  m.def("count_groups", &count_groups, py::arg("files"), py::arg("tensors"), py::kw_only(), py::arg("threads") = 0,
         py::arg("progress") = py::none());
   m.def("expand", &expand, py::arg("files"), py::arg("targets"), py::arg("tensors"), py::arg("rest"), py::kw_only(),
         py::arg("threads") = 0, py::arg("progress") = py::none());

@@ -26,6 +26,11 @@ constexpr int64_t size_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2
 // Keys of a 16-bit type have this many low zero bits (float16: its subnormals have more).
 constexpr int granularity(DType dtype) { return dtype == DType::kBFloat16 ? 16 : dtype == DType::kFloat16 ? 13 : 0; }
 
+// The bits of an infinity: those of a finite magnitude are below.
+DIMAP_HD constexpr uint32_t infinity_bits(DType dtype) {
+  return dtype == DType::kFloat32 ? kNonFinite : dtype == DType::kBFloat16 ? 0x7F80u : 0x7C00u;
+}
+
 template <DType kType>
 struct Storage;
 template <>

@@ -25,6 +25,12 @@ struct File {
   std::string path;
 };
 
+// N:M: of every m weights, `inner` apart, the n largest are kept.
+struct Pattern {
+  int32_t n, m;
+  int64_t inner;
+};
+
 // Several ranks may share one problem. Then the tensors in memory are this rank's own and the totals those of all
 // ranks; tensors in files are seen by all, and each rank has its part of them (chunks.h).
 struct Problem {
@@ -36,6 +42,7 @@ struct Problem {
   std::vector<int64_t> layer_total;        // [layers] weights
   std::vector<int32_t> layer_granularity;  // [layers] low zero bits of every key
   std::vector<int64_t> module_total;       // [modules] weights
+  std::vector<Pattern> patterns;           // [tensors] in place of what modules keep, or none
 
   size_t layers() const { return layer_module.size(); }
   size_t modules() const { return keep.size(); }

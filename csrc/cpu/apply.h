@@ -16,6 +16,7 @@ struct Applied {
 };
 
 // Weights whose mask is 0 become +0; the others keep their bits.
+void apply_piece(const Applied& piece);
 void apply(std::span<const Applied> work, const Pool& pool);
 
 }  // namespace dimap::cpu

@@ -34,8 +34,8 @@ __global__ void __launch_bounds__(kThreads, 1) center_kernel(const __grid_consta
       const uint32_t number = static_cast<uint32_t>(s) * kThreads + threadIdx.x;
       const int64_t c = part.first_chunk + (part.last_chunk - part.first_chunk) * number / (kSamples * kThreads);
       const TensorEntry tensor = a.plan.tensors[tensor_of(a.plan, c)];
-      const int64_t offset = (c - tensor.first_chunk) * kChunk;
-      const int64_t n = tensor.numel - offset < kChunk ? tensor.numel - offset : kChunk;
+      const int64_t offset = tensor.begin_of(c);
+      const int n = tensor.count_of(c);
       const int64_t at = offset + mix(number) % static_cast<uint32_t>(n);
       uint32_t key = 0;
       for_type(tensor.dtype,
@@ -145,9 +145,9 @@ __global__ void __launch_bounds__(kThreads, 2) partition_kernel(const __grid_con
       __syncthreads();
       for (int i = me; i < kIntervals; i += kThreads) s.bucket_of[i] = a.bucket_of[int64_t{layer} * kIntervals + i];
     }
-    const int64_t offset = (c - entry.first_chunk) * kChunk;
+    const int64_t offset = entry.begin_of(c);
     const int64_t place = (c - a.plan.modules[layer].first_chunk) * kChunk;
-    const int n = static_cast<int>(entry.numel - offset < kChunk ? entry.numel - offset : kChunk);
+    const int n = entry.count_of(c);
     for (int start = 0; start < n; start += kTile) {
       for (int b = me; b < kMostBuckets; b += kThreads) s.count[b] = 0;
       __syncthreads();
@@ -253,8 +253,8 @@ struct InPlace {
     for (int64_t c = part.first_chunk; c < part.last_chunk; ++c) {
       while (plan->tensors[tensor + 1].first_chunk <= c) ++tensor;
       const TensorEntry& entry = plan->tensors[tensor];
-      const int64_t offset = (c - entry.first_chunk) * kChunk, place = (c - part.first_chunk) * kChunk;
-      const int n = static_cast<int>(entry.numel - offset < kChunk ? entry.numel - offset : kChunk);
+      const int64_t offset = entry.begin_of(c), place = (c - part.first_chunk) * kChunk;
+      const int n = entry.count_of(c);
       for_type(entry.dtype, [&]<DType kType>() {
         const auto* weights = static_cast<const storage_t<kType>*>(entry.data) + offset;
         for (int i = static_cast<int>(threadIdx.x); i < n; i += kSorters)
@@ -458,8 +458,8 @@ __global__ void __launch_bounds__(kThreads, 2) spoil_kernel(const __grid_constan
   if (*bad == 0) return;
   for (int64_t c = blockIdx.x; c < plan.chunks; c += gridDim.x) {
     const TensorEntry& tensor = plan.tensors[tensor_of(plan, c)];
-    const int64_t offset = (c - tensor.first_chunk) * kChunk;
-    const int n = static_cast<int>(tensor.numel - offset < kChunk ? tensor.numel - offset : kChunk);
+    const int64_t offset = tensor.begin_of(c);
+    const int n = tensor.count_of(c);
     for (int i = static_cast<int>(threadIdx.x); i < n; i += kThreads)
       static_cast<float*>(tensor.out)[offset + i] = __int_as_float(0x7FC00000);
   }

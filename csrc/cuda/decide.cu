@@ -24,6 +24,7 @@ struct Shared {
   };
 };
 static_assert(2 * kProbes == kThreads, "a thread for a probe");
+static_assert(sizeof(Shared) <= 48 << 10, "what a block has without asking");
 
 constexpr double kLeastScore = 1.0 / (uint64_t{1} << 50);  // where the first search starts: it goes below where it must
 
@@ -182,8 +183,8 @@ __device__ void survey_aside(const DecideArgs& a) {
         return;
       }
       // The chunk itself: those above the bracket are summed already.
-      const int64_t offset = (c - entry.first_chunk) * kChunk;
-      const int n = static_cast<int>(entry.numel - offset < kChunk ? entry.numel - offset : kChunk);
+      const int64_t offset = entry.begin_of(c);
+      const int n = entry.count_of(c);
       const auto* weights = static_cast<const storage_t<kType>*>(entry.data) + offset;
       for (int i = lane; i < n; i += 32)
         if (const uint32_t key = key_of<kType>(weights[i]); key < state.bracket.high && key >= state.bracket.low)

@@ -16,8 +16,8 @@ struct Piece {
 __device__ inline Piece piece_of(const Plan& plan, const LayerState* layers, int64_t c) {
   Piece p;
   p.tensor = plan.tensors[tensor_of(plan, c)];
-  p.offset = (c - p.tensor.first_chunk) * kChunk;
-  p.n = static_cast<int>(p.tensor.numel - p.offset < kChunk ? p.tensor.numel - p.offset : kChunk);
+  p.offset = p.tensor.begin_of(c);
+  p.n = p.tensor.count_of(c);
   p.keep_from = layers ? layers[p.tensor.layer].keep_from : 0;
   p.tie = layers ? layers[p.tensor.layer].tie : kNoTie;
   return p;

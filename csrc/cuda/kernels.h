@@ -61,6 +61,26 @@ cudaError_t emit(const EmitArgs& args, bool zero, cudaStream_t stream);
 // Zeroes the weights whose mask byte (tensors' `out`) is 0.
 cudaError_t apply(const Plan& plan, cudaStream_t stream);
 
+// A tensor as [groups of m weights, inner apart]; pieces: of kGroupsInPiece groups.
+struct GroupEntry {
+  const void* data;
+  void* out;  // mask bytes, or null
+  int64_t groups, inner;
+  int64_t first_piece;  // pieces of the tensors before it
+  int32_t dtype, reserved;
+};
+constexpr int kGroupsInPiece = kThreads * 8;
+struct GroupArgs {
+  const GroupEntry* tensors;  // one more than there are, whose first_piece is `pieces`
+  int32_t tensor_count, n, m;
+  int64_t pieces;
+  int32_t* bad;
+};
+
+// N:M masks, or weights zeroed in place (`zero`). Where a weight is not finite *bad becomes nonzero, masks are all
+// false and weights stay as they are. Three launches.
+cudaError_t nm(const GroupArgs& args, bool zero, cudaStream_t stream);
+
 // Scores of layers of one 16-bit type, by histogram and table. Tensors' `out`: scores, float32.
 struct TableArgs {
   Plan plan;  // of the layers [0, layer_count), each of one type, the same for all

@@ -66,6 +66,7 @@ constexpr int kMostBuckets = kTuning.most_buckets;
 static_assert(kTuning.most_bins >= kLeastBins);
 constexpr int kMostRatio = kChunk / 32;  // a run in a chunk
 static_assert(kTuning.sample_ratio <= kMostRatio);
+static_assert((kTuning.sample_ratio & (kTuning.sample_ratio - 1)) == 0, "places in a stratum are masked");
 static_assert(kChunk <= 1 << 14, "the shared sums hold 2^16 weights: four chunks; positions in a chunk 16 bits");
 
 struct TensorEntry {
@@ -75,6 +76,13 @@ struct TensorEntry {
   int64_t first_chunk;  // chunks of the tensors before it
   int32_t dtype;
   int32_t layer;
+
+  // Of one of its chunks, by the chunk's number in the plan: its first weight, and how many it has.
+  DIMAP_HD int64_t begin_of(int64_t chunk) const { return (chunk - first_chunk) * kChunk; }
+  DIMAP_HD int count_of(int64_t chunk) const {
+    const int64_t left = numel - begin_of(chunk);
+    return left < kChunk ? static_cast<int>(left) : kChunk;
+  }
 };
 static_assert(sizeof(TensorEntry) == 40);
 

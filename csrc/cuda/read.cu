@@ -18,6 +18,7 @@ __device__ __forceinline__ void read_step(const storage_t<kType>* weights, int o
                                           Word* row) {
   using T = storage_t<kType>;
   constexpr int kLanes = 16 / static_cast<int>(sizeof(T));
+  static_assert(kReadVectors * kLanes <= 32, "a bit of a word for each weight");
   const auto* vectors = reinterpret_cast<const uint4*>(weights);
   const int me = static_cast<int>(threadIdx.x);
   const uint32_t width = t.end - t.base, far = static_cast<uint32_t>(t.unit + 1 + kSumBits - 24 + 1) << 23;
@@ -140,8 +141,8 @@ __global__ void __launch_bounds__(kThreads, kOccupancy.read_blocks) read_kernel(
       bracket = a.layers[layer].bracket;
       t.look_through(a.layers[layer].view);
     }
-    const int64_t offset = (c - entry.first_chunk) * kChunk;
-    const int n = static_cast<int>(entry.numel - offset < kChunk ? entry.numel - offset : kChunk);
+    const int64_t offset = entry.begin_of(c);
+    const int n = entry.count_of(c);
     uint32_t* aside = &s.aside[turn];
     for_type(entry.dtype, [&]<DType kType>() {
       const auto* weights = static_cast<const storage_t<kType>*>(entry.data) + offset;

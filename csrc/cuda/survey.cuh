@@ -69,7 +69,8 @@ __device__ __forceinline__ void see_above(uint32_t key, Above& t, Word* row) {
 // Adds a key inside the window to the block's bins.
 template <typename Shared>
 __device__ __forceinline__ void see_inside(uint32_t key, const Above& t, Shared& s) {
-  const uint32_t bin = (key - t.base) >> t.shift;
+  // A key that was set aside may be read again: whatever others have written there since stays in the bins.
+  const uint32_t place = (key - t.base) >> t.shift, last = Shared::bins - 1, bin = place < last ? place : last;
   const uint64_t energy = square(key);
   const auto low = static_cast<uint32_t>(energy);
   atomicAdd(&s.count[bin], 1u);
@@ -206,7 +207,7 @@ __device__ __forceinline__ void survey(const SurveyArgs& a, Shared& s) {
       t.look_through(a.layers[layer].view);
       if (!a.above) t.sum_nothing();
     }
-    const int64_t offset = (c - entry.first_chunk) * kChunk;
+    const int64_t offset = entry.begin_of(c);
     if constexpr (kReads == Reads::kSample) {  // as many chunks of the tensor at a time as surely fit the bins
       const int64_t end = entry.first_chunk + (entry.numel + kChunk - 1) / kChunk, most = c + 2 * int64_t{ratio};
       next = end < last ? end : last;
@@ -225,7 +226,7 @@ __device__ __forceinline__ void survey(const SurveyArgs& a, Shared& s) {
       read += to - offset;
       continue;
     }
-    const int n = static_cast<int>(entry.numel - offset < kChunk ? entry.numel - offset : kChunk);
+    const int n = entry.count_of(c);
     for_type(entry.dtype, [&]<DType kType>() { survey_chunk<kType, kOccupancy.unroll>(entry, offset, n, t, s, row); });
     read += n;
     // The shared sums hold 2^16 - 1 weights.

@@ -38,8 +38,8 @@ __global__ void __launch_bounds__(kThreads, 1) magnitudes_kernel(const __grid_co
       layer = entry.layer;
     }
     uint32_t* counts = kShared ? mine : a.histogram + int64_t{layer} * kMagnitudes;
-    const int64_t offset = (c - entry.first_chunk) * kChunk;
-    const int n = static_cast<int>(entry.numel - offset < kChunk ? entry.numel - offset : kChunk);
+    const int64_t offset = entry.begin_of(c);
+    const int n = entry.count_of(c);
     // As bfloat16, the key's upper half is the 15 bits themselves: the same for float16 bits, which are not looked into
     // here.
     for_each_key<DType::kBFloat16, kOccupancy.unroll>(static_cast<const uint16_t*>(entry.data) + offset, n,
@@ -96,8 +96,8 @@ __global__ void __launch_bounds__(kThreads) look_up_kernel(const __grid_constant
   if (*a.bad != 0) return;  // the table has no entry for an infinity or a NaN
   for (int64_t c = blockIdx.x; c < a.plan.chunks; c += gridDim.x) {
     const TensorEntry entry = a.plan.tensors[tensor_of(a.plan, c)];
-    const int64_t offset = (c - entry.first_chunk) * kChunk;
-    const int n = static_cast<int>(entry.numel - offset < kChunk ? entry.numel - offset : kChunk);
+    const int64_t offset = entry.begin_of(c);
+    const int n = entry.count_of(c);
     const float* table = a.table + int64_t{entry.layer} * kMagnitudes;
     const auto* weights = static_cast<const uint16_t*>(entry.data) + offset;
     auto* scores = static_cast<float*>(entry.out) + offset;

@@ -32,7 +32,9 @@ class Pruning:
     files: open descriptor and path (for errors) of each. tensors: in the order in which ties are
     kept: (file, offset, weights, dtype, layer). modules: of each layer. keep: of each module, how
     many weights. rank, size, exchange: of several processes that see the same files each does a
-    part, neighbouring bytes.
+    part, neighbouring bytes. patterns: instead of what modules keep, N:M of each tensor, (n, m, how
+    many weights lie from one of a group to its next): then nothing is read to decide, there are no
+    cuts and thresholds, and what is not finite is found in writing.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class Pruning:
         exchange: Exchange | None = None,
         progress: Progress | None = None,
         aside: int = 1 << 25,  # numbers of 4 bytes that may be set aside
+        patterns: Sequence[tuple[int, int, int]] = (),
     ) -> None: ...
     def decide(self) -> None:
         """Find the cuts. Raises NonFiniteError, OSError."""
@@ -102,20 +105,6 @@ def decide_shards(
     layer in all ranks together. A quota says how many of the weights that tie with the threshold are kept.
     """
 
-def decide_surveys(
-    survey: Callable[[bytes, int], Buffer],
-    granularities: Sequence[int],
-    totals: Sequence[int],
-    modules: Sequence[int],
-    keep: Sequence[int],
-) -> tuple[list[tuple[int, int]], list[int], list[float]]:
-    """The same where only surveys can be had, of a GPU's weights for example.
-
-    survey(windows, bins): windows are int64 [layers, 7] as dimap.ops.survey takes them; it returns
-    the int64 table [layers, 22 + 3 * bins], already added up over ranks. granularities: low zero bits
-    of every key of a layer: 0, 16 or 13 for float32, bfloat16, float16.
-    """
-
 def survey(
     files: Sequence[tuple[int, str]],
     tensors: Sequence[tuple[int, int, int, int, int]],
@@ -138,7 +127,7 @@ class Counts:
 
     parts: (set, weights) of each, in order of position; the parts of a set are neighbours. sets:
     (layer, least, most): how many weights of it are kept at least and at most. modules: of each
-    layer. granularities: as in `decide_surveys`. first, last: the keys of the first windows.
+    layer. granularities: low zero bits of every key of a layer. first, last: the keys of the first windows.
     """
 
     def __init__(
@@ -176,6 +165,20 @@ def count_nonzero(
     progress: Progress | None = None,
 ) -> list[int]:
     """Elements that are not zero: tensors are (file, offset, elements, bytes of one, mask) as in `rest`."""
+
+def count_groups(
+    files: Sequence[tuple[int, str]],
+    tensors: Sequence[tuple[int, int, int, int, int, int, int]],
+    *,
+    threads: int = 0,
+    progress: Progress | None = None,
+) -> list[tuple[int, list[int]]]:
+    """What N:M the tensors have: how many elements are not zero, and of m = 0 … 16 the most in a group of m.
+
+    tensors: (file, offset, bytes of an element, mask as in `rest`, and the tensor as [outer, length,
+    inner]), of which `length` is cut into groups. 0 bytes: one bit an element, and the offset is in
+    bits. Where m does not divide the length, and for m below 2, the most is m.
+    """
 
 def expand(
     files: Sequence[tuple[int, str]],

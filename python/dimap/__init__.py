@@ -70,7 +70,17 @@ _NAMES = {
     "schedule": ("CubicSchedule", "GradualPruning"),
     "stream": ("prune_checkpoint",),
 }
-_MODULES = {*_NAMES, "checkpoint", "families", "flops", "methods", "ops", "plots", "report"}
+_MODULES = {
+    *_NAMES,
+    "checkpoint",
+    "families",
+    "flops",
+    "integrations",
+    "methods",
+    "ops",
+    "plots",
+    "report",
+}
 _MODULES |= {"reference", "saliency"}
 
 

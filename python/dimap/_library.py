@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import TypeAlias
 
@@ -118,6 +120,31 @@ def _(weights: _Tensors, masks: _Tensors) -> None:
     _check(weights, masks=masks)
 
 
+def _check_groups(weights: _Tensors, n: int, m: int, dim: int) -> None:
+    _check(weights)
+    if not 2 <= m <= 16:
+        raise RuntimeError(f"m must be in [2, 16], got {m}")
+    if not 0 <= n <= m:
+        raise RuntimeError(f"n must be in [0, {m}], got {n}")
+    for i, w in enumerate(weights):
+        if not -w.dim() <= dim < w.dim():
+            raise RuntimeError(f"dim must be one of the {w.dim()} of weights[{i}], got {dim}")
+        if w.shape[dim] % m:
+            wanted = f"a multiple of m, {m}, along dim {dim}"
+            raise RuntimeError(f"weights[{i}] must have {wanted}, got {w.shape[dim]}")
+
+
+@torch.library.register_fake("dimap::select_nm")
+def _(weights: _Tensors, n: int, m: int, dim: int) -> list[Tensor]:
+    _check_groups(weights, n, m, dim)
+    return _like(weights, torch.bool)
+
+
+@torch.library.register_fake("dimap::nm_")
+def _(weights: _Tensors, n: int, m: int, dim: int) -> None:
+    _check_groups(weights, n, m, dim)
+
+
 @torch.library.register_fake("dimap::survey")
 def _(weights: _Tensors, layers: _Ints, windows: Tensor, bins: int) -> Tensor:
     _check(weights, layers=layers)
@@ -162,8 +189,26 @@ torch.library.register_autograd("dimap::score", _refuse_gradient)
 _IMPLEMENTATIONS = torch.library.Library("dimap", "IMPL")
 
 
+def _check_apart(weights: _Tensors, out: _Tensors) -> None:
+    """Raise where an output shares memory with a weight or another output."""
+
+    def span(t: Tensor, name: str) -> tuple[int, int, str]:
+        last = sum((n - 1) * step for n, step in zip(t.shape, t.stride(), strict=True))
+        return t.data_ptr(), t.data_ptr() + (last + 1) * t.element_size(), name
+
+    spans = [span(t, f"out[{i}]") for i, t in enumerate(out) if t.numel()]
+    spans += [span(t, f"weights[{i}]") for i, t in enumerate(weights) if t.numel()]
+    furthest: dict[bool, tuple[int, str]] = {}  # where outputs end, and where weights do
+    for begin, end, name in sorted(spans):
+        output = name.startswith("out")
+        for which in (True, False) if output else (True,):
+            if which in furthest and furthest[which][0] > begin:
+                raise RuntimeError(f"{name} must not share memory with {furthest[which][1]}")
+        furthest[output] = max(furthest.get(output, (0, "")), (end, name))
+
+
 def _score_out(weights: _Tensors, layers: _Ints, *, out: _Tensors) -> None:
-    check_out(weights, out, torch.float32)
+    _check_apart(weights, check_out(weights, out, torch.float32))
     for o, scores in zip(out, torch.ops.dimap.score(weights, layers), strict=True):
         o.copy_(scores)
 
@@ -171,7 +216,7 @@ def _score_out(weights: _Tensors, layers: _Ints, *, out: _Tensors) -> None:
 def _select_out(
     weights: _Tensors, layers: _Ints, modules: _Ints, keep: _Ints, *, out: _Tensors
 ) -> None:
-    check_out(weights, out, torch.bool)
+    _check_apart(weights, check_out(weights, out, torch.bool))
     for o, mask in zip(out, torch.ops.dimap.select(weights, layers, modules, keep), strict=True):
         o.copy_(mask)
 
@@ -188,6 +233,9 @@ def _count_writes(name: str, overload: str, written: str) -> None:
     def kernel(
         keys: torch._C.DispatchKeySet, weights: _Tensors, *rest: object, **named: _Tensors
     ) -> None:
+        dtensor = sys.modules.get("torch.distributed.tensor")  # not loaded: then there is none
+        if dtensor is not None and any(isinstance(w, dtensor.DTensor) for w in weights):
+            import_module(".distributed._dtensor", __package__)  # has the rules for them
         torch.autograd.graph.increment_version(named.get(written, weights))
         after = keys & torch._C._after_ADInplaceOrView_keyset
         operator.redispatch(after, weights, *rest, **named)
@@ -198,5 +246,6 @@ def _count_writes(name: str, overload: str, written: str) -> None:
 
 _count_writes("prune_", "default", "weights")
 _count_writes("apply_", "default", "weights")
+_count_writes("nm_", "default", "weights")
 _count_writes("score", "out", "out")
 _count_writes("select", "out", "out")

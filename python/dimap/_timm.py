@@ -33,7 +33,7 @@ def create(name: str, *, pretrained: bool) -> nn.Module:
     except Exception as error:  # the hub's client has its own kinds; timm raises RuntimeError
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise OSError(
-            f"the pretrained weights of timm:{name} could not be had: {reason} "
+            f"the pretrained weights of timm:{name} could not be loaded: {reason} "
             "For a dry run with random weights there is --random-init."
         ) from error
 

@@ -92,6 +92,12 @@ class Budgets:
     def __bool__(self) -> bool:
         return bool(self.asked) or self.limited
 
+    def refuse_groups(self) -> None:
+        """N:M leaves each layer what it leaves. Raises ValueError."""
+        if self:
+            given = ", ".join(self.settings())
+            raise ValueError(f"nm must be given without budgets and limits, got {given}")
+
     @property
     def limited(self) -> bool:
         """Whether there are limits."""
@@ -121,7 +127,7 @@ class Budgets:
                 f"layers as {names[0]} … {names[-1]}, got {odd[0]!r}, which matches none"
             )
         sizes = dict.fromkeys(shares, 0)
-        for (_, layer), size in zip(plan.of_tensors(), plan.sizes, strict=True):
+        for (_, layer), size in zip(plan.layer_of_tensors(), plan.sizes, strict=True):
             sizes[layer.name] += size
         limits = {}
         for name, (low, high) in shares.items():
@@ -202,7 +208,7 @@ def flops_cost(plan: Plan, share: float, dense: Mapping[str, int], total: int) -
 
 def nominal_cost(plan: Plan, share: float, dense: Mapping[str, int], total: int) -> Cost:
     """Multiply-adds of each layer before pruning, times the density of its module."""
-    module_of = [module for module, _ in plan.of_tensors()]
+    module_of = [module for module, _ in plan.layer_of_tensors()]
     sizes = dict.fromkeys(plan.modules, 0)
     for module, size in zip(module_of, plan.sizes, strict=True):
         sizes[module] += size
@@ -318,7 +324,9 @@ class Tables:
         self.names: list[str] = []  # of each set: its layer
         totals: list[int] = []
         last: object = None
-        for i, ((_, layer), size) in enumerate(zip(plan.of_tensors(), plan.sizes, strict=True)):
+        for i, ((_, layer), size) in enumerate(
+            zip(plan.layer_of_tensors(), plan.sizes, strict=True)
+        ):
             if not self.names or self.names[-1] != layer.name:
                 self.names.append(layer.name)
             here = (layer.name, *(cost.part(i) for cost in costs if cost.part))
@@ -496,7 +504,8 @@ def solve(
 def _allowed(plan: Plan, limits: Mapping[str, tuple[int, int]]) -> list[tuple[int, int]]:
     """What each scope keeps at least and at most if its layers do."""
     scope_of = {
-        layer.name: scope for (_, layer), scope in zip(plan.of_tensors(), plan.scopes, strict=True)
+        layer.name: scope
+        for (_, layer), scope in zip(plan.layer_of_tensors(), plan.scopes, strict=True)
     }
     found = [(0, 0)] * len(plan.scope_names)
     for name, (least, most) in limits.items():
@@ -591,7 +600,7 @@ class _Spread:
             (c.weight for c in costs if c.part or c.name == "nominal_flops"), costs[0].weight
         )
         prices = [float(weight(head)) for head in tables.heads]
-        module_of = [module for module, _ in plan.of_tensors()]
+        module_of = [module for module, _ in plan.layer_of_tensors()]
         owners = [module_of[head] for head in tables.heads]
         energy = dict.fromkeys(self.names, 0.0)
         for owner, part in zip(owners, tables.energies(), strict=True):

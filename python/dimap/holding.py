@@ -11,20 +11,20 @@ the dense model's names, and copies, exports, compiled and distributed models ar
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from . import ops
+from .distributed import is_sharded
 from .groups.known import bare
+from .masks import fit_masks, zero_dropped
 
-# What the operators take; other types go through PyTorch.
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Where optimizers that wrap another one keep it: timm's Lookahead, accelerate, ZeroRedundancy.
 WRAPPED = ("_base_optimizer", "optimizer", "optim")
 
@@ -38,9 +38,9 @@ class Holding(AbstractContextManager["Holding"]):
         masks: Mapping[str, Tensor],
         optimizers: Sequence[Optimizer],
         *,
-        gradients: bool,
+        gradients: bool | Literal["early"],
     ) -> None:
-        self._masks = {name: mask.to(parameters[name].device) for name, mask in masks.items()}
+        self._masks = {name: _placed(mask, parameters[name]) for name, mask in masks.items()}
         self._held = {parameters[name]: mask for name, mask in self._masks.items()}
         self._optimizers = [(inner, _chain(inner)[-1]) for inner in optimizers]
         self._handles: list[Any] = []
@@ -54,30 +54,43 @@ class Holding(AbstractContextManager["Holding"]):
             if hasattr(outer, "_optimizer_load_state_dict_post_hooks"):
                 handle = outer.register_load_state_dict_post_hook(self._after_load)
                 self._handles.append(handle)
+        for p in self._held if gradients == "early" else ():
+            if p.requires_grad:
+                handle = p.register_post_accumulate_grad_hook(lambda p: self._zero_gradients([p]))
+                self._handles.append(handle)
 
     @property
     def masks(self) -> Mapping[str, Tensor]:
-        """Parameter name -> bool mask, True = kept; not to be changed."""
+        """Parameter name -> bool mask, True = kept; not to be changed.
+
+        Of a DTensor it is one with the same placements; of a parameter of FullyShardedDataParallel
+        the part of this rank, [n].
+        """
         return MappingProxyType(self._masks)
 
     def zero_weights(self) -> None:
         """Set pruned weights to +0 now: after loading other weights into the model, say."""
-        _zero(self._pairs(self._held))
+        zero_dropped(self._pairs(self._held))
 
     def zero_gradients(self) -> None:
         """Set the gradients of pruned weights to +0 now.
 
         Each step begins with it unless ``gradients=False``. Call it before the gradients' norm is
-        taken, so that clipping sees only the gradients that are used.
+        taken, so that clipping sees only the gradients that are used; with ``gradients="early"`` no
+        call is needed.
         """
-        _zero((p.grad, mask) for p, mask in self._pairs(self._held) if _dense(p.grad))
+        self._zero_gradients(self._held)
+
+    def _zero_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        pairs = self._pairs(parameters)
+        zero_dropped((p.grad, m) for p, m in pairs if p.grad is not None and _dense(p.grad))
 
     def zero_state(self) -> None:
         """Set what the optimizer remembers of pruned weights (momentum, say) to +0 now."""
         states = {id(o): o for outer, _ in self._optimizers for o in _chain(outer)}
         for optimizer in states.values():
             mine = [p for p in getattr(optimizer, "state", {}) if p in self._held]
-            _zero(
+            zero_dropped(
                 (value, mask)
                 for p, mask in self._pairs(mine)
                 for value in optimizer.state[p].values()
@@ -110,17 +123,23 @@ def hold_masks(
     masks: Mapping[str, Tensor],
     optimizer: Optimizer | Sequence[Optimizer],
     *,
-    gradients: bool = True,
+    gradients: bool | Literal["early"] = True,
 ) -> Holding:
     """Keep the weights that `masks` drop at exactly +0 after every step of `optimizer`.
 
-    model: the model that is trained, plain, compiled or in DistributedDataParallel.
-    masks: parameter name -> bool tensor of its shape, True = kept; the name may be of another
-        spelling of the model, as in `dimap.apply_masks`.
+    model: the model that is trained, plain, compiled, in DistributedDataParallel, or sharded: its
+        parameters DTensors (FSDP2, tensor parallelism), or in FullyShardedDataParallel. All ranks
+        call it together.
+    masks: parameter name -> bool tensor of its whole shape, True = kept; the name may be of another
+        spelling of the model, as in `dimap.apply_masks`. Of a sharded model they are those that
+        `dimap.select` made of it, placed as the parameters are, or whole ones that are the same on
+        every rank.
     optimizer: one, or several that share the model. Any whose steps run hooks, as all of
         torch.optim and timm.optim do; fused, foreach, within GradScaler.
     gradients: also zero the gradients of pruned weights before each step, so that the optimizer's
-        memory of them (momentum, exp_avg) is zero as well.
+        memory of them (momentum, exp_avg) is zero as well. "early": as soon as they have been added
+        up, for a loop of somebody else's that takes their norm; by hooks of the parameters, which the
+        flat ones of FullyShardedDataParallel do not run.
 
     Pruned weights are zeroed at once, and so is what the optimizer remembers of them; again when a
     state dict is loaded into the optimizer. NaN and infinity become zero too, and no zero is
@@ -133,8 +152,6 @@ def hold_masks(
     different masks, and where no optimizer has a masked parameter that is trained. All is checked
     before anything is changed.
     """
-    from .masks import fit_masks
-
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     optimizers = [optimizer] if isinstance(optimizer, Optimizer) else optimizer
@@ -144,9 +161,8 @@ def hold_masks(
         raise TypeError(f"optimizer must be a torch Optimizer, got {type(optimizer).__name__}")
     for each in optimizers:
         _chain(each)
-    named = unwrap(model).named_parameters(remove_duplicate=False)
-    parameters = {bare(name): parameter for name, parameter in named}
-    masks = fit_masks(masks, parameters)
+    parameters = _named(model)
+    masks = _through_flat(model, masks) if is_flat(model) else fit_masks(masks, parameters)
     seen: dict[nn.Parameter, str] = {}
     for name, mask in masks.items():
         first = seen.setdefault(parameters[name], name)
@@ -160,6 +176,64 @@ def hold_masks(
                 "was it made for another copy of the model?"
             )
     return Holding(parameters, masks, optimizers, gradients=gradients)
+
+
+def _named(model: nn.Module) -> dict[str, nn.Parameter]:
+    named = unwrap(model).named_parameters(remove_duplicate=False)
+    return {bare(name): parameter for name, parameter in named}
+
+
+def _placed(mask: Tensor, parameter: Tensor) -> Tensor:
+    """A mask on the device, or over the ranks, where its parameter is."""
+    if is_sharded((parameter, mask)):
+        from .distributed import _dtensor
+
+        return _dtensor.placed(mask, parameter)
+    return mask.to(parameter.device)
+
+
+def is_flat(model: nn.Module) -> bool:
+    """Whether a part of the model is in FullyShardedDataParallel."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # not loaded: then there is none
+    return fsdp is not None and any(
+        isinstance(module, fsdp.FullyShardedDataParallel) for module in model.modules()
+    )
+
+
+@contextmanager
+def whole_weights(model: nn.Module) -> Iterator[dict[str, nn.Parameter]]:
+    """The model's parameters by name; in FullyShardedDataParallel every rank has all of them here."""
+    if not is_flat(model):
+        yield _named(model)
+        return
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    with FullyShardedDataParallel.summon_full_params(model):
+        yield _named(model)
+
+
+def _through_flat(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The masks of what this rank has of flat parameters, by name of those.
+
+    Masks go the way of the weights: for a moment they are the weights of the whole model, which
+    FullyShardedDataParallel then shards. So it needs the memory of the whole model once.
+    """
+    here = {name: p for name, p in _named(model).items() if p.is_floating_point()}
+    before = {name: parameter.detach().clone() for name, parameter in here.items()}
+    with torch.no_grad():
+        try:
+            for parameter in here.values():
+                parameter.fill_(1)
+            with whole_weights(model) as whole:
+                fitted = fit_masks(masks, whole)
+                for name, mask in fitted.items():
+                    whole[name].copy_(mask)
+            found = {name: parameter != 0 for name, parameter in here.items()}
+        finally:
+            for name, parameter in here.items():
+                parameter.copy_(before[name])
+    flat = {name for name in found if name not in whole}  # of the parameters of a unit, in one
+    return {name: mask for name, mask in found.items() if name in fitted or name in flat}
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -189,19 +263,3 @@ def _chain(optimizer: Optimizer) -> list[Optimizer]:
 
 def _dense(value: object) -> bool:
     return isinstance(value, Tensor) and value.layout == torch.strided
-
-
-def _zero(pairs: Iterable[tuple[Tensor | None, Tensor]]) -> None:
-    """Set tensors to +0 where their mask is False, all of a device at once."""
-    groups: dict[torch.device, tuple[list[Tensor], list[Tensor]]] = {}
-    for tensor, mask in pairs:
-        assert tensor is not None
-        if tensor.device.type in ("cpu", "cuda") and tensor.dtype in DTYPES:
-            tensors, masks = groups.setdefault(tensor.device, ([], []))
-            tensors.append(tensor)
-            masks.append(mask.to(tensor.device))
-        else:
-            with torch.no_grad():
-                tensor.masked_fill_(~mask.to(tensor.device), 0)
-    for tensors, masks in groups.values():
-        ops.apply_(tensors, masks)

@@ -21,7 +21,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,13 +30,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import _C
+from . import _C, ops
 from ._files import open_safetensors, replacing, save_safetensors
-from .distributed import check_whole
+from .distributed import check_whole, is_sharded
 from .groups.identity import Address, same_weights
 
 VERSION = "1"
 _VERSION_KEY, _SHAPES_KEY = "dimap_masks", "shapes"
+# What the operators take; other types go through PyTorch.
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def save_masks(
@@ -150,10 +152,29 @@ def apply_masks(model: nn.Module | Mapping[str, Tensor], masks: Mapping[str, Ten
         if isinstance(model, Mapping)
         else dict(model.named_parameters(remove_duplicate=False))
     )
-    fitted = fit_masks(masks, weights)
-    with torch.no_grad():
-        for name, mask in fitted.items():
-            weights[name].masked_fill_(~mask.to(weights[name].device), 0)
+    zero_dropped((weights[name], mask) for name, mask in fit_masks(masks, weights).items())
+
+
+def zero_dropped(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Set tensors to +0 where their bool mask is False, all of a device at once.
+
+    A mask may be on another device than its tensor. Of DTensors each rank does its own part.
+    """
+    groups: dict[torch.device, tuple[list[Tensor], list[Tensor]]] = {}
+    for tensor, mask in pairs:
+        if is_sharded((tensor, mask)):
+            from .distributed import _dtensor
+
+            tensor, mask = _dtensor.local_pair(tensor, mask)
+        if tensor.device.type in ("cpu", "cuda") and tensor.dtype in _DTYPES:
+            tensors, masks = groups.setdefault(tensor.device, ([], []))
+            tensors.append(tensor)
+            masks.append(mask.to(tensor.device))
+        else:
+            with torch.no_grad():
+                tensor.masked_fill_(~mask.to(tensor.device), 0)
+    for tensors, masks in groups.values():
+        ops.apply_(tensors, masks)
 
 
 def fit_masks(masks: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

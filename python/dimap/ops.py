@@ -33,11 +33,13 @@ __all__ = [
     "apply_",
     "emit",
     "first_windows",
+    "nm_",
     "pack",
     "prune_",
     "score",
     "select",
     "select_cuts",
+    "select_nm",
     "solve",
     "survey",
     "unpack",
@@ -54,8 +56,8 @@ def score(
     magnitude of a layer 1.
 
     out: tensors to write and return instead of new ones, for callers who score again and again:
-    float32, contiguous, of the weights' shapes and device, sharing no memory with them or each
-    other. After an error it is undefined what is in them.
+        float32, contiguous, of the weights' shapes and device, sharing no memory with them or each
+        other. After an error it is undefined what is in them.
     """
     if not weights:
         return _library.check_out(weights, out or (), torch.float32)
@@ -130,9 +132,11 @@ def prune_(
 def _looks(weights: Sequence[Tensor]) -> bool:
     """Whether to ask a CUDA operator, which does not wait for the device, how it went.
 
-    Not while a graph is captured or a program traced: there nothing can be asked.
+    Not while a graph is captured or a program traced: there nothing can be asked. Nor of DTensors,
+    whose parts are asked.
     """
-    if not weights[0].is_cuda or torch.compiler.is_compiling():
+    sharded = any(hasattr(w, "placements") for w in weights)
+    if not weights[0].is_cuda or sharded or torch.compiler.is_compiling():
         return False
     return not torch.cuda.is_current_stream_capturing()
 
@@ -153,6 +157,36 @@ def apply_(weights: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
     if weights:
         with torch.no_grad():
             torch.ops.dimap.apply_(weights, masks)
+
+
+def select_nm(weights: Sequence[Tensor], n: int, m: int, dim: int = -1) -> list[Tensor]:
+    """Return the bool masks of N:M: of every `m` weights in turn along `dim` the `n` largest.
+
+    They are ranked by magnitude; of equal ones that of the lower index is kept, zeros last. So each
+    group has exactly `n` True. m: from 2 to 16; n: from 0 to m. Every weight must have a multiple of
+    `m` along `dim`, which may count from the end.
+    """
+    if not weights:
+        return []
+    with torch.no_grad():
+        masks: list[Tensor] = torch.ops.dimap.select_nm(weights, n, m, dim)
+    # A device that saw what is not finite says so by masks that keep nothing.
+    if _looks(weights) and not all(
+        bool(mask.any() if n else torch.isfinite(w).all())
+        for w, mask in zip(weights, masks, strict=True)
+        if w.numel()
+    ):
+        _raise_non_finite(weights)
+    return masks
+
+
+def nm_(weights: Sequence[Tensor], n: int, m: int, dim: int = -1) -> None:
+    """Zero in place what `select_nm` would drop. Kept weights keep their bits, dropped ones become +0."""
+    if weights and _looks(weights):
+        apply_(weights, select_nm(weights, n, m, dim))
+    elif weights:
+        with torch.no_grad():
+            torch.ops.dimap.nm_(weights, n, m, dim)
 
 
 # The bounds of a window of whose surroundings nothing is known: keys below 2^31 and from 0 on; scores

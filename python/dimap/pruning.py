@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from .groups import (
     part_of,
     part_shape,
 )
+from .groups.nm import LARGEST, NM
 from .groups.plan import Normalize, Plan, Scope, Sparsity, check_choice, renamed
 from .masks import save_masks
 from .methods import METHODS
@@ -71,6 +72,7 @@ def select(
     model: Model,
     sparsity: Sparsity = None,
     *,
+    nm: str | None = None,
     method: str = "dimap",
     scope: Scope | None = None,
     normalize: Normalize | None = None,
@@ -86,6 +88,12 @@ def select(
     """Return the masks that prune a model, without changing it.
 
     sparsity: the share of weights to drop, in [0, 1]: one number, or one for each module by name.
+    nm: "2:4", say: every layer keeps, of every 4 weights in turn along its input, the 2 of largest
+        magnitude (or saliency), of equal ones those of the lower index; any N:M up to M = 16, with
+        no sparsity, scope or normalize. "auto" (of 4) or "auto:M": the N of each layer is its share at
+        this sparsity, as `select` without nm gives it, rounded such that the scope's total is met as
+        nearly as it can be (`groups.nm.round_kept`). The input axis is that of `groups.nm.input_axes`;
+        layers whose inputs are no multiple of M are left dense, with a note.
     method: a name of `dimap.methods.METHODS`, which says the saliency, and the scope and the
         normalisation where they are not given: "dimap", "lamp", "uniform", "global_magnitude",
         "taylor", "snip".
@@ -111,7 +119,8 @@ def select(
 
     A model may be sharded: parameters that are DTensors (FSDP2). Then all processes of its mesh call
     this together, no weight is gathered, and the masks are DTensors with the same placements; the
-    order in which ties are kept is that of the whole tensors.
+    order in which ties are kept is that of the whole tensors. A saliency is placed as the weights are,
+    or whole and the same on every rank; methods that need data are refused.
 
     Returns parameter name -> bool tensor, True where the weight is kept. In each scope of N weights
     exactly ``N - round(sparsity * N)`` are kept; ties go to the earlier parameter, then to the lower
@@ -119,13 +128,14 @@ def select(
     """
     choice = choose(patterns, family, ignore)
     given = saliency, data, loss, choice, Budgets(**budgets), input_size
-    return decide(model, sparsity, method, scope, normalize, *given).masks
+    return decide(model, sparsity, nm, method, scope, normalize, *given).masks
 
 
 def prune(
     model: Model,
     sparsity: Sparsity = None,
     *,
+    nm: str | None = None,
     method: str = "dimap",
     scope: Scope | None = None,
     normalize: Normalize | None = None,
@@ -144,7 +154,7 @@ def prune(
     """
     choice = choose(patterns, family, ignore)
     given = saliency, data, loss, choice, Budgets(**budgets), input_size
-    pruning = decide(model, sparsity, method, scope, normalize, *given)
+    pruning = decide(model, sparsity, nm, method, scope, normalize, *given)
     zero(pruning)
     return pruning
 
@@ -168,19 +178,14 @@ def measure_sensitivity(
 def zero(pruning: Pruning) -> None:
     """Set to zero what the masks drop."""
     weights = [pruning.parameters[name].detach() for name in pruning.masks]
-    masks = list(pruning.masks.values())
-    if is_sharded(weights):
-        from .distributed import _dtensor
-
-        _dtensor.apply_(weights, masks)
-    else:
-        with renamed(list(pruning.masks)):
-            ops.apply_(weights, masks)
+    with renamed(list(pruning.masks)):
+        ops.apply_(weights, list(pruning.masks.values()))
 
 
 def decide(
     model: Model,
     sparsity: Sparsity,
+    nm: str | None,
     method: str,
     scope: Scope | None,
     normalize: Normalize | None,
@@ -207,18 +212,25 @@ def decide(
             raise TypeError(
                 f"method={method!r} needs an nn.Module, to have gradients, got {type(model).__name__}"
             )
+    groups = NM.parse(nm)
+    if groups is not None:
+        groups.refuse(sparsity=sparsity, scope=scope, normalize=normalize)
+        budgets.refuse_groups()
+    ratio = sparsity
+    if groups is not None and groups.n is not None:  # in each layer the same
+        scope, normalize, ratio = "layer", "layer", 1 - groups.n / groups.m
     scope = scope or chosen.scope
     # A saliency of the caller's own is an order already: it is normalised only on request.
     normalize = normalize or ("scope" if saliency is not None else chosen.normalize)
-    plan = Plan.of(model, scope, normalize, choice)
+    plan = Plan.of(model, scope, normalize, choice, groups)
     _check_dense(plan)
     parameters = named_tensors(model)
-    if saliency is not None or data is not None:  # only magnitudes are ranked on several processes
-        check_whole(parameters.values(), "data" if saliency is None else "saliency")
+    if data is not None:
+        check_whole(parameters.values(), "data")
     shapes = {name: tuple(tensor.shape) for name, tensor in parameters.items()}
     costs = costs_of(budgets, plan, shapes, counted or model, input_size)
     if not costs:
-        plan.keep(sparsity)  # a wrong one is told before data are read
+        plan.keep(ratio)  # a wrong one is told before data are read
     source, tensors, labels = "magnitude", plan.tensors, plan.names
     if chosen.saliency is not None:
         source, saliency = method, chosen.saliency(model, data, loss, patterns=choice)
@@ -226,24 +238,37 @@ def decide(
         source = "given"
     if saliency is not None:
         tensors, labels = plan.ranked(saliency), [f"saliency of {name}" for name in plan.names]
-    surveyed = partial(surveyed_tensors, plan, tensors, labels, source != "magnitude")
-    solved = solve(plan, sparsity, budgets, costs, surveyed)
-    numbers = solved.plan.layers, solved.plan.scopes, solved.keep
-    if is_sharded(tensors):
+    sharded = is_sharded(plan.tensors)
+    if sharded:
         from .distributed import _dtensor
 
-        masks, cuts = _dtensor.select_cuts(plan.names, tensors, *numbers)
-    else:
-        with renamed(labels):
-            masks, cuts = ops.select_cuts(tensors, *numbers)
-    thresholds = dict(zip(solved.plan.scope_names, cuts.tolist(), strict=True))
+        if saliency is not None:
+            tensors = [_dtensor.placed(t, w) for t, w in zip(tensors, plan.tensors, strict=True)]
+    surveyed = partial(surveyed_tensors, plan, tensors, labels, source != "magnitude")
+    solved = solve(plan, ratio, budgets, costs, surveyed)
+    thresholds: dict[str, float] = {}
+    counts: dict[str, int] = {}
+    if groups is None or groups.n is None:
+        numbers = solved.plan.layers, solved.plan.scopes, solved.keep
+        if sharded:
+            masks, cuts = _dtensor.select_cuts(labels, tensors, *numbers, signed=saliency is None)
+        else:
+            with renamed(labels):
+                masks, cuts = ops.select_cuts(tensors, *numbers)
+        found = dict(zip(solved.plan.scope_names, cuts.tolist(), strict=True))
+        thresholds = solved.thresholds or found
+    if groups is not None:
+        kept = [_count_kept(mask) for mask in masks] if groups.n is None else []
+        counts, thresholds = plan.counts(kept), {}
+        masks = _select_groups(plan, tensors, labels, plan.by_tensor(counts), saliency is None)
     return Pruning(
         modules=plan.modules,
-        thresholds=solved.thresholds or thresholds,
+        thresholds=thresholds,
         scope=scope,
         normalize=normalize,
         sparsity=solved.sparsity,
         saliency=source,
+        nm={name: f"{n}:{groups.m}" for name, n in counts.items()} if groups else {},
         masks=plan.merged(masks),
         parameters=parameters,
         notes=[*plan.notes, *solved.notes],
@@ -270,6 +295,38 @@ def surveyed_tensors(
         return table.cpu().numpy().data
 
     return Weights(plan, bits, survey, dense)
+
+
+def _count_kept(mask: Tensor) -> int:
+    """The weights that a mask keeps, of all ranks."""
+    count: Any = mask.sum()
+    return int(count.full_tensor() if is_sharded([count]) else count)
+
+
+def _select_groups(
+    plan: Plan,
+    tensors: Sequence[Tensor],
+    labels: Sequence[str],
+    counts: Sequence[int],
+    signed: bool,
+) -> list[Tensor]:
+    """The masks of the plan's groups, of which each tensor keeps so many."""
+    assert plan.nm is not None
+    together: dict[tuple[int, int], list[int]] = {}
+    for i, each in enumerate(zip(counts, plan.axes, strict=True)):
+        together.setdefault(each, []).append(i)
+    masks: dict[int, Tensor] = {}
+    for (n, axis), places in together.items():
+        here, names = [tensors[i] for i in places], [labels[i] for i in places]
+        if is_sharded(tensors):
+            from .distributed import _dtensor
+
+            found = _dtensor.select_nm(names, here, n, plan.nm.m, axis, signed=signed)
+        else:
+            with renamed(names):
+                found = ops.select_nm(here, n, plan.nm.m, axis)
+        masks |= zip(places, found, strict=True)
+    return [masks[i] for i in range(len(tensors))]
 
 
 @dataclass(kw_only=True)
@@ -346,6 +403,22 @@ def count_nonzero(tensor: Tensor) -> int:
     elif tensor.dtype in (torch.uint16, torch.uint32, torch.uint64):
         tensor = tensor.view(getattr(torch, f"int{8 * tensor.itemsize}"))
     return int(tensor.count_nonzero())
+
+
+def most_in_groups(tensor: Tensor, axis: int) -> list[int]:
+    """Of m = 0 … 16, the most values that are not zero in a group of m along an axis.
+
+    m itself where the groups do not fit the axis, and for m below 2.
+    """
+    most = list(range(LARGEST + 1))
+    if tensor.layout is torch.strided and tensor.numel() and not tensor.is_quantized:
+        values = tensor.float() if tensor.itemsize == 1 else tensor  # torch compares no float8
+        along = (values != 0).movedim(axis, -1)
+        for m in range(2, LARGEST + 1):
+            if along.shape[-1] % m == 0:
+                groups = along.unflatten(-1, (-1, m))
+                most[m] = int(groups.sum(-1, dtype=torch.uint8).amax())
+    return most
 
 
 def _check_dense(plan: Plan) -> None:

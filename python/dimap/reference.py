@@ -81,6 +81,22 @@ def select_by(
     return masks
 
 
+def select_nm(weights: Sequence[Tensor], n: int, m: int, dim: int = -1) -> list[Tensor]:
+    """The masks of N:M: of every `m` weights in turn along `dim` the `n` of largest magnitude.
+
+    Of equal magnitudes the one of the lower index is kept; zeros are the smallest, and -0 is 0. The
+    size along `dim` is a multiple of `m`.
+    """
+    masks = []
+    for w in weights:
+        along = w.detach().cpu().double().abs().movedim(dim, -1)
+        groups = along.unflatten(-1, (along.shape[-1] // m, m))
+        order = torch.sort(groups, dim=-1, descending=True, stable=True).indices
+        kept = torch.zeros(groups.shape, dtype=torch.bool).scatter_(-1, order[..., :n], True)
+        masks.append(kept.flatten(-2).movedim(-1, dim).contiguous())
+    return masks
+
+
 def select_limited(
     weights: Sequence[Tensor],
     layers: Sequence[int],

@@ -27,7 +27,7 @@ __all__ = ["Batches", "Loss", "magnitude", "random", "snip", "taylor"]
 
 
 def magnitude(model: Model, *, patterns: Patterns | Choice | None = None) -> dict[str, Tensor]:
-    """The magnitudes of the weights, |w|: what `dimap.select` ranks by where no saliency is given.
+    """The magnitudes of the weights, ``abs(w)``: what `dimap.select` ranks by where no saliency is given.
 
     model, patterns: as in `dimap.find_modules`.
     """
@@ -55,7 +55,7 @@ def taylor(
     *,
     patterns: Patterns | Choice | None = None,
 ) -> dict[str, Tensor]:
-    """First-order change of the loss when a weight is removed, |w · ∂L/∂w|, averaged over batches.
+    """First-order change of the loss when a weight is removed, ``abs(w · ∂L/∂w)``, mean over batches.
 
     model: run in evaluation mode; its weights, gradients and modes are as before afterwards.
     data: batches ``(input, target)`` of tensors, moved to the device of the weights. A few suffice.
@@ -81,7 +81,7 @@ def snip(
     *,
     patterns: Patterns | Choice | None = None,
 ) -> dict[str, Tensor]:
-    """Connection sensitivity |g| / Σ|g|, where g = ∂L/∂c = w · ∂L/∂w for a factor c = 1 on a weight.
+    """Connection sensitivity ``|g| / Σ|g|``, g = ∂L/∂c = w · ∂L/∂w for a factor c = 1 on a weight.
 
     The batches are taken as one: their gradients are averaged before the absolute value, where
     `taylor` averages after it. On one batch the two rank alike. SNIP prunes before training; on trained

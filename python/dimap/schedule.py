@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from types import MappingProxyType
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .groups import choose
-from .holding import Holding, hold_masks, unwrap
+from .groups.known import bare
+from .holding import Holding, hold_masks, is_flat, unwrap, whole_weights
+from .masks import fit_masks
 from .methods import METHODS, Method
 from .pruning import select
 from .saliency import magnitude
@@ -62,8 +65,21 @@ class CubicSchedule:
         return step == self.end or (inside and (step - self.begin) % self.every == 0)
 
 
+@dataclass(frozen=True)
+class _Once:
+    """All that is pruned is pruned before the first step; None prunes nothing."""
+
+    final: float | Mapping[str, float] | None
+
+    def sparsity(self, step: int) -> Any:
+        return self.final
+
+    def due(self, step: int) -> bool:
+        return step == 0 and self.final is not None
+
+
 class GradualPruning:
-    """Prunes a model by a schedule while it trains, and holds what is pruned at zero.
+    """Prunes a model by a schedule while it trains, and holds what is pruned at zero:
 
         gradual = GradualPruning(model, optimizer, CubicSchedule(0.8, begin=100, end=900, every=50))
         for x, y in loader:
@@ -71,30 +87,46 @@ class GradualPruning:
             optimizer.step()
             gradual.step()
 
-    model, optimizer: as in `dimap.hold_masks`.
+    model, optimizer, gradients: as in `dimap.hold_masks`.
+    schedule: a number (or one for each module) prunes once, at the start; None never.
+    masks: held from the start; what they drop stays dropped.
+    steps: of the optimizer that are done already: then nothing is pruned at the start.
     options: `method`, `scope`, `normalize`, `data`, … of `dimap.select`. `data` is read at every
         pruning: a list, not a generator.
 
-    What is pruned stays pruned. A compiled or data-parallel model is pruned as the plain one in it.
+    What is pruned stays pruned. A compiled or data-parallel model is pruned as the plain one in it, and
+    a sharded one as its whole.
     """
 
     def __init__(
-        self, model: nn.Module, optimizer: Optimizer, schedule: CubicSchedule, **options: Any
+        self,
+        model: nn.Module,
+        optimizer: Optimizer | Sequence[Optimizer],
+        schedule: CubicSchedule | float | Mapping[str, float] | None,
+        *,
+        masks: Mapping[str, Tensor] | None = None,
+        steps: int = 0,
+        gradients: bool | Literal["early"] = True,
+        **options: Any,
     ) -> None:
-        self.schedule = schedule
-        self.steps = 0  # so far
-        self.sparsity = 0.0  # now
+        self.schedule = schedule if isinstance(schedule, CubicSchedule) else _Once(schedule)
+        self.steps = steps  # so far
+        self.sparsity: Any = 0.0  # now
         given = {name: options.pop(name, None) for name in ("patterns", "family", "ignore")}
         options["patterns"] = choose(**given)
         self._model, self._optimizer, self._options = unwrap(model), optimizer, options
-        self._holding: Holding | None = None
-        if schedule.due(0):
-            self.prune(schedule.sparsity(0))
+        self._gradients = gradients
+        self.holding: Holding | None = None  # what holds the masks now
+        self._masks: Mapping[str, Tensor] = {}
+        if masks:
+            self._hold(masks)
+        if steps == 0 and self.schedule.due(0):
+            self.prune(self.schedule.sparsity(0))
 
     @property
     def masks(self) -> Mapping[str, Tensor]:
         """Parameter name -> bool mask, True = kept; none before the first pruning."""
-        return {} if self._holding is None else self._holding.masks
+        return MappingProxyType(self._masks)
 
     def step(self) -> bool:
         """Count one optimizer step; prune, and return True, where the schedule says so."""
@@ -105,37 +137,49 @@ class GradualPruning:
         return True
 
     @torch.no_grad()
-    def prune(self, sparsity: float) -> None:
+    def prune(self, sparsity: float | Mapping[str, float]) -> None:
         """Prune to `sparsity` now, and hold that."""
-        options = self._options
-        if self._holding is not None:
-            method = METHODS[options.get("method", "dimap")]
-            options = {
-                "scope": options.get("scope") or method.scope,
-                "normalize": options.get("normalize")
-                or ("scope" if "saliency" in options else method.normalize),
-                "patterns": options.get("patterns"),
-                "saliency": self._saliency(method, self._holding.masks),
-            }
-        masks = select(self._model, sparsity, **options)
-        if self._holding is not None:
-            self._holding.remove()
-        self._holding = hold_masks(self._model, masks, self._optimizer)
+        options, before = self._options, {}
+        with whole_weights(self._model) as weights:
+            if self._masks:
+                before = fit_masks(self._masks, weights)
+                before = {n: mask.to(weights[n].device) for n, mask in before.items()}
+                method = METHODS[options.get("method", "dimap")]
+                options = {
+                    "scope": options.get("scope") or method.scope,
+                    "normalize": options.get("normalize")
+                    or ("scope" if "saliency" in options else method.normalize),
+                    "patterns": options.get("patterns"),
+                    "saliency": self._saliency(method, before),
+                }
+            found = select(self._model, sparsity, **options)
+        masks = {bare(name): mask for name, mask in found.items()}
+        self._hold(before | {n: mask & before.get(n, mask) for n, mask in masks.items()})
         self.sparsity = sparsity
+
+    def _hold(self, masks: Mapping[str, Tensor]) -> None:
+        self.remove()
+        self.holding = hold_masks(self._model, masks, self._optimizer, gradients=self._gradients)
+        # Those of flat parameters are of this rank alone.
+        self._masks = masks if is_flat(self._model) else self.holding.masks
 
     def _saliency(self, method: Method, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The saliency of what is left; what is pruned ranks below a weight left with saliency 0."""
         options = self._options
         patterns = options.get("patterns")
         if (given := options.get("saliency")) is not None:
-            values = {name: given[name].float() for name in masks}
+            values = {name: value.float() for name, value in given.items()}
         elif method.saliency is not None:
             data, loss = options["data"], options.get("loss")
             values = method.saliency(self._model, data, loss, patterns=patterns)
         else:
             values = magnitude(self._model, patterns=patterns)
         least = 2.0**-149
-        return {n: v.clamp_min(least).masked_fill_(~masks[n], 0) for n, v in values.items()}
+        values = {name: value.clamp_min(least) for name, value in values.items()}
+        for name, value in values.items():
+            if bare(name) in masks:
+                value.masked_fill_(~masks[bare(name)], 0)
+        return values
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs beside the model's and the optimizer's."""
@@ -146,11 +190,11 @@ class GradualPruning:
         """Go on from `state_dict`; load the model and the optimizer before."""
         self.remove()
         if state["masks"]:
-            self._holding = hold_masks(self._model, state["masks"], self._optimizer)
+            self._hold(state["masks"])
         self.steps, self.sparsity = state["steps"], state["sparsity"]
 
     def remove(self) -> None:
         """Let go of the masks; the weights stay as they are."""
-        if self._holding is not None:
-            self._holding.remove()
-            self._holding = None
+        if self.holding is not None:
+            self.holding.remove()
+            self.holding, self._masks = None, {}

@@ -54,7 +54,7 @@ def measure(weights: Weights) -> Sensitivity:
     """
     plan = weights.plan
     tables = Tables(weights, around=ALL, bins=BINS)
-    owners = [plan.of_tensors()[head] for head in tables.heads]
+    owners = [plan.layer_of_tensors()[head] for head in tables.heads]
     energies = tables.energies()
     sizes = tables.sizes()
     layers = [

@@ -86,7 +86,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     ("arguments", "words"),
     [
         (["nowhere"], "nowhere"),
-        (["--device", "cuda"], "device must be cpu where torch sees no CUDA device"),
+        (["--device", "cuda"], "device 'cuda' needs a GPU, and torch sees none"),
         (["--plot", "times.txt"], "must end in .png or .svg"),
         (["timm:resnet18"], "must be of a known family"),
     ],

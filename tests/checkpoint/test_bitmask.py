@@ -456,7 +456,7 @@ def test_a_bitmask_file_is_not_pruned_and_a_dense_one_not_expanded(run, tmp_path
     assert "must be dense" in err
     code, _, err = run("expand", "in.safetensors", "out.safetensors")
     assert code == 1
-    assert "must hold a bitmask file, got dense weights" in err
+    assert "must be a bitmask file, got one that is dense already" in err
     assert not (tmp_path / "out.safetensors").exists()
 
 

@@ -545,6 +545,6 @@ def test_timm_without_a_hub(monkeypatch):
 
     monkeypatch.setattr(timm, "create_model", unreachable)
     with pytest.raises(
-        OSError, match=r"pretrained weights of timm:vit_tiny.* could not be had: the"
+        OSError, match=r"pretrained weights of timm:vit_tiny.* could not be loaded: the"
     ):
         checkpoints.open_checkpoint("timm:vit_tiny_patch16_224")

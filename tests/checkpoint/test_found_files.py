@@ -290,7 +290,7 @@ def test_a_repository_of_the_hub_comes_from_its_cache(tmp_path, monkeypatch):
         raise ConnectionError("the hub is away")
 
     monkeypatch.setattr(hub, "snapshot_download", away)
-    with pytest.raises(OSError, match=r"hf:org/name could be had neither .* the hub is away"):
+    with pytest.raises(OSError, match=r"hf:org/name is not in the hub's cache .* the hub is away"):
         open_checkpoint("hf:org/name")
 
 

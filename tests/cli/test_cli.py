@@ -365,7 +365,7 @@ def test_sparsity_out_of_range(run, share):
 
 def test_shares_that_leave_a_module_out(run):
     message = fails(run, "prune", "in.safetensors", "o.safetensors", "--module", "qkv=0.5")
-    assert "--module for each of proj, mlp, must be given" in message
+    assert "give --sparsity, or --module NAME=SHARE for proj and mlp too" in message
 
 
 @pytest.mark.parametrize("option", ["--masks", "--report", None])

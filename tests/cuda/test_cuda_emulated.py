@@ -10,7 +10,7 @@ import pytest
 import torch
 from dimap import ops, reference
 from hypothesis import HealthCheck, given, settings
-from operators import assert_scores, check, run_in_pieces
+from operators import assert_same_bits, assert_scores, check, run_in_pieces
 from problems import DTYPES, KINDS, Problem, cast, problems, values
 
 dimap_cpu = torch.ops.dimap
@@ -105,6 +105,55 @@ def test_thousands_of_tensors() -> None:
     assert all(torch.equal(a, b) for a, b in zip(ops.select(*problem.args()), want, strict=True))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("pattern", [(2, 4), (1, 2), (3, 8), (8, 16), (3, 5), (0, 4)], ids=str)
+def test_groups(pattern: tuple[int, int], dtype: torch.dtype, way: str) -> None:
+    n, m = pattern
+    for kind in (
+        ("normal",) if way == "ptx, preempted" else ("normal", "small integers", "denormals")
+    ):
+        w = cast(values(kind, 5 * 7 * 8 * m + 3, m), dtype)
+        odd = w[3:].reshape(
+            7 * 8 * m, 5
+        )  # begins at no multiple of 16 bytes; and what comes after it is not touched
+        weights = [w[:-3].reshape(5, 7 * 8 * m), odd.t().contiguous(), w[: 3 * m].reshape(3, m)]
+        assert_groups(weights, n, m, -1)
+        assert_groups([odd, w[: m * 40].reshape(m, 40), odd[:0], odd[:m].clone()], n, m, 0)
+
+
+def test_groups_of_more_than_a_piece() -> None:
+    weights = [cast(values("small integers", 4 * 5000, 1), t).reshape(50, 400) for t in DTYPES]
+    assert_groups(weights, 2, 4, -1)
+    assert_groups([w.reshape(4, 5000) for w in weights], 1, 4, 0)
+
+
+def assert_groups(weights: list[torch.Tensor], n: int, m: int, dim: int) -> None:
+    masks = torch.ops.dimap.select_nm(weights, n, m, dim)
+    # Every other one begins at an odd element, which no vector may touch.
+    pruned = [
+        torch.cat([w.new_zeros(i % 2), w.flatten()])[i % 2 :].view(w.shape)
+        for i, w in enumerate(weights)
+    ]
+    torch.ops.dimap.nm_(pruned, n, m, dim)
+    want = reference.select_nm(weights, n, m, dim)
+    for w, mask, expected, p in zip(weights, masks, want, pruned, strict=True):
+        assert torch.equal(mask, expected)
+        assert_same_bits(p, torch.where(expected, w, torch.zeros_like(w)))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("-inf")])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_groups_that_are_not_finite(bad: float, dtype: torch.dtype) -> None:
+    weights = [torch.ones(8, 12).to(dtype), torch.full((40, 300), torch.finfo(dtype).max).to(dtype)]
+    assert_groups(weights, 2, 4, -1)
+    weights[1][39, 299] = bad
+    before = [w.clone() for w in weights]
+    torch.ops.dimap.nm_(weights, 2, 4, -1)
+    for w, b in zip(weights, before, strict=True):
+        assert torch.equal(w.view(torch.uint8), b.view(torch.uint8))
+    assert not any(bool(mask.any()) for mask in torch.ops.dimap.select_nm(weights, 2, 4, -1))
+
+
 def test_the_host_neither_waits_nor_lends_memory(emulated: cuda_emulator.Emulated) -> None:
     """A graph can replay what only launches kernels and copies on the device."""
     weights = [cast(values("normal", 9_000, i), dtype) for i, dtype in enumerate(DTYPES)]
@@ -114,6 +163,8 @@ def test_the_host_neither_waits_nor_lends_memory(emulated: cuda_emulator.Emulate
     torch.ops.dimap.score(weights, [0, 1, 2])
     torch.ops.dimap.prune_(*problem.args())
     torch.ops.dimap.apply_(weights, [w > 0 for w in weights])
+    torch.ops.dimap.select_nm(weights, 2, 4, 0)
+    torch.ops.dimap.nm_(weights, 3, 5, -1)
     assert emulated.host_calls == before
     ops.survey(weights, [0, 1, 2], ops.first_windows(DTYPES, 256), 256)
     assert emulated.host_calls > before  # the counter counts

@@ -6,7 +6,18 @@ import pytest
 import torch
 from dimap import _library, ops
 
-OPERATORS = ["apply_", "emit", "prune_", "score", "select", "select_cuts", "solve", "survey"]
+OPERATORS = [
+    "apply_",
+    "emit",
+    "nm_",
+    "prune_",
+    "score",
+    "select",
+    "select_cuts",
+    "select_nm",
+    "solve",
+    "survey",
+]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(0,), (1,), (19,), (111,), (7, 300), (3, 40000)]
 

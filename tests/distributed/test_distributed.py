@@ -358,7 +358,7 @@ def test_a_rank_that_is_gone_stops_the_others(tmp_path, gone, when, number):
                 process.join(60)
                 assert process.exitcode == 1
                 error = (tmp_path / f"error {rank}").read_text()
-                assert "all 3 ranks must answer in time, got none of another rank" in error
+                assert "one of the 3 ranks does not answer" in error
     finally:
         for process in processes:
             process.kill()
@@ -379,8 +379,8 @@ def test_an_error_that_nobody_hears_since_a_rank_is_gone(tmp_path):
             process.kill()
             process.join()
     other, full = [" ".join((tmp_path / f"error {r}").read_text().split()) for r in (1, 2)]
-    assert "all 3 ranks must answer in time, got none of another rank" in other
-    assert "all 3 ranks must answer in time, got none of another rank" in full
+    assert "one of the 3 ranks does not answer" in other
+    assert "one of the 3 ranks does not answer" in full
     assert full.endswith("this rank had stopped: out.safetensors: No space left on device")
     nothing_but(tmp_path, IN, "error 0", "error 1", "error 2")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import cuda_emulator
 import dimap
 import pytest
 import torch
@@ -129,6 +130,27 @@ def compare_as_on_gpus(kind, step):
         _dtensor._decide_in_memory = before
 
 
+def compare_emulated(library):
+    """By the stages of the CUDA operators, on an emulated device: what they are given is on the CPU."""
+    from dimap.distributed import _dtensor
+
+    torch.ops.load_library(library)
+    mesh = mesh_of(dist.get_world_size())
+    state = vit(width=20, step=0.01)
+    wanted = [dimap.select(state, **options) for options in OPTIONS]
+    before = torch.ops.dimap, _dtensor._decide_in_memory
+    torch.ops.dimap, _dtensor._decide_in_memory = (
+        torch.ops.dimap_emulated, _dtensor._decide_on_devices,
+    )  # fmt: skip
+    try:
+        for kind in ("rows", "mixed"):
+            sharded = distributed(state, placements(kind), mesh)
+            for options, want in zip(OPTIONS, wanted, strict=True):
+                assert_masks(dimap.select(sharded, **options), want, sharded)
+    finally:
+        torch.ops.dimap, _dtensor._decide_in_memory = before
+
+
 class Block(nn.Module):
     def __init__(self, width):
         super().__init__()
@@ -239,8 +261,13 @@ def select_bad(kind):
         )
     if kind == "score":
         dimap.score(sharded)
-    if kind == "saliency":
-        dimap.select(sharded, 0.5, saliency={n: t.abs() for n, t in sharded.items()})
+    if kind == "data":
+        dimap.select(sharded, 0.5, data=[])
+    if kind == "negative":
+        saliency = {n: t.abs() for n, t in state.items() if "weight" in n and t.ndim > 1}
+        saliency[name][19, 70] = -2
+        sharded = distributed(saliency, placements("rows"), mesh)
+        dimap.select(sharded, 0.5, saliency=sharded)
     before = {n: t.to_local().clone() for n, t in sharded.items() if n != name}
     try:
         dimap.prune(sharded, 0.5)
@@ -294,6 +321,17 @@ def test_tensors_that_are_surveyed_by_operators(group, kind):
     told_that_a_weight_is_not_finite(group.outcomes(compare_as_on_gpus, kind, 0.01))
 
 
+@pytest.mark.skipif(cuda_emulator.COMPILER is None, reason="needs a C++ compiler")
+@pytest.mark.parametrize("size", [4, 8])
+def test_the_stages_of_the_cuda_operators(size):
+    library = str(cuda_emulator.build().path)
+    group = Group(size)
+    try:
+        group(compare_emulated, library)
+    finally:
+        group.close()
+
+
 def test_fsdp2(group):
     assert group(compare_fsdp, "fsdp")[0] == ["(Shard(dim=0),)"]
 
@@ -332,7 +370,36 @@ def test_what_is_not_handled_is_refused(group, kind, message):
         assert f"blocks.1.mlp.fc2.weight {message}" in text
 
 
-@pytest.mark.parametrize("kind", ["score", "saliency"])
+def compare_by_saliency(kind, step):
+    """A saliency that is placed as the weights are, otherwise, or whole on every rank."""
+    mesh = mesh_of(dist.get_world_size())
+    state = vit(width=20, step=step)
+    sharded = distributed(state, placements(kind), mesh)
+    values = {n: (t * 3 - 0.01).abs() for n, t in state.items()}
+    for options in ({"sparsity": 0.55}, {"sparsity": 0.4, "normalize": "layer", "scope": "global"}):
+        names = dimap.select(state, **options)
+        given = {n: values[n] for n in names}
+        want = dimap.select(state, saliency=given, **options)
+        for other in (None, kind, "columns"):
+            placed = distributed(given, placements(other), mesh) if other else given
+            assert_masks(dimap.select(sharded, saliency=placed, **options), want, sharded)
+
+
+@pytest.mark.parametrize("kind", ["rows", "mixed"])
+def test_saliencies(group, kind):
+    if group.size == 4:
+        pytest.skip("two and three ranks tell")
+    group(compare_by_saliency, kind, 0.01)
+
+
+def test_a_negative_saliency_stops_all(group):
+    outcomes = group.outcomes(select_bad, "negative")
+    assert {name for name, _ in outcomes} <= {"ValueError", "RuntimeError"}
+    wanted = "saliency of blocks.1.mlp.fc2.weight must not be negative, got -2 at flat index 1590"
+    assert all(wanted in text for _, text in outcomes)
+
+
+@pytest.mark.parametrize("kind", ["score", "data"])
 def test_whole_parameters_are_needed(group, kind):
     for name, text in group.outcomes(select_bad, kind):
         assert name == "ValueError"

@@ -721,7 +721,7 @@ def test_errors_come_before_any_work(made, tmp_path) -> None:
     two = save_images(tmp_path / "two", validation=2)
     refused(ValueError, "same classes, got 3 and 2, differing in blue", data=two)
     refused(TypeError, "two data sets that have a `transform`", data=(1, 2))
-    refused(ValueError, "at most the training images of a process, got 64 for 20", batch_size=64)
+    refused(ValueError, "at most 20, the training images of each process, got 64", batch_size=64)
     # The model
     save_swin(tmp_path / "ten.safetensors", num_classes=10)
     refused(
@@ -735,7 +735,7 @@ def test_errors_come_before_any_work(made, tmp_path) -> None:
     from safetensors.torch import save_file
 
     save_file(load_file(checkpoint), bare)
-    refused(ValueError, "must say which timm model it is", model=bare)
+    refused(ValueError, "does not say which timm model it is", model=bare)
     refused(
         ValueError,
         "must hold the weights of timm's swin_tiny",
@@ -756,7 +756,7 @@ def test_errors_come_before_any_work(made, tmp_path) -> None:
     )
     refused(
         ValueError,
-        "masks must be given, or .* must be pruned",
+        "has no zeros to hold",
         model=checkpoint.with_name("dense.safetensors"),
         masks=None,
     )

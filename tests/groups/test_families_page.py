@@ -42,6 +42,10 @@ def test_named_families_are_these():
     assert make.named() in PAGE
 
 
+def test_the_readme_says_how_many():
+    assert make.summary(PAGE) in make.README.read_text(encoding="utf-8")
+
+
 def test_of_this_timm():
     if f"## timm {version('timm')}:" not in PAGE:
         pytest.skip("the page is of another timm: python docs/make_families.py")

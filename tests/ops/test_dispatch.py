@@ -32,6 +32,8 @@ CALLS = {
     "select_cuts": ARGS,
     "prune_": ([w.clone() for w in ARGS[0]], *ARGS[1:]),
     "apply_": ([w.clone() for w in ARGS[0]], [torch.rand(w.shape) < 0.5 for w in ARGS[0]]),
+    "select_nm": ([torch.randn(7, 8), torch.randn(4).bfloat16()], 2, 4, -1),
+    "nm_": ([torch.randn(7, 8), torch.randn(4).bfloat16()], 2, 4, -1),
     "survey": (*ARGS[:2], WINDOWS, 256),
     "solve": (*decided()[0], [0, 0], ARGS[3]),
     "emit": (*ARGS[:3], decided()[1], decided()[2]),
@@ -83,6 +85,22 @@ def test_compile_fullgraph_gives_the_same() -> None:
     eager, compiled = both(*ARGS), torch.compile(both, fullgraph=True, backend="aot_eager")(*ARGS)
     for a, b in zip(eager, compiled, strict=True):
         assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_compile_fullgraph_of_groups() -> None:
+    def both(weights):
+        masks = OPS.select_nm(weights, 2, 4, 0)
+        OPS.nm_(weights, 2, 4, 0)
+        return [w * 2 for w in weights], masks
+
+    w = torch.randn(8, 5)
+    a, b = [w.clone()], [w.clone()]
+    eager = both(a)
+    compiled = torch.compile(both, fullgraph=True, backend="aot_eager")(b)
+    for x, y in zip([*a, *eager[0], *eager[1]], [*b, *compiled[0], *compiled[1]], strict=True):
+        assert torch.equal(x, y)
+    with pytest.raises(RuntimeError, match="multiple of m"), FakeTensorMode() as mode:
+        OPS.select_nm([mode.from_tensor(w)], 2, 4, 1)
 
 
 def test_compile_fullgraph_of_the_in_place_operator() -> None:

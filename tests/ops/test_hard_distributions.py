@@ -77,6 +77,19 @@ def test_past_the_caches_and_in_chunks_of_many_threads(threads) -> None:
     assert all(torch.equal(a, b) for a, b in zip(masks, ops.select(weights, *args), strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_few_of_many_layers_are_guessed_wrong(dtype: torch.dtype) -> None:
+    """A sample of half of the weights misses, here and there, where nearly all of the energy is."""
+    generator = torch.Generator().manual_seed(0)
+    weights = list(torch.randn(1000, 1 << 14, generator=generator).to(dtype).unbind())
+    for i in range(0, 1000, 125):
+        weights[i][5000:5020] = 300.0
+    args = [*range(1000)], [0] * 1000, [7_000_000]
+    masks = ops.select(weights, *args)
+    assert_masks(weights, *args, masks)
+    assert_pruned(weights, masks, pruned(weights, *args))
+
+
 def wrong_masks(change: str) -> tuple[list[Tensor], list[Tensor]]:
     weights = [torch.tensor([3.0, 1.0, 2.0, 1.0, 0.0]), torch.tensor([1.0, 1.0, 5.0])]
     masks = reference.select(weights, [0, 1], [0, 0], [3])

@@ -97,3 +97,22 @@ def test_outputs_in_the_memory_of_weights_that_are_views(job) -> None:
     with pytest.raises(RuntimeError, match=r"must not share memory with"):
         call([w[:, ::2]], [w.view(kind)[4:].flatten()[:32].view(8, 4)])
     assert torch.equal(w, before)
+
+
+def test_outputs_of_backends_without_a_kernel_for_them() -> None:
+    """Other backends than the CPU write the results there; the same places are refused."""
+    kernel = torch.ops.dimap.score.out._op_dk
+    key = torch._C.DispatchKey.CompositeExplicitAutograd
+    weights = [torch.randn(6), torch.randn(2, 3).t()]
+    out = [torch.empty(6), torch.empty(3, 2)]
+    kernel(key, weights, [0, 1], out=out)
+    for got, want in zip(out, ops.score(weights, [0, 1]), strict=True):
+        assert torch.equal(got, want)
+    block = torch.zeros(9)
+    for places, message in (
+        ([block[:6], block[3:].view(3, 2)], r"out\[1\] must not share memory with out\[0\]"),
+        ([weights[0], out[1]], r"weights\[0\] must not share memory with out\[0\]"),
+        ([out[0], weights[1]], r"weights\[1\] must not share memory with out\[1\]"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            kernel(key, weights, [0, 1], out=places)

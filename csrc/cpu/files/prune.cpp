@@ -6,6 +6,7 @@
 #include <deque>
 
 #include "cpu/files/elements.h"
+#include "cpu/nm.h"
 #include "cpu/sparse/pack.h"
 
 namespace dimap::cpu {
@@ -47,21 +48,32 @@ FilePruning::FilePruning(const Problem& problem, const Pool& pool, const Exchang
     : problem_(problem),
       pool_(pool),
       exchange_(exchange),
-      decision_(problem, pool, exchange, Keeps::kCounts, {}, aside_most),
+      loader_(problem, pool.workers()),
       kept_(problem.tensors.size()) {
-  share_ties();
-  for (size_t c = 0; c < chunk_kept_.size(); ++c) kept_[decision_.reading().chunks[c].tensor] += chunk_kept_[c];
+  if (problem.patterns.empty()) {
+    decision_.emplace(problem, pool, exchange, Keeps::kCounts, std::span<uint8_t* const>{}, aside_most);
+    share_ties();
+  } else {
+    groups_ = chunks_of(problem);
+    for (const Chunk& c : groups_) {
+      const Pattern& pattern = problem.patterns[c.tensor];
+      most_ = std::max(most_, c.n);
+      chunk_kept_.push_back(c.mine ? c.n / pattern.m * pattern.n : 0);
+    }
+  }
+  for (size_t c = 0; c < chunk_kept_.size(); ++c) kept_[chunks()[c].tensor] += chunk_kept_[c];
   sum(kept_);
 }
 
 bool FilePruning::keeps_zeros(const Chunk& chunk) const {
-  const Cut& cut = decision_.cuts[chunk.layer];
+  if (!decision_) return true;
+  const Cut& cut = decision_->cuts[chunk.layer];
   return cut.keep_from == 0 || cut.tie == 0;
 }
 
 // Counts what each chunk keeps, and shares each module's quota among the tied weights in order of position.
 void FilePruning::share_ties() {
-  Reading& reading = decision_.reading();
+  Reading& reading = decision_->reading();
   std::vector<Chunk>& chunks = reading.chunks;
   chunk_kept_.assign(chunks.size(), 0);
   int64_t bytes = 0;
@@ -72,7 +84,7 @@ void FilePruning::share_ties() {
   pool_.for_each(static_cast<int64_t>(chunks.size()), [&](int64_t c, int worker) {
     const Chunk& chunk = chunks[c];
     if (!chunk.mine) return;
-    const Cut& cut = decision_.cuts[chunk.layer];
+    const Cut& cut = decision_->cuts[chunk.layer];
     int64_t kept = 0, tied = 0;
     if (known(chunk)) {
       kept = chunk.above;
@@ -82,7 +94,7 @@ void FilePruning::share_ties() {
       });
     } else {
       const DType dtype = problem_.tensors[chunk.tensor].dtype;
-      const void* loaded = decision_.loader().load(chunk, worker);
+      const void* loaded = loader_.load(chunk, worker);
       for_type(dtype, [&]<DType kType>() {
         const auto* weights = static_cast<const storage_t<kType>*>(loaded);
         for (int64_t i = 0; i < chunk.n; ++i) {
@@ -96,9 +108,9 @@ void FilePruning::share_ties() {
     chunk_kept_[c] = kept;
     ties[c] = tied;
   });
-  if (std::any_of(decision_.cuts.begin(), decision_.cuts.end(), [](const Cut& c) { return c.tie != Cut::kNoTie; }))
+  if (std::any_of(decision_->cuts.begin(), decision_->cuts.end(), [](const Cut& c) { return c.tie != Cut::kNoTie; }))
     sum(ties);
-  std::vector<int64_t> quota = decision_.quotas();
+  std::vector<int64_t> quota = decision_->quotas();
   for (size_t c = 0; c < chunks.size(); ++c) {
     Chunk& chunk = chunks[c];
     chunk.ties = ties[c];
@@ -108,12 +120,11 @@ void FilePruning::share_ties() {
   }
 }
 
-// Zeroes what a chunk does not keep. The worker's mask says afterwards what it keeps, a byte a weight.
-void FilePruning::prune_chunk(Worker& worker, const Chunk& chunk, void* weights) {
+// What a layer's cut keeps of a chunk, a byte a weight.
+void FilePruning::mark_by_cut(const Chunk& chunk, const void* weights, uint8_t* mask) const {
   const DType dtype = problem_.tensors[chunk.tensor].dtype;
-  Cut cut = decision_.cuts[chunk.layer];
+  Cut cut = decision_->cuts[chunk.layer];
   if (cut.tie != Cut::kNoTie && chunk.quota == chunk.ties && chunk.ties > 0) cut.keep_from = cut.tie;
-  auto* mask = reinterpret_cast<uint8_t*>(worker.mask.room(Chunk::kWeights));
   uint32_t keys[Decided::kSlack];
   uint16_t positions[Decided::kSlack];
   ExponentSums outliers;
@@ -122,13 +133,29 @@ void FilePruning::prune_chunk(Worker& worker, const Chunk& chunk, void* weights)
   // As a guess, not as the bracket's high end: what is kept need not be summed.
   const Bracket bracket{kKeyEnd, kKeyEnd, Bracket::kNoAtom, cut.keep_from};
   kernels().decide[static_cast<int>(dtype)](weights, chunk.n, bracket, mask, out);
-  int64_t left = cut.keep_from > cut.tie ? chunk.quota : 0, kept = 0;
+  int64_t left = cut.keep_from > cut.tie ? chunk.quota : 0;
+  for_type(dtype, [&]<DType kType>() {
+    auto* w = static_cast<const storage_t<kType>*>(weights);
+    for (int64_t i = 0; left > 0 && i < chunk.n; ++i)
+      if (key_of<kType>(w[i]) == cut.tie) mask[i] = 1, --left;
+  });
+}
+
+// Zeroes what a chunk does not keep. The worker's mask says afterwards what it keeps, a byte a weight.
+void FilePruning::prune_chunk(Worker& worker, const Chunk& chunk, void* weights) {
+  const DType dtype = problem_.tensors[chunk.tensor].dtype;
+  auto* mask = reinterpret_cast<uint8_t*>(worker.mask.room(most_));
+  if (decision_) {
+    mark_by_cut(chunk, weights, mask);
+  } else {
+    const Pattern& p = problem_.patterns[chunk.tensor];
+    mark_nm({weights, mask, chunk.n / (p.m * p.inner), p.inner, dtype}, p.n, p.m, chunk.tensor, chunk.offset);
+  }
+  int64_t kept = 0;
   uint32_t smallest = kKeyEnd;
   const bool look = worker.written.smallest[chunk.tensor] != 0;
   for_type(dtype, [&]<DType kType>() {
     auto* w = static_cast<storage_t<kType>*>(weights);
-    for (int64_t i = 0; left > 0 && i < chunk.n; ++i)
-      if (key_of<kType>(w[i]) == cut.tie) mask[i] = 1, --left;
     for (int64_t i = 0; i < chunk.n; ++i) {
       kept += mask[i];
       w[i] = static_cast<storage_t<kType>>(w[i] & -static_cast<int>(mask[i]));
@@ -148,12 +175,12 @@ void FilePruning::prune_chunk(Worker& worker, const Chunk& chunk, void* weights)
   });
   uint32_t& known_smallest = worker.written.smallest[chunk.tensor];
   known_smallest = std::min(known_smallest, smallest);
-  const auto number = static_cast<size_t>(&chunk - decision_.reading().chunks.data());
+  const auto number = static_cast<size_t>(&chunk - chunks().data());
   if (kept != chunk_kept_[number]) throw Changed(chunk.tensor);
 }
 
 std::vector<int64_t> FilePruning::count_packed() {
-  const std::vector<Chunk>& chunks = decision_.reading().chunks;
+  const std::vector<Chunk>& chunks = this->chunks();
   std::vector<int64_t> packed(problem_.tensors.size());
   chunk_packed_ = chunk_kept_;
   std::deque<Worker> workers;
@@ -163,7 +190,7 @@ std::vector<int64_t> FilePruning::count_packed() {
     if (!chunk.mine || !keeps_zeros(chunk)) return;
     const int64_t bytes = chunk.n * size_of(problem_.tensors[chunk.tensor].dtype);
     char* weights = workers[w].aligned.room(bytes);
-    std::memcpy(weights, decision_.loader().load(chunk, w), static_cast<size_t>(bytes));
+    std::memcpy(weights, loader_.load(chunk, w), static_cast<size_t>(bytes));
     prune_chunk(workers[w], chunk, weights);
     chunk_packed_[c] = count_set(weights, chunk.n, bytes / std::max<int64_t>(chunk.n, 1), ~uint64_t{0});
   });
@@ -174,8 +201,7 @@ std::vector<int64_t> FilePruning::count_packed() {
 
 FilePruning::Written FilePruning::write(const std::vector<File>& target_files, std::span<const Place> places,
                                         std::span<const Elements> rest, const std::optional<MaskFile>& masks) {
-  Reading& reading = decision_.reading();
-  const std::vector<Chunk>& chunks = reading.chunks;
+  const std::vector<Chunk>& chunks = this->chunks();
   const Shares shares(problem_);
   std::vector<Segment> segments;
   std::vector<int64_t> used(problem_.tensors.size());  // values of the chunks before, in a packed tensor
@@ -220,10 +246,10 @@ FilePruning::Written FilePruning::write(const std::vector<File>& target_files, s
   std::vector<uint32_t> smallest(problem_.tensors.size(), kKeyEnd);
   for (const Chunk& chunk : chunks) {
     if (!chunk.mine || !known(chunk)) continue;
-    const Cut& cut = decision_.cuts[chunk.layer];
+    const Cut& cut = decision_->cuts[chunk.layer];
     uint32_t& least = smallest[chunk.tensor];
     if (chunk.quota > 0) least = std::min(least, cut.tie);
-    reading.for_aside(chunk, [&](uint32_t key, int64_t) {
+    decision_->reading().for_aside(chunk, [&](uint32_t key, int64_t) {
       if (key >= cut.keep_from) least = std::min(least, key);
     });
   }
@@ -239,7 +265,7 @@ FilePruning::Written FilePruning::write(const std::vector<File>& target_files, s
     const std::span<const Segment> mine(segments.data() + pieces[p], segments.data() + pieces[p + 1]);
     const int64_t begin = mine.front().begin, end = mine.back().begin + mine.back().bytes;
     // As far from a page's beginning as in the target, so that it can be written past the cache.
-    char* memory = worker.bytes.room(kPage + 2 * kBytes) + mine.front().place % kPage;
+    char* memory = worker.bytes.room(kPage + std::max(2 * kBytes, end - begin)) + mine.front().place % kPage;
     read_fully(problem_.files[mine.front().file], memory, end - begin, begin);
     bool together = true;  // the target has the same bytes side by side
     for (const Segment& s : mine) {
@@ -262,8 +288,7 @@ FilePruning::Written FilePruning::write(const std::vector<File>& target_files, s
       if (mask_target) {
         const int64_t n = (chunk.n + 7) / 8;
         char* bits = worker.bits.room(n);
-        pack_bits(reinterpret_cast<const uint8_t*>(worker.mask.room(Chunk::kWeights)), chunk.n,
-                  reinterpret_cast<uint8_t*>(bits));
+        pack_bits(reinterpret_cast<const uint8_t*>(worker.mask.room(most_)), chunk.n, reinterpret_cast<uint8_t*>(bits));
         mask_target->write(0, bits, n, masks->places[chunk.tensor] + chunk.offset / 8);
       }
       if (packed) {

@@ -1,4 +1,5 @@
-// A pruning from open files to open files, or one rank's part of it: decide, then write.
+// A pruning from open files to open files, or one rank's part of it: decide, then write. What patterns keep is decided
+// as it is written.
 #pragma once
 
 #include <cstdint>
@@ -46,7 +47,7 @@ class FilePruning {
   // The problem's tensors lie in files; exchange: null where there is one rank. All must outlive this.
   FilePruning(const Problem& problem, const Pool& pool, const Exchange* exchange, int64_t aside_most = kAsideMost);
 
-  const Decision& decision() const { return decision_; }
+  const Decision* decision() const { return decision_ ? &*decision_ : nullptr; }  // null with patterns
   const std::vector<int64_t>& kept() const { return kept_; }  // [tensors] by the masks, of all ranks
 
   // How many kept weights have any bit set, [tensors], of all ranks: reads again what keeps zeros.
@@ -65,9 +66,11 @@ class FilePruning {
  private:
   struct Segment;
   struct Worker;
-  bool known(const Chunk& chunk) const { return decision_.read()[chunk.layer]; }
+  std::vector<Chunk>& chunks() { return decision_ ? decision_->reading().chunks : groups_; }
+  bool known(const Chunk& chunk) const { return decision_ && decision_->read()[chunk.layer]; }
   bool keeps_zeros(const Chunk& chunk) const;
   void share_ties();
+  void mark_by_cut(const Chunk& chunk, const void* weights, uint8_t* mask) const;
   void prune_chunk(Worker& worker, const Chunk& chunk, void* weights);
   void sum(std::span<int64_t> numbers) const {
     if (exchange_) exchange_->sum(numbers);
@@ -76,7 +79,10 @@ class FilePruning {
   const Problem& problem_;
   const Pool& pool_;
   const Exchange* exchange_;
-  Decision decision_;
+  Loader loader_;
+  std::optional<Decision> decision_;
+  std::vector<Chunk> groups_;          // with patterns
+  int64_t most_ = Chunk::kWeights;     // weights of a chunk
   std::vector<int64_t> chunk_kept_;    // [chunks]
   std::vector<int64_t> chunk_packed_;  // [chunks], of all ranks, once counted
   std::vector<int64_t> kept_;          // [tensors]

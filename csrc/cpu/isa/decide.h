@@ -62,15 +62,24 @@ using DecideFn = void (*)(const void* weights, int64_t n, const Bracket& bracket
 // Zeroes the weights with key < keep_from, but for those equal to `tie`.
 using ZeroFn = void (*)(void* weights, int64_t n, uint32_t keep_from, uint32_t tie);
 
+// Marks the n largest magnitudes of every group of m weights, of equal ones the first. weights: [blocks, m, inner], the
+// weights of a group `inner` apart; mask: bytes of the same shape, 1 where marked and 0 elsewhere; m in [2, 16].
+// Returns the bits of the largest magnitude of all: of those that are finite nothing is larger.
+using MarkFn = uint32_t (*)(const void* weights, int64_t blocks, int64_t inner, int n, int m, uint8_t* mask);
+constexpr int kMostInGroup = 16;
+
 struct Kernels {
   const char* name;
   DecideFn decide[3];  // by DType
   ZeroFn zero[3];
   ScoreRowsFn score_rows;
+  MarkFn mark[3];
 };
 
 extern const Kernels kPortable;
 #if defined(DIMAP_X86)
+uint32_t mark_words_avx2(const void* weights, int64_t blocks, int64_t inner, int n, int m, uint8_t* mask);
+uint32_t mark_shorts_avx2(const void* weights, int64_t blocks, int64_t inner, int n, int m, uint8_t* mask);
 extern const Kernels kAvx2;
 extern const Kernels kAvx512;
 #endif

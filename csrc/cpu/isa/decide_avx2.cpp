@@ -1,7 +1,7 @@
 // AVX2. As in decide_avx512.cpp, nothing here may run before the processor was asked.
 #include <immintrin.h>
 
-#include "cpu/isa/decide_lanes.h"
+#include "cpu/isa/mark_lanes.h"
 
 namespace dimap::cpu {
 namespace {
@@ -39,11 +39,19 @@ void zero(void* weights, int64_t n, uint32_t keep_from, uint32_t tie) {
 
 }  // namespace
 
+uint32_t mark_words_avx2(const void* weights, int64_t blocks, int64_t inner, int n, int m, uint8_t* mask) {
+  return mark_groups<Avx2, uint32_t>(weights, blocks, inner, n, m, mask);
+}
+uint32_t mark_shorts_avx2(const void* weights, int64_t blocks, int64_t inner, int n, int m, uint8_t* mask) {
+  return mark_groups<Avx2, uint16_t>(weights, blocks, inner, n, m, mask);
+}
+
 const Kernels kAvx2 = {
     "avx2",
     {decide_lanes<Avx2, DType::kFloat32>, decide_lanes<Avx2, DType::kBFloat16>, decide_lanes<Avx2, DType::kFloat16>},
     {zero<DType::kFloat32>, zero<DType::kBFloat16>, zero<DType::kFloat16>},
     score_rows_avx2,
+    {mark_words_avx2, mark_shorts_avx2, mark_shorts_avx2},
 };
 
 }  // namespace dimap::cpu

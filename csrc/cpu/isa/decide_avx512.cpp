@@ -249,6 +249,7 @@ const Kernels kAvx512 = {
     {decide_any<DType::kFloat32>, decide_any<DType::kBFloat16>, decide_any<DType::kFloat16>},
     {zero<DType::kFloat32>, zero<DType::kBFloat16>, zero<DType::kFloat16>},
     score_rows_avx512,
+    {mark_words_avx2, mark_shorts_avx2, mark_shorts_avx2},  // as fast as memory
 };
 
 }  // namespace dimap::cpu

@@ -5,7 +5,7 @@
 #include <arm_neon.h>
 #endif
 
-#include "cpu/isa/decide_lanes.h"
+#include "cpu/isa/mark_lanes.h"
 
 namespace dimap::cpu {
 namespace {
@@ -85,6 +85,31 @@ void zero(void* weights, int64_t n, uint32_t keep_from, uint32_t tie) {
   zero_range<kType>(static_cast<storage_t<kType>*>(weights), n, keep_from, tie);
 }
 
+template <typename T>
+uint32_t mark(const void* given, int64_t blocks, int64_t inner, int n, int m, uint8_t* mask) {
+#if defined(__SSE2__) || defined(__aarch64__)
+  return mark_groups<Portable, T>(given, blocks, inner, n, m, mask);
+#else
+  constexpr T kMagnitude = static_cast<T>(~T{0}) >> 1;
+  const auto* weights = static_cast<const T*>(given);
+  T largest = 0;
+  for (int64_t group = 0; group < blocks * inner; ++group) {
+    const int64_t first = group / inner * m * inner + group % inner;
+    T keys[kMostInGroup];
+    for (int i = 0; i < m; ++i) {
+      keys[i] = weights[first + i * inner] & kMagnitude;
+      largest = std::max(largest, keys[i]);
+    }
+    for (int i = 0; i < m; ++i) {
+      int rank = 0;
+      for (int j = 0; j < m; ++j) rank += keys[j] > keys[i] || (keys[j] == keys[i] && j < i);
+      mask[first + i * inner] = rank < n;
+    }
+  }
+  return largest;
+#endif
+}
+
 }  // namespace
 
 const Kernels kPortable = {
@@ -92,6 +117,7 @@ const Kernels kPortable = {
     {decide<DType::kFloat32>, decide<DType::kBFloat16>, decide<DType::kFloat16>},
     {zero<DType::kFloat32>, zero<DType::kBFloat16>, zero<DType::kFloat16>},
     score_rows_portable,
+    {mark<uint32_t>, mark<uint16_t>, mark<uint16_t>},
 };
 
 }  // namespace dimap::cpu

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <numeric>
 #include <utility>
 #include <vector>
 
@@ -11,7 +12,7 @@
 namespace dimap::cpu {
 
 struct Chunk {
-  static constexpr int64_t kWeights = 1 << 16;  // so that a position in it takes 16 bits
+  static constexpr int64_t kWeights = 1 << 16;  // so that a position in it takes 16 bits; of wide groups more
 
   int32_t tensor;
   int32_t layer, module;
@@ -60,11 +61,16 @@ inline std::vector<Chunk> chunks_of(const Problem& problem) {
   std::vector<Chunk> chunks;
   for (size_t t = 0; t < problem.tensors.size(); ++t) {
     const TensorView& tensor = problem.tensors[t];
-    for (int64_t at = 0; at < tensor.numel; at += Chunk::kWeights) {
+    int64_t step = Chunk::kWeights;
+    if (!problem.patterns.empty()) {  // whole groups, and whole bytes of bits
+      const int64_t least = std::lcm(problem.patterns[t].m * problem.patterns[t].inner, int64_t{8});
+      step = std::max<int64_t>(step / least, 1) * least;
+    }
+    for (int64_t at = 0; at < tensor.numel; at += step) {
       const bool mine = tensor.file < 0 || problem.ranks == 1 ||
                         shares.rank_of(tensor.file, tensor.offset + at * size_of(tensor.dtype)) == problem.rank;
       chunks.push_back({static_cast<int32_t>(t), tensor.layer, problem.layer_module[tensor.layer], at,
-                        std::min(Chunk::kWeights, tensor.numel - at), mine});
+                        std::min(step, tensor.numel - at), mine});
     }
   }
   return chunks;

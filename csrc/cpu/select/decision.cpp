@@ -23,6 +23,7 @@ constexpr struct {
   int64_t aside_share = 16;                 // at most one weight in this many is set aside,
   int64_t aside_least = 1 << 17;            // this many in any case,
   double layer_share = 0.25;                // a layer of which more would be set aside is looked at otherwise
+  double missed_share = 1.0 / 8;            // a module of which more was guessed wrong is counted as a whole
   int rounds = 64;                          // far more than any input needs
 } kTuning;
 
@@ -60,28 +61,6 @@ Decision::Decision(const Problem& problem, const Pool& pool, const Exchange* exc
   for (size_t l = 0; l < problem.layers(); ++l) read_[l] = read_[l] && suffices(l);
 }
 
-Decision::Decision(const Problem& problem, const Pool& pool, SurveyFn survey)
-    : cuts(problem.layers()),
-      modules(problem.modules()),
-      problem_(problem),
-      pool_(pool),
-      exchange_(nullptr),
-      loader_(problem, pool.workers()),
-      reading_(problem, loader_, pool, Keeps::kCounts),
-      survey_(std::move(survey)),
-      budget_(0),
-      read_(problem.layers()),
-      layers_(problem.modules()),
-      bins_(problem.layers()),
-      windows_(problem.layers()),
-      survey_bins_(survey_bins_of(problem)) {
-  number_layers();
-  for (size_t l = 0; l < problem.layers(); ++l)
-    windows_[l] = window_over(0, kNonFinite - 1, survey_bins_, problem.layer_granularity[l]);
-  Flags open(problem.modules(), 1);
-  solve_open(open, /*surveys=*/true);
-}
-
 void Decision::number_layers() {
   for (size_t l = 0; l < problem_.layers(); ++l) layers_[problem_.layer_module[l]].push_back(static_cast<int32_t>(l));
 }
@@ -116,7 +95,13 @@ void Decision::decide(std::span<uint8_t* const> masks) {
   if (any(unsure)) count(unsure);
   read(open, masks);
   solve_open(open, /*surveys=*/false);
-  for (size_t m = 0; m < open.size(); ++m) unsure[m] = open[m] && !counted[m];
+  // Of thousands of layers some few lie outside their brackets: these alone are surveyed below.
+  std::vector<int64_t> missed(problem_.modules());
+  for (size_t l = 0; l < problem_.layers(); ++l)
+    if (!read_[l]) missed[problem_.layer_module[l]] += problem_.layer_total[l];
+  for (size_t m = 0; m < open.size(); ++m)
+    unsure[m] = open[m] && !counted[m] &&
+                static_cast<double>(missed[m]) > kTuning.missed_share * static_cast<double>(problem_.module_total[m]);
   if (any(unsure)) {
     Flags left = unsure;
     count(unsure);
@@ -208,8 +193,7 @@ void Decision::solve_open(Flags& open, bool surveys) {
     Survey seen;
     if (any(surveyed)) {
       ++readings;
-      seen = survey_ ? survey_(windows_, survey_bins_)
-                     : survey(problem_, windows_, survey_bins_, surveyed, loader_, pool_);
+      seen = survey(problem_, windows_, survey_bins_, surveyed, loader_, pool_);
       for (size_t l = 0; l < problem_.layers(); ++l)
         if (surveyed[l]) tables[l] = seen.tables[l];
     }

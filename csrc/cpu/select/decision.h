@@ -3,7 +3,6 @@
 #pragma once
 
 #include <cstdint>
-#include <functional>
 #include <span>
 #include <vector>
 
@@ -29,11 +28,6 @@ class Decision {
   // the reading writes already, or none. Throws NonFinite, FileError, and what the exchange throws.
   Decision(const Problem& problem, const Pool& pool, const Exchange* exchange, Keeps keeps,
            std::span<uint8_t* const> masks, int64_t aside_most = kAsideMost);
-
-  // The same by surveys alone, of weights that only somebody else can read: survey(windows, bins) gives the tables of
-  // all ranks' weights, [layers]. The problem has no tensors, only layers and their totals.
-  using SurveyFn = std::function<Survey(std::span<const Window> windows, int64_t bins)>;
-  Decision(const Problem& problem, const Pool& pool, SurveyFn survey);
 
   std::vector<Cut> cuts;           // [layers]
   std::vector<ModuleCut> modules;  // [modules]
@@ -63,7 +57,6 @@ class Decision {
   const Exchange* exchange_;
   Loader loader_;
   Reading reading_;
-  SurveyFn survey_;
   int64_t budget_;                            // numbers that may be set aside
   Flags read_;                                // [layers]
   std::vector<std::vector<int32_t>> layers_;  // [modules]

@@ -45,8 +45,8 @@ class Problem:
 class Row:
     """One job.
 
-    job: "copy", "score", "select", "prune_", with ", graph" where a CUDA graph was replayed; "plain
-        score", "plain select": sort, cumsum, divide, scatter, topk, compare; "torch prune":
+    job: "copy", "score", "select", ``"prune_"``, with ", graph" where a CUDA graph was replayed;
+        "plain score", "plain select": sort, cumsum, divide, scatter, topk, compare; "torch prune":
         `torch.nn.utils.prune.global_unstructured` by magnitude, which answers another question.
     weights, nbytes: what it worked on; a slow yardstick may have had a part.
     timing: its rounds.
@@ -131,7 +131,7 @@ def bench(
     if device not in ("cpu", "cuda"):
         raise ValueError(f"device must be cpu or cuda, got {device!r}")
     if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device must be cpu where torch sees no CUDA device, got 'cuda'")
+        raise ValueError("device 'cuda' needs a GPU, and torch sees none")
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     if rounds < 1:

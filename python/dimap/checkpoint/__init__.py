@@ -97,5 +97,5 @@ def _from_hub(text: str) -> Path:
     except Exception as error:  # its own kinds, and those of what it loads with
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise OSError(
-            f"{text} could be had neither from the hub nor from its cache: {reason}"
+            f"{text} is not in the hub's cache and could not be downloaded: {reason}"
         ) from error

@@ -62,7 +62,7 @@ def mask_others(checkpoint: Checkpoint, output: Path, masks: Path) -> list[str]:
             if isinstance(copy, Shards) and copy.packed:
                 raise ValueError("they are stored as bits and values")
             if not alike(shapes, {n: spec.torch_shape for n, spec in copy.tensors.items()}):
-                raise ValueError("they are no copy of these")
+                raise ValueError("its tensors have other names or shapes")
             state = {n: copy.get(n) for n in copy.tensors}
             apply_masks(state, kept)
         except (ValueError, OSError) as error:

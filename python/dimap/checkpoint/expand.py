@@ -49,7 +49,7 @@ def expand(
     """
     checkpoint = _open(source, alone=False)
     if not checkpoint.packed:
-        raise ValueError(f"{checkpoint.path} must hold a bitmask file, got dense weights")
+        raise ValueError(f"{checkpoint.path} must be a bitmask file, got one that is dense already")
     shards = checkpoint.shards
     packed, names, rest = [], [], []
     for file, shard in enumerate(shards):

@@ -52,7 +52,7 @@ class DType(NamedTuple):
 
         found = getattr(torch, self.name, None)
         if not isinstance(found, torch.dtype):
-            raise ValueError(f"torch must have the type {self.code}, got torch {torch.__version__}")
+            raise ValueError(f"the type {self.code} needs a newer torch than {torch.__version__}")
         return found
 
     def __str__(self) -> str:

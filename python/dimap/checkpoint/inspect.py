@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
-from math import prod
-from pathlib import Path
 from typing import Any
 
 from .. import _C
 from ..families import Family
-from ..groups import Grouping, Slice, describe, propose, whole, wholes
+from ..groups import AUX, Grouping, Slice, describe, propose, whole, wholes
+from ..groups.nm import as_groups, in_layers, input_axes, pattern_of
 from .base import Checkpoint, Progress
 from .header import Entry
 from .native import READ, Told, elements, opened
@@ -22,6 +21,7 @@ class Count:
     """Weights of a layer, of a module, or of all.
 
     dtypes: as torch names them, "float32"; of a module with several, each once.
+    nm: of a layer that can be pruned, the N:M that it has ("2:4"), if any.
     """
 
     name: str
@@ -29,6 +29,7 @@ class Count:
     nonzero: int = 0
     dtypes: list[str] = field(default_factory=list)
     layers: list[Count] = field(default_factory=list)
+    nm: str | None = None
 
     @property
     def sparsity(self) -> float:
@@ -63,6 +64,11 @@ class Inspection:
     total: Count
     proposed: bool = False
 
+    @property
+    def nm(self) -> str:
+        """Which N:M how many of the layers that can be pruned have: "2:4 in 48 of 48 layers"."""
+        return in_layers([x.nm for m in self.modules if m.name != AUX for x in m.layers])
+
     def to_dict(self) -> dict[str, Any]:
         told = {t: {"name": f.name, "models": f.models} for t, f in self.families.items()}
         total = self.total.to_dict()
@@ -74,6 +80,7 @@ class Inspection:
             "proposed": self.proposed,
             "metadata": self.metadata,
             "notes": self.notes,
+            "nm": self.nm,
             **{key: total[key] for key in ("weights", "nonzero", "sparsity", "dtypes")},
             "modules": [module.to_dict() for module in self.modules],
         }
@@ -88,10 +95,9 @@ def inspect(checkpoint: Checkpoint, progress: Progress) -> Inspection:
     grouping, proposed = _grouping(checkpoint)
     modules = grouping.modules
     names = [p for layers in modules.values() for layer in layers for p in layer.parameters]
-    if isinstance(checkpoint, Shards):
-        nonzero = _count_in_files(checkpoint, names, progress)
-    else:
-        nonzero = _count_in_memory(checkpoint, names, progress)
+    axes = input_axes(modules, checkpoint.shapes())
+    count = _count_in_files if isinstance(checkpoint, Shards) else _count_in_memory
+    nonzero, most = count(checkpoint, names, axes, progress)
     total = Count("all")
     counts = []
     for name, layers in modules.items():
@@ -102,6 +108,10 @@ def inspect(checkpoint: Checkpoint, progress: Progress) -> Inspection:
                 spec = checkpoint.tensors[whole(parameter)].part_spec(parameter)
                 for counted in (one, module, total):
                     counted.add(spec.numel(), nonzero[parameter], [spec.dtype.name])
+            found = [most[p] for p in layer.parameters if p in most]
+            if len(found) == len(layer.parameters):
+                largest = [max(column) for column in zip(*found, strict=True)]
+                one.nm = pattern_of(largest, one.nonzero, one.weights)
             module.layers.append(one)
         counts.append(module)
     notes = [*checkpoint.notes, *grouping.notes]
@@ -118,53 +128,62 @@ def _grouping(checkpoint: Checkpoint) -> tuple[Grouping, bool]:
             raise
         guess, modules = propose(checkpoint.shapes())
         told = (
-            f"of no known family: the modules are what the names suggest, {100 * guess.covered:.1f} % "
-            f"of the weights in the blocks\n{describe(modules)}\n{error}"
+            "of no known family: grouped by the words of its names, which explain "
+            f"{100 * guess.covered:.1f} % of the weights in the blocks\n{describe(modules)}\n{error}"
         )
         return Grouping(modules, {}, (told,)), True
 
 
-def _count_in_files(checkpoint: Shards, names: list[str], progress: Progress) -> dict[str, int]:
-    """Of a tensor that is stored as bits and values, the values are counted."""
+# Of each tensor how many weights are not zero; and of those to prune, the most in groups of 0 … 16.
+Counted = tuple[dict[str, int], dict[str, list[int]]]
+
+
+def _count_in_files(
+    checkpoint: Checkpoint, names: list[str], axes: Mapping[str, int], progress: Progress
+) -> Counted:
+    """Of a tensor that is stored as bits and values, the values are counted, and the bits looked at."""
+    assert isinstance(checkpoint, Shards)
     number = {shard.path: file for file, shard in enumerate(checkpoint.shards)}
     stored: dict[str, tuple[int, Entry]] = {}
-    found: dict[str, int] = {}
+    grids: dict[str, tuple[int, int, int, int, int, int, int]] = {}
     for name in names:
         home = checkpoint.home[whole(name)]
-        place = home.layout.places[whole(name)]
-        if place.bits and isinstance(name, Slice):
-            found[name] = _count_bits(home.path, place.bits, name, home.entries[name.parameter])
-        else:
-            stored[name] = number[home.path], place.values.part(name)
+        place, dense = home.layout.places[whole(name)], home.entries[whole(name)].part(name)
+        grid = as_groups(dense.shape, axes[name]) if name in axes else (0, 0, 0)
+        if place.bits:
+            at = name.at * dense.numel() if isinstance(name, Slice) else 0
+            grids[name] = (number[home.path], place.bits.begin * 8 + at, 0, 0, *grid)
+            if isinstance(name, Slice):  # whose values no header tells apart
+                continue
+        elif dense.dtype.size and dense.dtype.mask and name in axes:
+            offset, _, size, mask = elements(place.values.part(name))
+            grids[name] = (number[home.path], offset, size, mask, *grid)
+            continue
+        stored[name] = number[home.path], place.values.part(name)
     told = Told(progress)
     with opened(checkpoint.files, READ) as files:
         tensors = [(file, *elements(entry)) for file, entry in stored.values()]
         counts = _C.count_nonzero(files, tensors, progress=told)
+        groups = _C.count_groups(files, list(grids.values()), progress=told)
     told.finish()
+    found = {name: count for name, (count, _) in zip(grids, groups, strict=True)}
     for (name, (_, entry)), count in zip(stored.items(), counts, strict=True):
         found[name] = count if entry.dtype.size else entry.numel()
-    return found
-
-
-def _count_bits(path: Path, bits: Entry, name: Slice, dense: Entry) -> int:
-    """The ones among the bits of a slice, whose values no header tells apart."""
-    size = prod(dense.shape[1:])
-    first, last = name.at * size, (name.at + 1) * size
-    with open(path, "rb") as file:
-        file.seek(bits.begin + first // 8)
-        data = int.from_bytes(file.read((last + 7) // 8 - first // 8), "little")
-    return (data >> first % 8 & (1 << size) - 1).bit_count()
+    return found, {name: most for name, (_, most) in zip(grids, groups, strict=True)}
 
 
 def _count_in_memory(
-    checkpoint: Checkpoint, names: list[str], progress: Progress
-) -> dict[str, int]:
-    from ..pruning import count_nonzero
+    checkpoint: Checkpoint, names: list[str], axes: Mapping[str, int], progress: Progress
+) -> Counted:
+    from ..pruning import count_nonzero, most_in_groups
 
     progress.step("reading", sum(checkpoint.tensors[name].nbytes for name in wholes(names)))
-    counts = {}
+    counts, most = {}, {}
     for name in names:
         tensor, spec = checkpoint.get(whole(name)), checkpoint.tensors[whole(name)]
-        counts[name] = count_nonzero(tensor[name.at] if isinstance(name, Slice) else tensor)
+        part = tensor[name.at] if isinstance(name, Slice) else tensor
+        counts[name] = count_nonzero(part)
+        if name in axes and spec.dtype.size and spec.dtype.mask:
+            most[name] = most_in_groups(part, axes[name])
         progress.advance(spec.part_spec(name).nbytes)
-    return counts
+    return counts, most

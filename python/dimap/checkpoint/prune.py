@@ -20,6 +20,7 @@ from ..budgets import Budgets, costs_of, solve
 from ..distributed.launch import group_of
 from ..distributed.ranks import Ranks
 from ..groups import AUX, Choice, Patterns, Slice, choose, part_shape, whole, wholes
+from ..groups.nm import NM
 from ..groups.plan import Normalize, Plan, Scope, Sparsity, check_choice
 from ..methods import METHODS
 from ..plots import report_output
@@ -51,6 +52,7 @@ def pruning_checkpoint(
     target: str | os.PathLike[str],
     sparsity: Sparsity = None,
     *,
+    nm: str | None = None,
     shares: Mapping[str, float] | None = None,
     method: str = "dimap",
     scope: Scope | None = None,
@@ -80,7 +82,7 @@ def pruning_checkpoint(
         read. Safetensors stream by; files of torch.save and timm models are pruned in memory.
     target: a file for a file, a folder for a folder. It appears complete or not at all: the same
         headers, metadata, index and other files, with weights set to zero.
-    sparsity, scope, normalize, patterns, family, ignore: as in `dimap.select`. shares: other
+    sparsity, nm, scope, normalize, patterns, family, ignore: as in `dimap.select`. shares: other
         sparsities of single modules, by name.
     method: "dimap", "lamp", "uniform" or "global_magnitude": the scope and normalization where these
         are not given.
@@ -119,12 +121,23 @@ def pruning_checkpoint(
 
         # Which weights, and how many of them are kept.
         check_choice("method", method, [n for n, m in METHODS.items() if not m.needs_data])
+        wanted = Budgets(**budgets)
+        groups = NM.parse(nm)
+        exact = groups is not None and groups.n is not None
+        if groups is not None:
+            groups.refuse(sparsity=sparsity, shares=shares, scope=scope, normalize=normalize)
+            wanted.refuse_groups()
+        if exact:
+            method = "uniform"
         scope = scope or METHODS[method].scope
         normalize = normalize or METHODS[method].normalize
         checkpoint.choice = choose(patterns, family, ignore) or checkpoint.choice
         shapes = checkpoint.shapes()
-        plan = Plan.of_shapes(shapes, scope, normalize, checkpoint.choice, checkpoint.ties())
-        wanted = Budgets(**budgets)
+        plan = Plan.of_shapes(
+            shapes, scope, normalize, checkpoint.choice, checkpoint.ties(), groups
+        )
+        if groups is not None and groups.n is not None:
+            sparsity = 1 - groups.n / groups.m
         modules = [name for name in plan.modules if name != AUX]
         given = _join(sparsity, shares or {}, modules, partly=bool(wanted.asked))
         if not wanted.asked:
@@ -134,7 +147,7 @@ def pruning_checkpoint(
         stream = None
         if isinstance(checkpoint, Shards):
             stream = Stream(checkpoint, plan, ranks, Told(progress))
-            settings = (given, wanted.settings(), scope, normalize, masks is None, bitmask)
+            settings = (given, wanted.settings(), scope, normalize, masks is None, bitmask, nm)
             check_agreement(checkpoint, plan, settings, ranks)
         parts = [p for layers in plan.modules.values() for x in layers for p in x.parameters]
         names = wholes(parts)
@@ -201,7 +214,7 @@ def pruning_checkpoint(
         else:
             held: StateDict = checkpoint  # type: ignore[assignment]  # the only other kind
             ending = out.suffix.lower()
-            bounds = given, wanted, input_size, model
+            bounds = None if exact else given, nm, wanted, input_size, model
             _prune_state(held, *bounds, files, ending, packed, bitmask, result, progress)
         if wanted.size is not None:
             result.size = sum(file.stat().st_size for file in files)
@@ -266,7 +279,7 @@ def _join(
     if partly:
         return given
     if missing := [name for name in modules if name not in given]:
-        raise ValueError(f"--sparsity, or --module for each of {', '.join(missing)}, must be given")
+        raise ValueError(f"give --sparsity, or --module NAME=SHARE for {' and '.join(missing)} too")
     return given
 
 
@@ -296,6 +309,7 @@ def _check(
 def _prune_state(
     checkpoint: StateDict,
     sparsity: Sparsity,
+    nm: str | None,
     budgets: Budgets,
     input_size: int | Sequence[int] | None,
     model: nn.Module | None,
@@ -311,8 +325,10 @@ def _prune_state(
 
     progress.step("pruning")
     state = {name: checkpoint.get(name) for name in wholes(result.shapes)}
+    exact = nm is not None and sparsity is None
+    scope, normalize = (None, None) if exact else (result.scope, result.normalize)
     given = None, None, None, checkpoint.choice, budgets, input_size, model
-    pruning = decide(state, sparsity, "dimap", result.scope, result.normalize, *given)
+    pruning = decide(state, sparsity, nm, "dimap", scope, normalize, *given)
     zero(pruning)
     checkpoint.mask_copies(pruning.masks)
     progress.step("writing")
@@ -324,7 +340,7 @@ def _prune_state(
     progress.step("counting")
     result.thresholds, result.kept = pruning.thresholds, pruning.kept
     result.sparsity, result.notes = pruning.sparsity, pruning.notes
-    result.nonzero, result.smallest = pruning.nonzero, pruning.smallest
+    result.nonzero, result.smallest, result.nm = pruning.nonzero, pruning.smallest, pruning.nm
 
 
 def _model(

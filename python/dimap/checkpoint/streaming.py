@@ -172,20 +172,9 @@ class Stream:
     ) -> None:
         """Decide and write this rank's part, and complete the result with the counts of all ranks."""
         plan, ranks = solved.plan, self.ranks
-        module_of = dict(zip(plan.layers, plan.scopes, strict=True))
         with ExitStack() as files, self._naming(range(len(self.tensors))):
-            engine = _C.Pruning(
-                files.enter_context(opened(self.checkpoint.files, READ)),
-                [(*self._place(i), layer) for i, layer in enumerate(plan.layers)],
-                [module_of[layer] for layer in range(len(module_of))],
-                solved.keep,
-                rank=ranks.rank,
-                size=ranks.size,
-                exchange=ranks.exchange if ranks.size > 1 else None,
-                progress=self.told,
-                aside=ASIDE,
-            )
-            engine.decide()
+            inputs = files.enter_context(opened(self.checkpoint.files, READ))
+            engine, keep = self._decide(inputs, solved, result)
             layouts = self._lay_out(engine, bitmask)
             outputs = files.enter_context(opened(targets, FILL))
             for output, layout in zip(outputs, layouts, strict=True):
@@ -219,10 +208,47 @@ class Stream:
                 for descriptor, path in outputs:
                     with naming(Path(path)):
                         os.fsync(descriptor)
-        self._add_up(engine, nonzero_others, solved, result)
+        self._add_up(engine, nonzero_others, solved, keep, result)
         if bitmask and self.checkpoint.index is not None and ranks.rank == 0:
             headers = {s.path.name: x.header for s, x in zip(self.shards, layouts, strict=True)}
             self.checkpoint.write_index(targets, packed_index(self.checkpoint.index, headers))
+
+    def _decide(
+        self, inputs: list[tuple[int, str]], solved: Solved, result: StreamPruning
+    ) -> tuple[_C.Pruning, list[int]]:
+        """The engine, once it knows what is kept, and how many of each scope.
+
+        With groups, the result is told which N they have.
+        """
+        plan, ranks = solved.plan, self.ranks
+        module_of = dict(zip(plan.layers, plan.scopes, strict=True))
+
+        def decide(patterns: Sequence[tuple[int, int, int]] = ()) -> _C.Pruning:
+            engine = _C.Pruning(
+                inputs,
+                [(*self._place(i), layer) for i, layer in enumerate(plan.layers)],
+                [module_of[layer] for layer in range(len(module_of))],
+                solved.keep,
+                rank=ranks.rank,
+                size=ranks.size,
+                exchange=ranks.exchange if ranks.size > 1 else None,
+                progress=self.told,
+                aside=ASIDE,
+                patterns=patterns,
+            )
+            engine.decide()
+            return engine
+
+        if plan.nm is None:
+            return decide(), solved.keep
+        counts = plan.counts(decide().kept if plan.nm.n is None else ())
+        m, kept = plan.nm.m, plan.by_tensor(counts)
+        result.nm = {name: f"{n}:{m}" for name, n in counts.items()}
+        keep = [0] * len(solved.keep)
+        for n, size, scope in zip(kept, plan.sizes, plan.scopes, strict=True):
+            keep[scope] += size // m * n
+        patterns = [(n, m, max(inner, 1)) for n, inner in zip(kept, plan.inners, strict=True)]
+        return decide(patterns), keep
 
     def packed_size(self, values: Mapping[str, int]) -> int:
         """Bytes of the bitmask files, if the pruned parameters have so many values at most."""
@@ -245,18 +271,24 @@ class Stream:
         ]
 
     def _add_up(
-        self, engine: _C.Pruning, nonzero_others: list[int], solved: Solved, result: StreamPruning
+        self,
+        engine: _C.Pruning,
+        nonzero_others: list[int],
+        solved: Solved,
+        keep: list[int],
+        result: StreamPruning,
     ) -> None:
         """Complete the result, once it is sure that exactly what was asked for is kept."""
         plan = solved.plan
         result.readings = self.surveys + engine.readings
-        thresholds = dict(zip(plan.scope_names, engine.thresholds, strict=True))
-        result.thresholds = solved.thresholds or thresholds
+        if plan.nm is None:
+            thresholds = dict(zip(plan.scope_names, engine.thresholds, strict=True))
+            result.thresholds = solved.thresholds or thresholds
         result.kept = dict(zip(plan.names, engine.kept, strict=True))
-        kept = [0] * len(solved.keep)
+        kept = [0] * len(keep)
         for scope, count in zip(plan.scopes, engine.kept, strict=True):
             kept[scope] += count
-        for name, want, got in zip(plan.scope_names, solved.keep, kept, strict=True):
+        for name, want, got in zip(plan.scope_names, keep, kept, strict=True):
             if want != got:
                 raise ValueError(f"{name} must keep {want} weights, got {got}")
         parts = self.ranks.gather((engine.nonzero, nonzero_others, engine.smallest))

@@ -35,11 +35,15 @@ def bench(
         Literal["module", "global", "layer"], typer.Option(help="Where one threshold holds.")
     ] = "module",
     threads: Annotated[
-        int | None, typer.Option(min=1, help="Of the CPU; all by default.", show_default=False)
+        int | None,
+        typer.Option(min=1, help="Threads of the CPU. Default: all of them.", show_default=False),
     ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds of each job.")] = 11,
     quick: Annotated[
-        bool, typer.Option("--quick", help="Few rounds; plain PyTorch on a part of the weights.")
+        bool,
+        typer.Option(
+            "--quick", help="Fewer rounds, and plain PyTorch on a part of the weights only."
+        ),
     ] = False,
     plot: Annotated[
         Path | None, typer.Option(help="Draw the times into this file.", show_default=False)

@@ -60,7 +60,7 @@ def finetune(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Masks to hold, which drop the zeros of CHECKPOINT; these zeros if not given.",
+            help="The masks to hold. Without them the zeros of CHECKPOINT are held.",
         ),
     ] = None,
     dense: Annotated[bool, typer.Option("--dense", help="Hold nothing.")] = False,

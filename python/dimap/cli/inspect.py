@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from .common import Debug, Json, Key, Layers, RandomInit, Source, print_json, report_errors
@@ -61,6 +62,8 @@ def print_inspection(found: Inspection, *, layers: bool) -> None:
     for tower, family in found.families.items():
         title = f"family of {tower}" if tower else "family"
         head.add_row(title, Text(f"{family.name}: {family.models}"))
+    if found.nm:
+        head.add_row("N:M", found.nm)
     table = _table("module", "layers")
     for module in found.modules:
         table.add_row(module.name, str(len(module.layers)), *_counts(module))
@@ -72,20 +75,23 @@ def print_inspection(found: Inspection, *, layers: bool) -> None:
     console.print(head, table, *(Text(note, style="yellow") for note in found.notes), sep="\n")
     if not layers:
         return
-    table = _table("layer", "module")
+    table = _table("layer", "module", more=("N:M",) if found.nm else ())
     table.show_footer = False
     for module in found.modules:
         for layer in module.layers if module.name != AUX else ():
-            table.add_row(Text(layer.name), module.name, *_counts(layer))
+            nm = [layer.nm or ""] if found.nm else []
+            table.add_row(Text(layer.name), module.name, *_counts(layer), *nm)
         table.add_section()
     console.print(table)
 
 
-def _table(*columns: str) -> Table:
+def _table(*columns: str, more: Sequence[str] = ()) -> Table:
     from rich import box
     from rich.table import Table
 
-    table = Table(*columns, *COLUMNS, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_footer=True)
+    table = Table(
+        *columns, *COLUMNS, *more, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_footer=True
+    )
     for column in table.columns[2:5]:
         column.justify = "right"
     return table

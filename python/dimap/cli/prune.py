@@ -55,13 +55,22 @@ def prune(
             "by what they lose.",
         ),
     ] = None,
+    nm: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N:M",
+            help="Keep N of every M weights along a layer's input, as in 2:4, and no --sparsity; or "
+            "auto, or auto:M, where the N of each layer is that of its share at --sparsity.",
+            show_default=False,
+        ),
+    ] = None,
     module: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME=SHARE", help="Another share for one module, as in qkv=0.4."),
     ] = None,
     method: Annotated[
         Literal["dimap", "lamp", "uniform", "global_magnitude"],
-        typer.Option(help="A ready-made choice of --scope and --normalize."),
+        typer.Option(help="A name for a choice of --scope and --normalize."),
     ] = "dimap",
     scope: Annotated[
         Scope | None,
@@ -150,17 +159,19 @@ def prune(
 
     OUT appears complete or not at all. Metadata, dtypes and a folder's other files are kept.
 
-    With --out-dir many checkpoints are pruned. DIR/dimap-manifest.jsonl tells what is done, with
+    With --out-dir many checkpoints are pruned. DIR/dimap-manifest.jsonl lists what is done, with
     length, times and inode of inputs and outputs: after a crash the same command continues and
-    does nothing again. Where the settings, an IN or an OUT are other than told there, OUT is kept;
-    --force replaces it. One that fails is told and the others go on; the exit code is then 1.
+    repeats nothing. Where the settings, an IN or an OUT differ from that list, OUT is kept and
+    reported; --force replaces it. If one fails, the others go on, and the exit code is 1.
 
     Under torchrun its processes share the checkpoints, or the one checkpoint.
     """
     shares, size = parse_shares(module or []), parse_input_size(input_size)
-    if sparsity is None and not shares and not budgets.keys() & BUDGETS:
+    exact = nm is not None and not nm.startswith("auto")
+    if sparsity is None and not shares and not exact and not budgets.keys() & BUDGETS:
         raise typer.BadParameter(
-            "give --sparsity, or --module NAME=SHARE for every module, or a budget as --flops 60%"
+            "give --sparsity, or --module NAME=SHARE for every module, or --nm N:M, or a budget as "
+            "--flops 60%"
         )
     if out_dir is None and len(paths) != 2:
         raise typer.BadParameter("give IN and OUT, or any number of IN and --out-dir DIR")
@@ -173,8 +184,9 @@ def prune(
         settings: dict[str, Any] = {
             "sparsity": sparsity,
             "shares": shares,
-            "scope": scope or METHODS[method].scope,
-            "normalize": normalize or METHODS[method].normalize,
+            "nm": nm,
+            "scope": scope or (None if exact else METHODS[method].scope),
+            "normalize": normalize or (None if exact else METHODS[method].normalize),
             "random_init": random_init,
             "bitmask": form == "bitmask",
             "key": key,

@@ -3,18 +3,19 @@
 No weight leaves its process. Each surveys its local shards, the tables are summed over the device
 mesh, each solves the same, and each emits the masks of its shards. Of a shard that several processes
 hold (`Replicate`) only the first of them counts; all of them get its mask.
+
+torch.ops.dimap.apply_ and prune_ take DTensors by the rules here.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from math import prod
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
@@ -27,9 +28,6 @@ from .ranks import Ranks
 CHUNK = 1 << 24  # weights that are compared at a time, which takes some memory
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # by their numbers in `_C`
-
-Positions = NDArray[np.int64]
-NOWHERE: Positions = np.zeros(0, np.int64)
 
 
 @dataclass
@@ -52,29 +50,36 @@ class Local:
     def box(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         return self.offset, tuple(self.weights.shape)
 
-    def whole_index(self, index: Any) -> Any:
+    def whole_index(self, index: Tensor) -> Tensor:
         """Flat indices in the whole tensor of flat indices in the local one; their order is kept."""
         if not self.weights.dim() or not self.weights.numel():
             return index
-        places = np.unravel_index(index, self.weights.shape)
-        moved = [p + o for p, o in zip(places, self.offset, strict=True)]
-        return np.ravel_multi_index(moved, self.tensor.shape)
+        whole = torch.zeros_like(index)
+        places = torch.unravel_index(index, self.weights.shape)
+        for place, first, size in zip(places, self.offset, self.tensor.shape, strict=True):
+            whole = whole * size + place + first
+        return whole
 
     def non_finite(self, index: int, kind: str) -> ValueError:
         """The error for a local weight, by its place in the whole tensor."""
-        whole = int(self.whole_index(index))
+        whole = self.whole_index(torch.tensor(index)).item()
         return ValueError(f"{self.name} must be finite, got {kind} at flat index {whole}")
 
-    def ties(self, key: int) -> Positions:
+    def check_positive(self) -> None:
+        weights = self.weights.flatten()
+        if bool((negative := weights < 0).any()):
+            at = negative.int().argmax()
+            got = f"{float(weights[at]):g} at flat index {int(self.whole_index(at))}"
+            raise ValueError(f"{self.name} must not be negative, got {got}")
+
+    def ties(self, key: int) -> Tensor:
         """The flat indices in the whole tensor of the local weights of this magnitude; of -1 none."""
-        if key < 0:
-            return NOWHERE
-        value = float(np.uint32(key).view(np.float32))
-        found = [NOWHERE]
-        for i, chunk in enumerate(self.weights.reshape(-1).split(CHUNK)):
-            same = (chunk.abs().float() == value).nonzero().flatten()
-            found.append(same.cpu().numpy() + i * CHUNK)
-        return np.asarray(self.whole_index(np.concatenate(found)), np.int64)
+        found = [torch.zeros(0, dtype=torch.int64, device=self.weights.device)]
+        if key >= 0:
+            value = torch.tensor(key, dtype=torch.int32).view(torch.float32).item()
+            for i, chunk in enumerate(self.weights.reshape(-1).split(CHUNK)):
+                found.append((chunk.abs().float() == value).nonzero().flatten() + i * CHUNK)
+        return self.whole_index(torch.cat(found))
 
     def emit(self, cut: tuple[int, int], share: int) -> Tensor:
         """The local mask, which keeps so many of the ties."""
@@ -160,7 +165,7 @@ def share_out(held: Sequence[Local], ranks: Ranks) -> set[str]:
                 )
             first.setdefault(box, rank)
         local.counts = first[local.box] == ranks.rank
-        covered = sum(int(np.prod(shape, dtype=np.int64)) for _, shape in first)
+        covered = sum(prod(shape) for _, shape in first)
         if covered != local.tensor.numel():
             raise ValueError(
                 f"{local.name} must be on the ranks without gap or overlap: {local.tensor.numel()} "
@@ -171,6 +176,8 @@ def share_out(held: Sequence[Local], ranks: Ranks) -> set[str]:
 
 # Masks of all
 
+BINS = 1024  # of a survey
+DIGITS = (0, 2, 1)  # numbers of the dtypes, that with the most digits first
 PROBES = 255  # places that are tried at once when the last kept tie is looked for
 
 # [layers] the key from which weights are kept, and the key of ties or -1; [modules] how many ties are
@@ -184,8 +191,12 @@ def select_cuts(
     layers: Sequence[int],
     modules: Sequence[int],
     keep: Sequence[int],
+    *,
+    signed: bool = True,
 ) -> tuple[list[Tensor], Tensor]:
     """`dimap.ops.select_cuts` on DTensors, with plain tensors that are the same on every rank.
+
+    signed: whether a number may be negative, as those of a saliency may not.
 
     All processes of the mesh call it together (those of the default group, where there are several
     meshes). Returns masks with the placements of `tensors`, the same as of the gathered tensors.
@@ -195,6 +206,8 @@ def select_cuts(
     """
     with _ranks_of(tensors) as ranks:
         held = [local_of(*each) for each in zip(names, tensors, layers, modules, strict=True)]
+        for local in held if not signed else ():
+            local.check_positive()
         devices = share_out(held, ranks)
         sizes, module_of = [0] * (max(layers) + 1), [0] * (max(layers) + 1)  # of each layer
         for local in held:
@@ -213,9 +226,93 @@ def select_cuts(
     return masks, torch.tensor(thresholds, dtype=torch.float64)
 
 
-def apply_(tensors: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
-    """`dimap.ops.apply_` on the local shards."""
-    ops.apply_([local_part(t) for t in tensors], [local_part(m) for m in masks])
+def select_nm(
+    names: Sequence[str],
+    tensors: Sequence[Tensor],
+    n: int,
+    m: int,
+    axis: int,
+    *,
+    signed: bool = True,
+) -> list[Tensor]:
+    """`dimap.ops.select_nm` on DTensors, of which each rank must hold whole groups. As `select_cuts`."""
+    with _ranks_of(tensors) as ranks:
+        held = [local_of(*each, 0, 0) for each in zip(names, tensors, strict=True)]
+        for local in held if not signed else ():
+            local.check_positive()
+        share_out(held, ranks)
+        for local in held:
+            begin, size = local.offset[axis], local.weights.shape[axis]
+            if begin % m or size % m:
+                raise ValueError(
+                    f"{local.name} must be sharded in whole groups of {m} along its input, got "
+                    f"[{begin}, {begin + size}) on rank {ranks.rank}"
+                )
+        with _named(held):
+            masks = ops.select_nm([local.weights for local in held], n, m, axis)
+        ranks.gather(None)  # nobody goes on where another one failed
+    return [local.dressed(mask) for local, mask in zip(held, masks, strict=True)]
+
+
+def placed(tensor: Tensor, like: Tensor) -> Tensor:
+    """A mask, or another tensor for a weight, placed over the ranks as that is.
+
+    A plain tensor is the same on every rank. Nothing is sent where it is placed so already, or is
+    plain. For a `Partial` gradient, whose parts are added up, each rank has all of it.
+    """
+    if not isinstance(like, DTensor):
+        return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    placements = tuple(Replicate() if p.is_partial() else p for p in like.placements)
+    if isinstance(tensor, DTensor) and tensor.device_mesh == like.device_mesh:
+        return (
+            tensor
+            if tensor.placements == placements
+            else tensor.redistribute(like.device_mesh, placements)
+        )
+    whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.to(like.device)
+    return distribute_tensor(whole, like.device_mesh, placements, src_data_rank=None)
+
+
+def local_pair(tensor: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """What this rank holds of a tensor, and the mask of that."""
+    here, kept = local_part(tensor), local_part(placed(mask, tensor))
+    if here.shape != kept.shape:
+        raise ValueError(
+            "a sharded tensor must be in even parts as torch.chunk makes them, so that this rank has "
+            f"shape {tuple(kept.shape)}, got {tuple(here.shape)}"
+        )
+    return here, kept
+
+
+def apply_(weights: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
+    """`dimap.ops.apply_` where some are DTensors: each rank does its part."""
+    pairs = [local_pair(*pair) for pair in zip(weights, masks, strict=True)]
+    ops.apply_([weight for weight, _ in pairs], [mask for _, mask in pairs])
+
+
+def prune_(
+    weights: Sequence[Tensor], layers: Sequence[int], modules: Sequence[int], keep: Sequence[int]
+) -> None:
+    """`dimap.ops.prune_` where some are DTensors: all ranks call it together."""
+    names = [f"weights[{i}]" for i in range(len(weights))]
+    apply_(weights, select_cuts(names, weights, layers, modules, keep)[0])
+
+
+def nm_(weights: Sequence[Tensor], n: int, m: int, dim: int) -> None:
+    """`dimap.ops.nm_` where some are DTensors: all ranks call it together."""
+    names = [f"weights[{i}]" for i in range(len(weights))]
+    apply_(weights, select_nm(names, weights, n, m, dim))
+
+
+def _register(name: str, rule: Callable[..., None]) -> None:
+    torch.library.register_torch_dispatch(
+        f"dimap::{name}", DTensor, lambda _, __, ___, args=(), ____=None: rule(*args)
+    )
+
+
+_register("apply_", apply_)
+_register("prune_", prune_)
+_register("nm_", nm_)
 
 
 def _ranks_of(tensors: Sequence[Tensor]) -> Group:
@@ -255,44 +352,35 @@ def _decide_on_devices(
     held: Sequence[Local], sizes: list[int], module_of: list[int], keep: Sequence[int], ranks: Ranks
 ) -> Decided:
     """The same where some are on GPUs: these survey them, and the tables are added up there."""
-    granularities = [max(ops.ZERO_BITS.values())] * len(sizes)
+    dtype_of: dict[int, int] = {}  # of each layer, the one with the most digits
     for local in held:
-        here = ops.ZERO_BITS[local.weights.dtype]
-        granularities[local.layer] = min(granularities[local.layer], here)
-
-    def survey(windows: bytes, bins: int) -> memoryview:
-        return _survey(held, [local.layer for local in held], windows, bins, ranks)
-
-    return _C.decide_surveys(survey, granularities, sizes, module_of, keep)
+        known = dtype_of.get(local.layer, local.dtype)
+        dtype_of[local.layer] = min(known, local.dtype, key=DIGITS.index)
+    here = held[0].weights.device if held else torch.device("cpu")
+    windows = ops.first_windows([DTYPES[dtype_of[layer]] for layer in range(len(sizes))], BINS).to(
+        here
+    )
+    quota = torch.tensor([-1])
+    while (quota < 0).any():
+        table = _survey(held, [local.layer for local in held], windows, BINS, ranks)
+        cuts, quota, thresholds, windows = ops.solve(table, windows, module_of, keep)
+    return [(first, tie) for first, tie in cuts.tolist()], quota.tolist(), thresholds.tolist()
 
 
 def _survey(
-    held: Sequence[Local], rows: Sequence[int], windows: bytes, bins: int, ranks: Ranks
-) -> memoryview:
+    held: Sequence[Local], rows: Sequence[int], windows: Tensor, bins: int, ranks: Ranks
+) -> Tensor:
     """`dimap.ops.survey` of the weights of all ranks. rows: of each tensor, its row of the table."""
     on: dict[torch.device, list[tuple[Local, int]]] = {}  # those that this rank surveys
     for local, row in zip(held, rows, strict=True):
         if local.counts:
             on.setdefault(local.weights.device, []).append((local, row))
-    views = torch.frombuffer(bytearray(windows), dtype=torch.int64).reshape(-1, 7)
-    table = ops.survey([], [], views, bins)
+    table = ops.survey([], [], windows, bins)
     for device, mine in on.items():
-        try:
-            found = ops.survey(
-                [local.weights for local, _ in mine],
-                [row for _, row in mine],
-                views.to(device),
-                bins,
-            )
-        except RuntimeError as error:
-            told = re.search(
-                r"weights\[(\d+)\] must be finite, got (\w+) at flat index (\d+)", str(error)
-            )
-            if told is None:
-                raise
-            raise mine[int(told[1])][0].non_finite(int(told[3]), told[2]) from error
-        table = table.to(device) + found
-    return ranks.sum(table).cpu().numpy().data
+        weights, numbers = [local.weights for local, _ in mine], [row for _, row in mine]
+        with _named([local for local, _ in mine]):
+            table += ops.survey(weights, numbers, windows.to(device), bins).to(table.device)
+    return ranks.sum(table)
 
 
 def surveyor(
@@ -304,9 +392,27 @@ def surveyor(
         with _ranks_of(tensors) as ranks:
             held = [local_of(names[i], tensors[i], 0, 0) for i in rows]
             share_out(held, ranks)
-            return _survey(held, list(rows.values()), windows, bins, ranks)
+            here = held[0].weights.device if held else torch.device("cpu")
+            views = torch.frombuffer(bytearray(windows), dtype=torch.int64).reshape(-1, 7)
+            return (
+                _survey(held, list(rows.values()), views.to(here), bins, ranks).cpu().numpy().data
+            )
 
     return survey
+
+
+@contextmanager
+def _named(held: Sequence[Local]) -> Iterator[None]:
+    """Say of what is not finite where it is in the whole tensor."""
+    try:
+        yield
+    except RuntimeError as error:
+        told = re.search(
+            r"weights\[(\d+)\] must be finite, got (\w+) at flat index (\d+)", str(error)
+        )
+        if told is None:
+            raise
+        raise held[int(told[1])].non_finite(int(told[3]), told[2]) from error
 
 
 # Ties: the first ones are kept, by tensor and by flat index in the whole
@@ -316,9 +422,7 @@ def _share_ties(
     held: Sequence[Local], cuts: Sequence[tuple[int, int]], quota: Sequence[int], ranks: Ranks
 ) -> list[int]:
     """How many of the local ties of each tensor are kept."""
-    here = [
-        local.ties(cuts[local.layer][1]) if quota[local.module] > 0 else NOWHERE for local in held
-    ]
+    here = [local.ties(cuts[local.layer][1] if quota[local.module] > 0 else -1) for local in held]
     counted = [len(at) if local.counts else 0 for local, at in zip(held, here, strict=True)]
     totals = ranks.sum(torch.tensor(counted, dtype=torch.int64)).tolist()
     left = list(quota)
@@ -330,25 +434,24 @@ def _share_ties(
         left[local.module] -= min(left[local.module], total)
     ends = _find_ends([(held[i], here[i], wanted) for i, wanted in split.items()], ranks)
     for i, end in zip(split, ends, strict=True):
-        shares[i] = int(np.searchsorted(here[i], end))
+        shares[i] = int((here[i] < end).count_nonzero())
     return shares
 
 
-def _find_ends(split: Sequence[tuple[Local, Positions, int]], ranks: Ranks) -> list[int]:
+def _find_ends(split: Sequence[tuple[Local, Tensor, int]], ranks: Ranks) -> list[int]:
     """The flat index before which lie as many ties of all ranks as are wanted, of each tensor."""
-    low = np.zeros(len(split), np.int64)
-    high = np.array([local.tensor.numel() for local, _, _ in split], np.int64)
-    wanted = np.array([count for _, _, count in split], np.int64)
+    low = torch.zeros(len(split), dtype=torch.int64)
+    high = torch.tensor([local.tensor.numel() for local, _, _ in split], dtype=torch.int64)
+    wanted = torch.tensor([count for _, _, count in split], dtype=torch.int64)[:, None]
     # Before `low` there are not more than wanted, before `high` there are.
-    steps = np.arange(1, PROBES + 1)
+    steps = torch.arange(1, PROBES + 1)
     while (high - low > 1).any():
         probes = low[:, None] + (high - low)[:, None] * steps // (PROBES + 1)
         mine = [
-            np.searchsorted(at, row) * local.counts
+            torch.searchsorted(at, row.to(at.device)).cpu() * local.counts
             for (local, at, _), row in zip(split, probes, strict=True)
         ]
-        before = ranks.sum(torch.from_numpy(np.stack(mine))).numpy()
-        fits = before <= wanted[:, None]
-        low = np.where(fits, probes, low[:, None]).max(axis=1)
-        high = np.where(fits, high[:, None], probes).min(axis=1)
-    return list(low.tolist())
+        fits = ranks.sum(torch.stack(mine)) <= wanted
+        low = torch.where(fits, probes, low[:, None]).amax(dim=1)
+        high = torch.where(fits, high[:, None], probes).amin(dim=1)
+    return low.tolist()

@@ -202,8 +202,7 @@ class Group(Ranks):
             self._over = True
             reason = str(error).split("\n")[0]
             raise ConnectionError(
-                f"all {self.size} ranks must answer in time, got none of another rank, which died "
-                f"or hangs ({reason})"
+                f"one of the {self.size} ranks does not answer: it died or hangs ({reason})"
             ) from error
 
     def _sweep(self) -> None:

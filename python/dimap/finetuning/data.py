@@ -96,7 +96,7 @@ def _open(spec: str, split: str, purpose: str, settings: Settings) -> Any:
         (settings.class_map, "a file for --class-map"),
     ):
         if path is not None and not Path(path).exists():
-            raise FileNotFoundError(errno.ENOENT, f"must be {wanted}", path)
+            raise FileNotFoundError(errno.ENOENT, f"must be {wanted}, but is not there", path)
     if not named:
         _check_folder(Path(root), split, purpose)
     try:

@@ -71,7 +71,7 @@ def _read_model(path: str, settings: Settings) -> tuple[Source, str | None, dict
             found = settings.timm_model, {}
         if found is None:
             raise ValueError(
-                f"{path} must say which timm model it is, or --timm-model NAME must, got neither"
+                f"{path} does not say which timm model it is: give the name as --timm-model NAME"
             )
         architecture, config = found
         if settings.input_size is not None:
@@ -184,8 +184,8 @@ def masks_of(
         found = {name: weights[name].detach() != 0 for name in found}
         if found and all(bool(mask.all()) for mask in found.values()):
             raise ValueError(
-                f"masks must be given, or {source.name} must be pruned, got weights without zeros "
-                "(--dense holds none)"
+                f"{source.name} has no zeros to hold: prune it first, give --masks FILE, or train "
+                "without masks by --dense"
             )
     elif found and not settings.allow_mask_change:
         _check_agreement(source, found, weights, choice)

@@ -134,8 +134,8 @@ def finetune(
         )
         if settings.epochs and not len(train):
             raise ValueError(
-                f"batch_size must be at most the training images of a process, got "
-                f"{settings.batch_size} for {len(train_images)} images and {ranks.size} processes"
+                f"batch_size must be at most {len(train_images) // ranks.size}, the training images "
+                f"of each process, got {settings.batch_size}"
             )
         trainer = Trainer(source.model, taught, held, classes, len(train), ranks, place, settings)
         shown, board = (wanted and ranks.rank == 0 for wanted in (progress, tensorboard))
@@ -166,7 +166,7 @@ def joined(device: str | None) -> Iterator[tuple[Ranks, torch.device]]:
     except RuntimeError as error:
         raise ValueError(f"device must be one that torch knows, got {name!r}") from error
     if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"device must be one that is here, got {name} and torch sees no GPU")
+        raise ValueError(f"device {name} needs a GPU, and torch sees none")
     given = dist.is_available() and dist.is_initialized()  # the caller's group stays
     place = torch.device(name if given else init_distributed_device_so(name)["device"])
     grouped = dist.is_available() and dist.is_initialized()

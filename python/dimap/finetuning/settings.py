@@ -52,7 +52,7 @@ class Settings(BaseModel):
     lr: float = _schedule(2e-5, "Highest learning rate.", gt=0)
     min_lr: float = _schedule(2e-7, "Learning rate at the end.", ge=0)
     warmup_epochs: int | None = _schedule(
-        None, "Epochs of rising rate; half of all if not given.", ge=0
+        None, "Epochs in which the rate rises; half of all if not given.", ge=0
     )
     warmup_lr: float = _schedule(2e-8, "Learning rate at the start.", ge=0)
     # timm's schedules that are a function of the number of steps alone, so that runs can resume.
@@ -66,48 +66,58 @@ class Settings(BaseModel):
     layer_decay: float | None = _optimizer(
         None, "Factor of the rate from layer to layer.", gt=0, le=1
     )
-    clip_grad: float | None = _optimizer(5.0, "Limit for gradients; 0 for none.", ge=0)
+    clip_grad: float | None = _optimizer(5.0, "Limit of the gradients; 0 for none.", ge=0)
     clip_mode: Literal["norm", "value", "agc"] = _optimizer("norm", "What is limited.")
     amp: Literal["bfloat16", "float16", "none"] = _optimizer("bfloat16", "Type of autocast.")
     ema: float | None = _optimizer(
-        None, "Decay of an average of weights, which is kept.", gt=0, le=1
+        None, "Keep and judge an average of the weights with this decay.", gt=0, le=1
     )
 
     input_size: int | None = _images(None, "Side of the images; the model's if not given.", ge=1)
     mean: Pixels = _images(None, "Mean of the pixels; the model's if not given.")
-    std: Pixels = _images(None, "Their deviation; the model's if not given.")
+    std: Pixels = _images(None, "Standard deviation of the pixels; the model's if not given.")
     crop_pct: float | None = _images(
-        None, "Seen share of an image; the model's if not given.", gt=0, le=1
+        None, "Share of a validation image that is seen; the model's if not given.", gt=0, le=1
     )
     interpolation: Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"] | None = (
-        _images(None, "Of resizing; the model's if not given.")
+        _images(None, "How images are resized; the model's if not given.")
     )
     pad: int = _images(0, "Black pixels put around every image before all else.", ge=0)
-    augment: bool = _images(True, "Random crops, flips, colours, erasing; mixup apart.")
-    scale_min: float = _images(0.08, "Smallest share of a training image.", gt=0, le=1)
+    augment: bool = _images(
+        True, "Random crops, flips, colours, erasing. Mixup has its own options."
+    )
+    scale_min: float = _images(
+        0.08, "Smallest share of a training image that a crop shows.", gt=0, le=1
+    )
     hflip: float = _images(0.5, "Chance of a horizontal flip.", ge=0, le=1)
     vflip: float = _images(0.0, "Chance of a vertical flip.", ge=0, le=1)
-    color_jitter: float = _images(0.4, "Strength, where AutoAugment is off.", ge=0)
+    color_jitter: float = _images(
+        0.4, "Strength of changes of colour, where AutoAugment is off.", ge=0
+    )
     auto_augment: str | None = _images(
         "rand-m9-mstd0.5-inc1", "AutoAugment or RandAugment policy, by timm's name; none for none."
     )
     reprob: float = _images(0.25, "Chance of random erasing.", ge=0, le=1)
     remode: Literal["const", "rand", "pixel"] = _images("pixel", "What erased parts become.")
-    recount: int = _images(1, "Erased parts of an image.", ge=1)
+    recount: int = _images(1, "How many parts of an image are erased.", ge=1)
     mixup: float = _images(0.8, "alpha of mixup; 0 for none.", ge=0)
     cutmix: float = _images(1.0, "alpha of CutMix; 0 for none.", ge=0)
-    mixup_prob: float = _images(1.0, "Chance of either.", ge=0, le=1)
+    mixup_prob: float = _images(1.0, "Chance of mixup or CutMix for a batch.", ge=0, le=1)
     mixup_switch_prob: float = _images(0.5, "Chance of CutMix where both are on.", ge=0, le=1)
-    mixup_mode: Literal["batch", "pair", "elem"] = _images("batch", "What is mixed alike.")
-    mixup_off_epoch: int = _images(0, "Last epoch that has either; 0 for all.", ge=0)
+    mixup_mode: Literal["batch", "pair", "elem"] = _images(
+        "batch", "What is mixed in one way: a batch, pairs or single images."
+    )
+    mixup_off_epoch: int = _images(0, "Last epoch with mixup or CutMix; 0 for all.", ge=0)
 
     smoothing: float = _loss(0.1, "Label smoothing.", ge=0, le=1)
     bce: bool = _loss(False, "Binary cross-entropy in the place of cross-entropy.")
     distill_alpha: float = _loss(0.5, "Share of the teacher in the loss.", ge=0, le=1)
-    distill_temperature: float = _loss(1.0, "Temperature of both outputs.", gt=0)
+    distill_temperature: float = _loss(
+        1.0, "Temperature of the outputs of model and teacher.", gt=0
+    )
 
     drop_path: float | None = _run(None, "Stochastic depth; the model's if not given.", ge=0, le=1)
-    seed: int = _run(42, "Of all that is random.", ge=0)
+    seed: int = _run(42, "Seed of all that is random.", ge=0)
     workers: int = _run(4, "Processes that load images; 0 for none.", ge=0)
     compile: bool = _run(False, "Train through torch.compile.")
 
@@ -118,11 +128,13 @@ class Settings(BaseModel):
         False, "Train masks that revive zeros of the checkpoint, or prune more of it."
     )
 
-    timm_model: str | None = _data(None, "timm's name for the model, if the checkpoint lacks it.")
+    timm_model: str | None = _data(
+        None, "timm's name of the model, where the checkpoint does not say it."
+    )
     train_split: str = _data("train", "The split for training.")
     val_split: str = _data("validation", "The split for validation.")
     class_map: str | None = _data(None, "A file of class names to numbers, as timm has it.")
-    reset_head: bool = _data(False, "A new classifier, of as many classes as the data.")
+    reset_head: bool = _data(False, "Begin with a new classifier, for the classes of the data.")
 
     def __init__(self, **options: Any) -> None:
         try:

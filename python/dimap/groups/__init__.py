@@ -269,8 +269,8 @@ def _by_roles(
     modules = _in_towers(guess, shapes)
     if guess.covered < LEAST:
         raise ValueError(
-            f"family='transformer' must know the roles of {100 * LEAST:.0f} % of the weights in the "
-            f"blocks' matrices, got {100 * guess.covered:.1f} %"
+            f"family='transformer' must find the roles of {100 * LEAST:.0f} % of the weights in the "
+            f"blocks' matrices in their names, got {100 * guess.covered:.1f} %"
             + (f"; it found\n{describe(modules)}" if guess.found else "")
             + ("\nIt does not know\n" + kinds(guess.missed) if guess.missed else "")
             + "\n"
@@ -319,11 +319,11 @@ def _words(prefix: str) -> str:
 
 
 def _describe_unknown(families: Sequence[Family], shapes: Mapping[str, Shape]) -> str:
-    known = "; ".join(family.models for family in families)
+    one = f"the family {families[0].name}" if len(families) == 1 else "a known family"
     matrices = sum(len(shape) > 1 for shape in shapes.values())
     return (
-        f"model must be of a known family ({known}), got {len(shapes)} parameters, {matrices} of "
-        f"two or more dimensions:\n{kinds(shapes)}\n{_ways_out(shapes)}"
+        f"model must be of {one} (`dimap families` lists all), got other names: {len(shapes)} "
+        f"parameters, {matrices} of two or more dimensions:\n{kinds(shapes)}\n{_ways_out(shapes)}"
     )
 
 
@@ -348,21 +348,19 @@ def _ways_out(shapes: Mapping[str, Shape], kind: str = "") -> str:
         regex = _regex(kind)
         lines.append(f"  ignore=r{regex!r}  --ignore '{regex}'".replace("\\\\", "\\"))
         lines.append("    never prunes what matches")
-    lines += [
-        f'  family="{TRANSFORMER}"  --family {TRANSFORMER}',
-        "    groups by the words of the names, and shows how",
-    ]
+    if propose(shapes)[0].covered >= LEAST:
+        lines += [
+            f'  family="{TRANSFORMER}"  --family {TRANSFORMER}',
+            "    groups by the words of the names, and shows how",
+        ]
     example = _example(shapes)
     lines += [
         f"  patterns={_written(example)}",
         "  " + " ".join(f"--pattern '{m}={r}'" for m, rows in example.items() for r in rows),
         "    names the modules by regexes that match whole parameter names; a group (?P<block>...)",
-        "    tells the block; what they leave over is never pruned",
+        "    captures the block; what no regex matches is never pruned",
     ]
-    return (
-        "Ways out, in Python and on the command line (`dimap families` lists what is known):\n"
-        + ("\n".join(lines))
-    )
+    return "What you can do, in Python and on the command line:\n" + "\n".join(lines)
 
 
 def _example(shapes: Mapping[str, Shape]) -> dict[str, list[str]]:

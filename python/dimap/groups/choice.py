@@ -72,11 +72,9 @@ class Choice:
                 f"{len(hit)} layers, {hit[0].name} the first" if hit else f"{len(others)} tensors"
             )
             notes.append(f"ignored, thus never pruned, by {regex.pattern!r}: {told}")
-        left: Modules = {}
-        for module, found in modules.items():
-            if module != AUX:
-                left[module] = [x for x in found if not out.keys() & {*map(whole, x.parameters)}]
-        hidden = {x.name for x in layers} - {x.name for found in left.values() for x in found}
+        left = set_aside(modules, shapes, out)
+        hidden = {x.name for x in layers}
+        hidden -= {x.name for m, found in left.items() if m != AUX for x in found}
         for x in layers:
             matched = x.name in hidden and any(r.fullmatch(x.name) for r in self._regexes())
             sliced = [p for p in x.parameters if isinstance(p, Slice) and p.parameter not in names]
@@ -85,12 +83,7 @@ class Choice:
                     "ignore (--ignore) must leave out all layers of a tensor that stacks them, or "
                     f"none, got some of {whole(sliced[0])}"
                 )
-        places = {p: x for x in layers for p in map(whole, x.parameters)}
-        gone = [n for n in out if n in places]
-        order = {name: place for place, name in enumerate(shapes)}
-        aux = [*modules[AUX], *(_aside(name, places[name]) for name in gone)]
-        aux.sort(key=lambda layer: order[layer.parameters[0]])
-        return {**{m: found for m, found in left.items() if found}, AUX: aux}, notes
+        return left, notes
 
     def _regexes(self) -> list[re.Pattern[str]]:
         found = []
@@ -101,6 +94,20 @@ class Choice:
                 got = f"{text!r}: {error}"
                 raise ValueError(f"ignore (--ignore) must be valid regexes, got {got}") from error
         return found
+
+
+def set_aside(modules: Modules, shapes: Mapping[str, Shape], out: Mapping[str, None]) -> Modules:
+    """Modules with the layers that have any of these parameters in "aux"."""
+    layers = [layer for m, found in modules.items() if m != AUX for layer in found]
+    left: Modules = {}
+    for module, found in modules.items():
+        if module != AUX:
+            left[module] = [x for x in found if not out.keys() & {*map(whole, x.parameters)}]
+    places = {p: x for x in layers for p in map(whole, x.parameters)}
+    order = {name: place for place, name in enumerate(shapes)}
+    aux = [*modules[AUX], *(_aside(name, places[name]) for name in out if name in places)]
+    aux.sort(key=lambda layer: order[layer.parameters[0]])
+    return {**{m: found for m, found in left.items() if found}, AUX: aux}
 
 
 def _within(layer: Layer, names: Iterable[str], regex: re.Pattern[str]) -> bool:

@@ -27,6 +27,7 @@ from . import (
     whole,
     wholes,
 )
+from .nm import NM, as_groups, leave_ragged, round_kept
 from .tied import check_apart
 
 if TYPE_CHECKING:
@@ -48,6 +49,9 @@ class Plan:
         stacks layers is as many tensors, its slices.
     notes: what the user should know of the grouping, one sentence each.
     tensors: the tensors themselves; empty where the plan was made of names and shapes.
+    nm: N:M in place of scopes, or beside them where they say which N; None: neither.
+    axes, inners: with it, of each tensor the axis of its groups, counted from the end, and how many
+        weights lie behind that.
     """
 
     modules: dict[str, list[Layer]]
@@ -60,6 +64,9 @@ class Plan:
     scope_modules: list[str | None] = field(default_factory=list)
     notes: tuple[str, ...] = ()
     tensors: list[Tensor] = field(default_factory=list)
+    nm: NM | None = None
+    axes: list[int] = field(default_factory=list)
+    inners: list[int] = field(default_factory=list)
 
     @staticmethod
     def of_shapes(
@@ -68,16 +75,20 @@ class Plan:
         normalize: str,
         patterns: Patterns | Choice | None = None,
         ties: Sequence[tuple[str, ...]] = (),
+        nm: NM | None = None,
     ) -> Plan:
         """Plan for parameters of these names and shapes, of which no weight is looked at.
 
-        ties: as in `group`.
+        ties: as in `group`. nm: layers that its groups do not fit are left dense, with a note.
         """
         check_choice("scope", scope, get_args(Scope))
         check_choice("normalize", normalize, get_args(Normalize))
         grouping = group(shapes, patterns, ties)
         modules = grouping.modules
-        plan = Plan(modules, notes=grouping.notes)
+        plan = Plan(modules, notes=grouping.notes, nm=nm)
+        if nm is not None:
+            plan.modules, axes, ragged = leave_ragged(modules, shapes, nm.m)
+            modules, plan.notes = plan.modules, (*plan.notes, *ragged)
         of_layer = scope_names(modules, scope)
         groups: dict[tuple[str, ...], int] = {}
         scopes: dict[str, int] = {}
@@ -93,7 +104,11 @@ class Plan:
             number = groups.setdefault(key, len(groups))
             for parameter in layer.parameters:
                 plan.names.append(parameter)
-                plan.sizes.append(math.prod(part_shape(shapes, parameter)))
+                shape = part_shape(shapes, parameter)
+                plan.sizes.append(math.prod(shape))
+                if nm is not None:
+                    plan.axes.append(axes[parameter])
+                    plan.inners.append(as_groups(shape, axes[parameter])[2])
                 plan.layers.append(number)
                 plan.scopes.append(scopes[name])
         if not plan.names:
@@ -102,10 +117,14 @@ class Plan:
 
     @staticmethod
     def of(
-        model: Model, scope: str, normalize: str, patterns: Patterns | Choice | None = None
+        model: Model,
+        scope: str,
+        normalize: str,
+        patterns: Patterns | Choice | None = None,
+        nm: NM | None = None,
     ) -> Plan:
         """Plan for a model or a state dict, with its tensors."""
-        plan = Plan.of_shapes(shapes_of(model), scope, normalize, patterns, tied_in(model))
+        plan = Plan.of_shapes(shapes_of(model), scope, normalize, patterns, tied_in(model), nm)
         parameters = named_tensors(model)
         for name in plan.names:
             if isinstance(name, Slice) and hasattr(parameters[name.parameter], "placements"):
@@ -124,7 +143,7 @@ class Plan:
         """The layers that are pruned, each with its module."""
         return [(m, layer) for m, layers in self.modules.items() if m != AUX for layer in layers]
 
-    def of_tensors(self) -> list[tuple[str, Layer]]:
+    def layer_of_tensors(self) -> list[tuple[str, Layer]]:
         """The module and the layer of each tensor."""
         return [(m, layer) for m, layer in self.prunable() for _ in layer.parameters]
 
@@ -156,17 +175,18 @@ class Plan:
         ]
 
     def ratios(self, sparsity: Sparsity) -> dict[str, float]:
-        """The ratio of each prunable module, checked."""
+        """The ratio of each prunable module, checked; None is what the caller forgot."""
         names = [name for name in self.modules if name != AUX]
-        if sparsity is None or sparsity == "auto":
-            raise TypeError(f"sparsity must be a number where no budget finds it, got {sparsity}")
+        if sparsity == "auto":
+            raise TypeError("sparsity must be a number where no budget shares it out, got auto")
+        given: dict[str, Any]
         if isinstance(sparsity, Mapping):
             if set(sparsity) != set(names):
                 raise ValueError(
                     f"sparsity must have one number for each of the modules {', '.join(names)}, "
                     f"got {', '.join(map(str, sparsity)) or 'none'}"
                 )
-            given: dict[str, Any] = {name: sparsity[name] for name in names}
+            given = {name: sparsity[name] for name in names}
         else:
             given = dict.fromkeys(names, sparsity)
         for name, value in given.items():
@@ -176,6 +196,33 @@ class Plan:
             if not 0 <= value <= 1 or math.isnan(value):
                 raise ValueError(f"{where} must be in [0, 1], got {value}")
         return {name: float(value) for name, value in given.items()}
+
+    def counts(self, kept: Sequence[int] = ()) -> dict[str, int]:
+        """The N of each layer by name.
+
+        kept: for nm "auto", how many weights `select` keeps of each tensor.
+        """
+        assert self.nm is not None
+        layers = [layer for _, layer in self.prunable()]
+        if self.nm.n is not None:
+            return dict.fromkeys((x.name for x in layers), self.nm.n)
+        of = {name: i for i, name in enumerate(self.names)}
+        counts: dict[str, int] = {}
+        for scope in range(len(self.scope_names)):
+            here = [x for x in layers if self.scopes[of[x.parameters[0]]] == scope]
+            share, whole = (
+                [sum(numbers[of[p]] for p in x.parameters) for x in here]
+                for numbers in (kept, self.sizes)
+            )
+            rounded = round_kept(share, whole, self.nm.m)
+            counts |= zip((x.name for x in here), rounded, strict=True)
+        return counts
+
+    def by_tensor(self, counts: Mapping[str, int]) -> list[int]:
+        """What is said of layers by name, of each tensor."""
+        layers = (x for found in self.modules.values() for x in found)
+        said = {p: counts[x.name] for x in layers if x.name in counts for p in x.parameters}
+        return [said[name] for name in self.names]
 
     def ranked(self, saliency: Mapping[str, Tensor]) -> list[Tensor]:
         """The saliency of each tensor, checked: it takes the place of the magnitudes."""
@@ -208,6 +255,8 @@ class Plan:
                 problem = f"be float32, bfloat16 or float16, got {got}"
             elif value.device != weight.device:
                 problem = f"be on {weight.device} like its weight, got {value.device}"
+            elif hasattr(value, "placements"):  # each rank looks at its own
+                pass
             elif bool((negative := value.detach().flatten() < 0).any()):
                 at = int(negative.int().argmax())
                 got = f"{float(value.detach().flatten()[at]):g} at flat index {at}"

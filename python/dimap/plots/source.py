@@ -74,7 +74,10 @@ def source_of(
     choice = choose(patterns)
     if isinstance(model, Pruned):
         if not hasattr(model, "masks"):
-            raise TypeError("model must hold its masks, got what was pruned from file to file")
+            raise TypeError(
+                "what prune_checkpoint returns holds no masks: give the pruned checkpoint, or the "
+                "dense one and its masks"
+            )
         shapes, get = model.shapes, model.parameters.__getitem__  # type: ignore[attr-defined]
         masks = model.masks if masks is None else masks
     elif hasattr(model, "tensors") and hasattr(model, "get"):  # an open checkpoint

@@ -18,7 +18,7 @@ def bench_times(bench: Bench, path: str | os.PathLike[str] | None = None) -> Fig
     """Draw how long each job takes for one weight: a bar on a logarithmic scale.
 
     bench: of `dimap.bench.bench`. A thin line spans eight in ten of a job's rounds; behind each bar
-    stands how many times as long as a copy of the weights it takes.
+        stands how many times as long as a copy of the weights it takes.
     path: where to write, .png or .svg; None writes nothing. Returns the matplotlib Figure.
     """
     style.check_path(path)

@@ -39,8 +39,10 @@ class Pruned:
         saliency: what was ranked: "magnitude", "given", or the method's name ("taylor", "snip").
         asked: the budgets and limits that were given, as in `dimap.Budgets`.
         size: bytes of the output's files of weights, where there is a budget of them.
+        nm: with groups, layer name -> "2:4", say; then there are no thresholds.
 
     A subclass has, as attributes or properties, by parameter name:
+
         shapes: of every parameter, "aux" included.
         kept: how many weights the masks keep, of every pruned parameter.
         nonzero: how many weights are not zero after pruning, of every parameter, "aux" included.
@@ -58,6 +60,7 @@ class Pruned:
     notes: list[str] = field(default_factory=list)
     asked: dict[str, Any] = field(default_factory=dict)
     size: int | None = None
+    nm: dict[str, str] = field(default_factory=dict)
 
     if TYPE_CHECKING:  # a dataclass would take a property of its base for a field's default
 
@@ -77,6 +80,8 @@ class Pruned:
             found["saliency"] = self.saliency
         if self.asked:
             found["asked"] = json.dumps(self.asked)
+        if self.nm:
+            found["nm"] = json.dumps(self.nm)
         found |= {f"sparsity.{name}": repr(s) for name, s in self.sparsity.items()}
         places: dict[str, list[Any]] = {}
         for address, layer in addresses(self.modules).items():
@@ -143,6 +148,7 @@ def build_report(
             flops_nominal=round(sum(dense) * density) if flops else None,
             flops=sum(left) if flops else None,
             tower=layer.tower,
+            nm=pruning.nm.get(layer.name),
         )
 
     rows: list[LayerReport] = []

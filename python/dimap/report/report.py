@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..groups import position
+from ..groups.nm import in_layers
 from .text import Column, names_in_blocks, plain, short, table, tiny
 
 if TYPE_CHECKING:
@@ -85,11 +86,12 @@ class LayerReport(_Counts):
         nonzero: how many are not zero; less than `kept` where kept weights were zero already.
         threshold: smallest kept score64 of the scope (module, block, …) it was ranked in;
             None where that scope keeps nothing.
-        smallest_kept: smallest |w| among the kept weights, in effect the layer's magnitude cut;
+        smallest_kept: smallest magnitude among the kept weights, in effect the layer's magnitude cut;
             None where nothing is kept.
         flops_dense: multiply-adds of one forward pass at batch 1 before pruning.
         flops_nominal: the paper's count: `flops_dense` times the density of the *module*.
         flops: honest count: nonzero weights times the tokens that they are applied to.
+        nm: "2:4", where of every 4 weights along the input 2 are kept; None without such groups.
     """
 
     name: str
@@ -106,6 +108,7 @@ class LayerReport(_Counts):
     flops_nominal: int | None = None
     flops: int | None = None
     tower: str = ""
+    nm: str | None = None
 
 
 @dataclass(frozen=True)
@@ -253,7 +256,8 @@ class Report(_Counts):
             return " ".join(filter(None, (layer.tower, ".".join(numbers))))
 
         block = Column("block", place)
-        made = table([block, *columns(Column("layer", name, left=True), LAYERS)], layers)
+        titles = (("N:M",) if any(layer.nm for layer in layers) else ()) + LAYERS
+        made = table([block, *columns(Column("layer", name, left=True), titles)], layers)
         for line, (layer, after) in zip(made.rows, pairwise(layers), strict=False):
             line.end_section = layer.stage != after.stage
         return made
@@ -298,7 +302,9 @@ def summary_lines(report: Report) -> list[str]:
     asked = [f"{ratio:g}" for ratio in ratios]
     if len(ratios) > 1:
         asked = [f"{module} {ratio:g}" for module, ratio in report.sparsity.items()]
+    groups = in_layers([layer.nm for layer in report.layers])
     lines = [
+        *([groups] if groups else []),
         f"sparsity {', '.join(asked)}; scope {report.scope}; normalize {report.normalize}",
         *(_budget_line(name, report.asked[name], got) for name, got in report.got.items()),
         f"parameters     {report.weights:,} -> {report.kept:,}, "
@@ -357,6 +363,7 @@ def columns(
         "threshold": lambda part: tiny(part.threshold),
         "min |w|": lambda part: tiny(getattr(part, "smallest_kept", None)),
         "module": lambda part: getattr(part, "module", ""),
+        "N:M": lambda part: getattr(part, "nm", None) or "",
         "dense": lambda part: short(part.flops_dense),
         "FLOPs": lambda part: short(part.flops),
         "nominal": lambda part: short(part.flops_nominal),
