@@ -187,6 +187,47 @@ def csr_table() -> str:
     return "\n".join([*lines, "", f"{machine['cpu']}, one thread, torch {machine['torch']}."])
 
 
+def sizes_table() -> str:
+    """Files of trained weights at 55 %, as shares of the dense ones."""
+    sizes = json.loads((RESULTS / "compact.json").read_text())["sizes"]
+    names = [name for name in sizes[0]["ratio"] if name != "dense"]
+    lines = [
+        "| checkpoint | of it pruned | " + " | ".join(names) + " |",
+        "|---" * (2 + len(names)) + "|",
+    ]
+    for row in sizes:
+        cells = " | ".join(f"{100 * row['ratio'][name]:.1f} %" for name in names)
+        lines.append(
+            f"| {row['model']} {row['dtype']} | {100 * row['weights_that_are_pruned']:.0f} % | {cells} |"
+        )
+    return "\n".join(lines)
+
+
+def compact_table() -> str:
+    """Dense bytes a second of the coder, and the commands beside each other."""
+    result = json.loads((RESULTS / "compact.json").read_text())
+    jobs = {
+        "prune_to_bitmask": "`--format bitmask`",
+        "prune_to_compact": "`--format compact`",
+        "expand": "`dimap expand` of bitmask",
+        "expand_compact": "of compact",
+    }
+    lines = [
+        "| Swin-B at 55 % | compress | decompress | " + " | ".join(jobs.values()) + " |",
+        "|---" * (3 + len(jobs)) + "|",
+    ]
+    for name, coder in result["coder"].items():
+        seconds = result["disk"][name]
+        cells = [f"{coder[f'{x}_gb_per_s_of_a_core']:.1f} GB/s" for x in ("compress", "decompress")]
+        cells += [f"{seconds[f'{x}_seconds'] / seconds['prune_seconds']:.1f} ×" for x in jobs]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    note = (
+        "the coder in dense bytes a second of one core's time, from memory to memory; commands from file to "
+        "file, beside `dimap prune` to a dense file"
+    )
+    return "\n".join([*lines, "", f"{about(result['machine'])}: {note}."])
+
+
 def about(machine: dict) -> str:
     cpu, cores, load = machine["cpu"], machine["cores"], machine["load_before"]
     return f"{cpu}, {cores} cores, load {load:.1f} before, commit {machine['commit']}"
@@ -198,6 +239,7 @@ TABLES = {  # file -> marker -> what makes the table
     "docs/questions.md": {"csr": csr_table},
     "docs/streaming.md": {"measured": files_table},
     "docs/performance.md": {"commands": commands_table},
+    "docs/format.md": {"sizes": sizes_table, "compact": compact_table},
 }
 
 

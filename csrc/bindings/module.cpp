@@ -11,15 +11,18 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <variant>
 #include <vector>
 
 #include "core/counts.h"
 #include "core/wire.h"
+#include "cpu/files/elements.h"
 #include "cpu/files/expand.h"
 #include "cpu/files/groups.h"
 #include "cpu/files/prune.h"
 #include "cpu/isa/decide.h"
 #include "cpu/sparse/pack.h"
+#include "cpu/sparse/planes.h"
 #include "cpu/thread_pool.h"
 
 namespace py = pybind11;
@@ -33,6 +36,7 @@ using Files = std::vector<std::tuple<int, std::string>>;  // descriptor, path
 using Progress = std::optional<std::function<void(const std::string&, int64_t, int64_t)>>;
 using Sum = std::function<void(py::memoryview)>;
 using TensorTuple = std::tuple<int32_t, int64_t, int64_t, int, int32_t>;        // file, offset, weights, dtype, layer
+using Piece = std::function<void(int32_t, int64_t, py::memoryview)>;            // file, where in its output, bytes
 using ElementTuple = std::tuple<int32_t, int64_t, int64_t, int64_t, uint64_t>;  // file, offset, count, size, mask
 
 std::vector<File> files_of(const Files& given) {
@@ -157,7 +161,8 @@ class Pruning {
     return decided().count_packed();
   }
 
-  std::vector<int64_t> write(const Files& targets, const std::vector<std::tuple<int64_t, int64_t>>& places,
+  std::vector<int64_t> write(const std::variant<Files, Piece>& targets,
+                             const std::vector<std::tuple<int64_t, int64_t>>& places,
                              const std::vector<std::tuple<int32_t, int64_t, int64_t, int64_t, uint64_t, int64_t>>& rest,
                              const std::optional<std::tuple<int, std::string, std::vector<int64_t>>>& masks) {
     if (places.size() != problem_.tensors.size())
@@ -171,7 +176,19 @@ class Pruning {
     std::optional<cpu::MaskFile> mask_file;
     if (masks) mask_file = {{std::get<0>(*masks), std::get<1>(*masks)}, std::get<2>(*masks)};
     const py::gil_scoped_release release;
-    written_ = decided().write(files_of(targets), at, elements, mask_file);
+    if (const auto* take = std::get_if<Piece>(&targets)) {
+      const auto sink = [take](int32_t file, const char* memory, int64_t bytes, int64_t place) {
+        const py::gil_scoped_acquire gil;
+        (*take)(file, place, py::memoryview::from_memory(memory, bytes));
+      };
+      written_ = decided().write(sink, at, elements, mask_file);
+    } else {
+      cpu::Targets files(files_of(std::get<Files>(targets)));
+      const auto sink = [&files](int32_t file, const char* memory, int64_t bytes, int64_t place) {
+        files.write(file, memory, bytes, place);
+      };
+      written_ = decided().write(sink, at, elements, mask_file);
+    }
     return written_.rest;
   }
 
@@ -347,12 +364,13 @@ std::vector<std::tuple<int64_t, std::vector<int>>> count_groups(
   return out;
 }
 
-void expand(const Files& files, const Files& targets,
-            const std::vector<std::tuple<int32_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t>>& tensors,
-            const std::vector<std::tuple<int32_t, int64_t, int64_t, int64_t>>& rest, int threads, Progress progress) {
+void expand(
+    const Files& files, const Files& targets,
+    const std::vector<std::tuple<int32_t, int64_t, int64_t, int32_t, int64_t, int64_t, int64_t, int64_t>>& tensors,
+    const std::vector<std::tuple<int32_t, int64_t, int64_t, int64_t>>& rest, int threads, Progress progress) {
   std::vector<cpu::Packed> packed;
-  for (const auto& [file, values, count, bits, numel, size, place] : tensors)
-    packed.push_back({file, values, count, bits, numel, size, place});
+  for (const auto& [file, values, count, bits_file, bits, numel, size, place] : tensors)
+    packed.push_back({file, values, count, bits_file, bits, numel, size, place});
   std::vector<cpu::Copied> copied;
   for (const auto& [file, offset, bytes, place] : rest) copied.push_back({file, offset, bytes, place});
   const cpu::ThreadPool pool(threads, watch_of(std::move(progress)));
@@ -360,14 +378,52 @@ void expand(const Files& files, const Files& targets,
   cpu::expand(files_of(files), files_of(targets), packed, copied, pool);
 }
 
-py::bytes pack_bits(const py::buffer& mask) {
-  const py::buffer_info info = mask.request();
+py::buffer_info bytes_of(const py::buffer& given, const char* name, bool writable = false) {
+  py::buffer_info info = given.request(writable);
   if (info.itemsize != 1 || (info.ndim > 0 && !PyBuffer_IsContiguous(info.view(), 'C')))
-    throw py::value_error("mask must be contiguous bytes");
+    throw py::value_error(std::string(name) + " must be contiguous bytes");
+  return info;
+}
+
+py::bytes pack_bits(const py::buffer& mask) {
+  const py::buffer_info info = bytes_of(mask, "mask");
   const auto n = static_cast<int64_t>(info.size);
   std::string bits(static_cast<size_t>((n + 7) / 8), '\0');
   cpu::pack_bits(static_cast<const uint8_t*>(info.ptr), n, reinterpret_cast<uint8_t*>(bits.data()));
   return py::bytes(bits);
+}
+
+// How many elements of `size` bytes are in memory of Python's.
+int64_t elements_in(const py::buffer_info& info, const char* name, int64_t size) {
+  if ((size != 1 && size != 2 && size != 4 && size != 8) || info.size % size)
+    throw py::value_error(std::string(name) + " must hold elements of 1, 2, 4 or 8 bytes, got " +
+                          std::to_string(info.size) + " bytes and elements of " + std::to_string(size));
+  return info.size / size;
+}
+
+py::bytes split(const py::buffer& data, int64_t size) {
+  const py::buffer_info info = bytes_of(data, "data");
+  const int64_t n = elements_in(info, "data", size);
+  const auto* elements = static_cast<const char*>(info.ptr);
+  int64_t count;
+  {
+    const py::gil_scoped_release release;
+    count = cpu::count_set(elements, n, size, ~uint64_t{0});
+  }
+  PyObject* made = PyBytes_FromStringAndSize(nullptr, (n + 7) / 8 + count * size);
+  if (made == nullptr) throw py::error_already_set();
+  auto out = py::reinterpret_steal<py::bytes>(made);
+  auto* to = reinterpret_cast<uint8_t*>(PyBytes_AS_STRING(made));
+  const py::gil_scoped_release release;
+  cpu::split(elements, {n, size}, count, to);
+  return out;
+}
+
+void merge(const py::buffer& content, int64_t size, const py::buffer& out) {
+  const py::buffer_info from = bytes_of(content, "content"), to = bytes_of(out, "out", true);
+  const int64_t n = elements_in(to, "out", size);
+  const py::gil_scoped_release release;
+  cpu::merge(static_cast<const uint8_t*>(from.ptr), from.size, {n, size}, static_cast<char*>(to.ptr));
 }
 
 // How it was built
@@ -470,4 +526,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("expand", &expand, py::arg("files"), py::arg("targets"), py::arg("tensors"), py::arg("rest"), py::kw_only(),
         py::arg("threads") = 0, py::arg("progress") = py::none());
   m.def("pack_bits", &pack_bits, py::arg("mask"));
+  m.def("threads", [] { return cpu::ThreadPool(0).workers(); });
+  m.def("split", &split, py::arg("data"), py::arg("size"));
+  m.def("merge", &merge, py::arg("content"), py::arg("size"), py::arg("out"));
 }

@@ -14,6 +14,8 @@ __version__: str
 Exchange = Callable[[memoryview], None]
 # step ("reading", "writing", …), bytes done of it, bytes in all.
 Progress = Callable[[str, int, int], None]
+# Takes bytes of an output: its number, where they lie in it, the bytes, which are there for this call alone.
+Piece = Callable[[int, int, memoryview], None]
 
 class NonFiniteError(ValueError):
     """A NaN or an infinity: args are (tensor, flat index, "nan" or "inf")."""
@@ -67,7 +69,7 @@ class Pruning:
         """
     def write(
         self,
-        targets: Sequence[tuple[int, str]],
+        targets: Sequence[tuple[int, str]] | Piece,
         places: Sequence[tuple[int, int]],
         rest: Sequence[tuple[int, int, int, int, int, int]],
         *,
@@ -75,7 +77,8 @@ class Pruning:
     ) -> list[int]:
         """Write this rank's part of the pruned files, which exist and have their headers and sizes.
 
-        targets: a descriptor (read and write) and path for each of `files`.
+        targets: a descriptor (read and write) and path for each of `files`; or what takes the bytes that
+            would be written there, from any thread, about in their order.
         places: [tensors] (offset of its weights, -1), or (offset of its nonzero values, offset of
             its bits), in the target of its file.
         rest: what is copied as it is: (file, offset, elements, bytes of one, mask, offset in the
@@ -183,7 +186,7 @@ def count_groups(
 def expand(
     files: Sequence[tuple[int, str]],
     targets: Sequence[tuple[int, str]],
-    tensors: Sequence[tuple[int, int, int, int, int, int, int]],
+    tensors: Sequence[tuple[int, int, int, int, int, int, int, int]],
     rest: Sequence[tuple[int, int, int, int]],
     *,
     threads: int = 0,
@@ -191,9 +194,19 @@ def expand(
 ) -> None:
     """Write dense files from bitmask files.
 
-    tensors: (file, offset of values, values, offset of bits, weights, bytes of one, offset in the
-    target). rest: (file, offset, bytes, offset in the target). Raises BitsError, OSError.
+    tensors: (file, offset of values, values, file of bits, their offset, weights, bytes of one, offset
+    in the target of the first file). rest: (file, offset, bytes, offset in the target).
+    Raises BitsError, OSError.
     """
 
 def pack_bits(mask: Buffer) -> bytes:
     """One bit for each byte of 0 or 1 (bool): bit i % 8 of byte i // 8."""
+
+def threads() -> int:
+    """How many threads work at a time, as OMP_NUM_THREADS or the processors say."""
+
+def split(data: Buffer, size: int) -> bytes:
+    """Elements of 1, 2, 4 or 8 bytes as bits and byte planes: the content of a block in docs/format.md."""
+
+def merge(content: Buffer, size: int, out: Buffer) -> None:
+    """Back; `out` has the elements' length. Raises BitsError, of tensor 0, where they do not fit."""

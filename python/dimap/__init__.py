@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .masks import apply_masks, load_masks, save_masks
     from .pruning import Pruning, measure_sensitivity, prune, score, select
     from .schedule import CubicSchedule, GradualPruning
+    from .semi_structured import to_semi_structured
     from .stream import prune_checkpoint
 
 __all__ = [
@@ -56,6 +57,7 @@ __all__ = [
     "save_masks",
     "score",
     "select",
+    "to_semi_structured",
 ]
 
 # Where each name is, and the modules that can be had as attributes of dimap.
@@ -68,6 +70,7 @@ _NAMES = {
     "masks": ("apply_masks", "load_masks", "save_masks"),
     "pruning": ("Pruning", "measure_sensitivity", "prune", "score", "select"),
     "schedule": ("CubicSchedule", "GradualPruning"),
+    "semi_structured": ("to_semi_structured",),
     "stream": ("prune_checkpoint",),
 }
 _MODULES = {

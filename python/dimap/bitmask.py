@@ -1,8 +1,9 @@
 """Sparse checkpoints in fewer bytes: one bit a weight, and the nonzero values.
 
 A bitmask file is a safetensors file that stands for a dense one and gives it back bit by bit. It is
-written by `save_file`, `dimap.prune_checkpoint(..., bitmask=True)` and `dimap prune --format bitmask`,
-and read by `load_file`, `expand` and `dimap expand`. The format is described in docs/format.md.
+written by `save_file`, `dimap.prune_checkpoint(..., format="bitmask")` and `dimap prune --format bitmask`;
+with "compact" in compressed blocks. `load_file`, `expand` and `dimap expand` read both. The format is
+described in docs/format.md.
 """
 
 from __future__ import annotations

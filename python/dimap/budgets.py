@@ -92,11 +92,12 @@ class Budgets:
     def __bool__(self) -> bool:
         return bool(self.asked) or self.limited
 
-    def refuse_groups(self) -> None:
-        """N:M leaves each layer what it leaves. Raises ValueError."""
+    def refuse(self, scope: str) -> None:
+        """Rows, and groups of N:M, leave each layer what they leave. Raises ValueError."""
         if self:
             given = ", ".join(self.settings())
-            raise ValueError(f"nm must be given without budgets and limits, got {given}")
+            what = "scope='row'" if scope == "row" else "nm"
+            raise ValueError(f"{what} must be given without budgets and limits, got {given}")
 
     @property
     def limited(self) -> bool:

@@ -64,7 +64,7 @@ def save_masks(
         if key in (_VERSION_KEY, _SHAPES_KEY):
             raise ValueError(f"metadata must not use the format's own key {key!r}")
     shapes = {name: list(mask.shape) for name, mask in masks.items()}
-    packed = {name: _pack(mask) for name, mask in masks.items()}
+    packed = {name: pack(mask) for name, mask in masks.items()}
     extra |= {_VERSION_KEY: VERSION, _SHAPES_KEY: json.dumps(shapes)}
     with replacing(Path(path), force=True) as temporary:
         save_safetensors(temporary, packed, extra)
@@ -230,7 +230,8 @@ def _kind(value: object) -> str:
     return type(value).__name__
 
 
-def _pack(mask: Tensor) -> Tensor:
+def pack(mask: Tensor) -> Tensor:
+    """A mask's bits as they lie in a file, uint8 [ceil(n / 8)]."""
     flat = mask.detach().cpu().reshape(-1).numpy()
     return torch.from_numpy(np.frombuffer(bytearray(_C.pack_bits(flat.data)), np.uint8))
 

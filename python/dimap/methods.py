@@ -47,4 +47,5 @@ METHODS: Mapping[str, Method] = {
     "global_magnitude": Method("global", "scope", "magnitude, one threshold for the network"),
     "taylor": Method("global", "scope", "Molchanov et al., CVPR 2019", "taylor"),
     "snip": Method("global", "scope", "Lee et al., ICLR 2019", "snip"),
+    "wanda": Method("row", "layer", "Sun et al., ICLR 2024", "wanda"),
 }

@@ -31,6 +31,7 @@ from .groups.plan import Normalize, Plan, Scope, Sparsity, check_choice, renamed
 from .masks import save_masks
 from .methods import METHODS
 from .report import Pruned
+from .rows import select_rows
 from .saliency import Batches, Loss
 from .sensitivity import Sensitivity, measure
 
@@ -96,9 +97,10 @@ def select(
         layers whose inputs are no multiple of M are left dense, with a note.
     method: a name of `dimap.methods.METHODS`, which says the saliency, and the scope and the
         normalisation where they are not given: "dimap", "lamp", "uniform", "global_magnitude",
-        "taylor", "snip".
+        "taylor", "snip", "wanda".
     scope: where one threshold holds: "module" (the paper), "global" (one for the network: LAMP),
         "layer" (the same ratio in every layer: uniform magnitude; `normalize` changes nothing),
+        "row" (the same of each output of a layer: a row of [out, in]; nor there),
         "type" (a module with FC1 and FC2 apart), "block" or "stage" (all modules of it together).
     normalize: where the squares are summed, within the scope: over "layer" (the paper), the
         module's part of a "block" or "stage", "module", or the whole "scope". The last ranks by plain
@@ -215,13 +217,14 @@ def decide(
     groups = NM.parse(nm)
     if groups is not None:
         groups.refuse(sparsity=sparsity, scope=scope, normalize=normalize)
-        budgets.refuse_groups()
     ratio = sparsity
     if groups is not None and groups.n is not None:  # in each layer the same
         scope, normalize, ratio = "layer", "layer", 1 - groups.n / groups.m
     scope = scope or chosen.scope
     # A saliency of the caller's own is an order already: it is normalised only on request.
     normalize = normalize or ("scope" if saliency is not None else chosen.normalize)
+    if groups is not None or scope == "row":
+        budgets.refuse(scope)
     plan = Plan.of(model, scope, normalize, choice, groups)
     _check_dense(plan)
     parameters = named_tensors(model)
@@ -248,7 +251,12 @@ def decide(
     solved = solve(plan, ratio, budgets, costs, surveyed)
     thresholds: dict[str, float] = {}
     counts: dict[str, int] = {}
-    if groups is None or groups.n is None:
+    if scope == "row":
+        check_whole(plan.tensors, "scope='row'")
+        shares = plan.of_rows(plan.ratios(ratio))
+        each = zip(labels, tensors, plan.axes, shares, strict=True)
+        masks = [select_rows(*given) for given in each]
+    elif groups is None or groups.n is None:
         numbers = solved.plan.layers, solved.plan.scopes, solved.keep
         if sharded:
             masks, cuts = _dtensor.select_cuts(labels, tensors, *numbers, signed=saliency is None)

@@ -7,7 +7,8 @@ float32, bfloat16 or float16 value is exact in float64.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -95,6 +96,39 @@ def select_nm(weights: Sequence[Tensor], n: int, m: int, dim: int = -1) -> list[
         kept = torch.zeros(groups.shape, dtype=torch.bool).scatter_(-1, order[..., :n], True)
         masks.append(kept.flatten(-2).movedim(-1, dim).contiguous())
     return masks
+
+
+def nm_counts(kept: Sequence[int], sizes: Sequence[int], m: int) -> list[int]:
+    """The N of each layer of a scope for N:M "auto", whose layers keep `kept` of `sizes` weights.
+
+    Each layer's share of `m` is rounded down or up. Of all ways, tried one by one: the one whose
+    total is nearest to the scope's; of several, the one with the least sum of weights that layers keep
+    more or less than they should; then the first that rounds up the earlier layers.
+    """
+    down = [k * m // s if s else m for k, s in zip(kept, sizes, strict=True)]
+    exact = [n * s == k * m for n, k, s in zip(down, kept, sizes, strict=True)]
+    ways = product(
+        *([n] if e or not s else [n + 1, n] for n, e, s in zip(down, exact, sizes, strict=True))
+    )
+
+    def order(way: Iterable[int]) -> tuple[int, int]:
+        errors = [n * s - k * m for n, k, s in zip(way, kept, sizes, strict=True)]
+        return abs(sum(errors)), sum(map(abs, errors))
+
+    return list(min(ways, key=order))
+
+
+def wanda(weights: Tensor, norms: Tensor) -> Tensor:
+    """|w| · ‖x‖ of float32 numbers: their product is exact in float64, and rounded once."""
+    return (weights.double().abs() * norms.double()).float()
+
+
+def select_rows(values: Tensor, sparsity: float) -> Tensor:
+    """The mask of a matrix [rows, n]: in each row the largest magnitudes, ties to the first."""
+    rows = [row.abs() for row in values]
+    keep = [len(row) - round(sparsity * len(row)) for row in rows]
+    masks = select_by(rows, range(len(rows)), keep)
+    return torch.stack(masks) if masks else torch.empty(values.shape, dtype=torch.bool)
 
 
 def select_limited(

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("safetensors")
 
-from checkpoints import BITS, CASES, DTYPES, assert_same, shards, vit
+from checkpoints import BITS, CASES, DTYPES, FORMATS, assert_same, shards, vit
 from dimap.bitmask import expand
 from dimap.stream import prune_checkpoint
 from ranks import Group
@@ -123,11 +123,16 @@ def test_pack_refuses_other_dtypes():
 # Files that are pruned as they stream by
 
 
-def both(source, folder, sparsity, **options):
-    """Pruned dense and as bitmask, and the latter expanded: the paths."""
+@pytest.fixture(params=FORMATS[1:])
+def form(request):
+    return request.param
+
+
+def both(source, folder, sparsity, form, **options):
+    """Pruned dense and in the form, and the latter expanded: the paths."""
     dense, packed, back = (folder / (name + source.suffix) for name in ("dense", "packed", "back"))
     a = prune_checkpoint(source, dense, sparsity, **options)
-    b = prune_checkpoint(source, packed, sparsity, bitmask=True, **options)
+    b = prune_checkpoint(source, packed, sparsity, format=form, **options)
     assert a == b or repr(a) == repr(b)  # NaN thresholds differ from themselves
     expand(packed, back)
     return dense, packed, back
@@ -136,30 +141,30 @@ def both(source, folder, sparsity, **options):
 @pytest.mark.parametrize(("sparsity", "options"), CASES)
 @pytest.mark.parametrize("step", [0.0, 0.01], ids=["distinct", "ties"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_file_comes_back_bit_by_bit(tmp_path, threads, dtype, step, sparsity, options):
+def test_a_file_comes_back_bit_by_bit(tmp_path, threads, form, dtype, step, sparsity, options):
     save_file(
         vit(DTYPES[dtype], step=step), tmp_path / "in.safetensors", {"format": "pt", "ü": "✓"}
     )
-    dense, packed, back = both(tmp_path / "in.safetensors", tmp_path, sparsity, **options)
+    dense, packed, back = both(tmp_path / "in.safetensors", tmp_path, sparsity, form, **options)
     assert back.read_bytes() == dense.read_bytes()
     assert_same(dimap.load_file(packed), load_file(dense))
     with safe_open(packed, "pt") as file:  # any reader of safetensors can open it
         assert file.metadata()["ü"] == "✓"
-        assert file.metadata()["dimap_bitmask"] == "1"
+        assert file.metadata()["dimap_bitmask"] == str(FORMATS.index(form))
 
 
 @pytest.mark.parametrize("aside", [0, 2000], ids=["no notes", "some notes"])
 def test_places_are_counted_where_the_survey_did_not_note_them(
-    tmp_path, threads, monkeypatch, aside
+    tmp_path, threads, monkeypatch, form, aside
 ):
     monkeypatch.setattr(streaming, "ASIDE", aside)
     save_file(vit(step=0.01), tmp_path / "in.safetensors")
-    dense, _, back = both(tmp_path / "in.safetensors", tmp_path, 0.55)
+    dense, _, back = both(tmp_path / "in.safetensors", tmp_path, 0.55, form)
     assert back.read_bytes() == dense.read_bytes()
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.95])
-def test_zeros_and_negative_zeros_that_are_kept(tmp_path, threads, sparsity):
+def test_zeros_and_negative_zeros_that_are_kept(tmp_path, threads, form, sparsity):
     """Three quarters are zero already, half of these negative: masks keep some of them."""
     state = vit()
     for i, weights in enumerate(state.values()):
@@ -168,14 +173,16 @@ def test_zeros_and_negative_zeros_that_are_kept(tmp_path, threads, sparsity):
         weights[draw < 0.75] = 0.0
         weights[draw < 0.375] = -0.0
     save_file(state, tmp_path / "in.safetensors")
-    dense, packed, back = both(tmp_path / "in.safetensors", tmp_path, sparsity)
+    dense, packed, back = both(tmp_path / "in.safetensors", tmp_path, sparsity, form)
     assert back.read_bytes() == dense.read_bytes()
     assert packed.stat().st_size < dense.stat().st_size
 
 
-def test_a_folder_keeps_shards_and_other_files_and_its_index_names_the_bits(tmp_path, threads):
+def test_a_folder_keeps_shards_and_other_files_and_its_index_names_the_bits(
+    tmp_path, threads, form
+):
     source = shards(tmp_path / "in", vit(torch.bfloat16, step=0.01))
-    dense, packed, back = both(source, tmp_path, 0.55)
+    dense, packed, back = both(source, tmp_path, 0.55, form)
     assert sorted(p.name for p in back.iterdir()) == sorted(p.name for p in source.iterdir())
     for file in dense.iterdir():
         assert (back / file.name).read_bytes() == file.read_bytes(), file.name
@@ -191,17 +198,17 @@ def test_a_folder_keeps_shards_and_other_files_and_its_index_names_the_bits(tmp_
     assert_same(dimap.load_file(packed), dimap.load_file(dense))
 
 
-def test_a_folder_of_one_file_has_no_index(tmp_path):
+def test_a_folder_of_one_file_has_no_index(tmp_path, form):
     (tmp_path / "in").mkdir()
     save_file(vit(), tmp_path / "in" / "model.safetensors")
-    dense, packed, back = both(tmp_path / "in", tmp_path, 0.55)
+    dense, packed, back = both(tmp_path / "in", tmp_path, 0.55, form)
     assert [p.name for p in packed.iterdir()] == ["model.safetensors"]
     assert (back / "model.safetensors").read_bytes() == (dense / "model.safetensors").read_bytes()
 
 
-def test_a_folder_may_mix_dense_and_bitmask_files(tmp_path):
+def test_a_folder_may_mix_dense_and_bitmask_files(tmp_path, form):
     source = shards(tmp_path / "in", vit())
-    dense, packed, back = both(source, tmp_path, 0.55)
+    dense, packed, back = both(source, tmp_path, 0.55, form)
     (name, *_) = sorted(p.name for p in dense.glob("*.safetensors"))
     (packed / name).write_bytes((dense / name).read_bytes())
     index = json.loads((packed / INDEX).read_text())
@@ -214,17 +221,18 @@ def test_a_folder_may_mix_dense_and_bitmask_files(tmp_path):
     assert all((back / f.name).read_bytes() == f.read_bytes() for f in dense.iterdir())
 
 
-def test_a_name_that_ends_like_that_of_bits(tmp_path):
+def test_a_name_that_ends_like_that_of_bits(tmp_path, form):
     state = vit()
     state["blocks.0.attn.qkv.weight.bitmask"] = torch.arange(7)
     state["blocks.1.mlp.fc1.weight.bitmask"] = torch.zeros(3, dtype=U8)
     state["blocks.1.mlp.fc1.weight.bitmask.bitmask"] = torch.zeros(5)
     save_file(state, tmp_path / "in.safetensors")
-    dense, packed, back = both(tmp_path / "in.safetensors", tmp_path, 0.55)
+    dense, packed, back = both(tmp_path / "in.safetensors", tmp_path, 0.55, form)
     assert back.read_bytes() == dense.read_bytes()
-    with safe_open(packed, "pt") as file:
-        shape = file.get_slice("blocks.0.attn.qkv.weight").get_shape()
-    assert shape == [96, 32]  # stored as it is
+    if form == "bitmask":
+        with safe_open(packed, "pt") as file:
+            shape = file.get_slice("blocks.0.attn.qkv.weight").get_shape()
+        assert shape == [96, 32]  # stored as it is
 
 
 def test_only_pruned_tensors_are_packed_and_only_where_that_is_smaller(tmp_path):
@@ -233,7 +241,7 @@ def test_only_pruned_tensors_are_packed_and_only_where_that_is_smaller(tmp_path)
     save_file(state, tmp_path / "in.safetensors")
     ratios = {"qkv": 0.55, "proj": 0.0, "mlp": 1.0}
     prune_checkpoint(
-        tmp_path / "in.safetensors", tmp_path / "out.safetensors", ratios, bitmask=True
+        tmp_path / "in.safetensors", tmp_path / "out.safetensors", ratios, format="bitmask"
     )
     with safe_open(tmp_path / "out.safetensors", "pt") as file:
         names = list(file.keys())
@@ -247,7 +255,7 @@ def test_only_pruned_tensors_are_packed_and_only_where_that_is_smaller(tmp_path)
 def prune_in_group(jobs):
     """What every rank runs."""
     for source, out in jobs:
-        prune_checkpoint(source, out, 0.55, bitmask=True, group=dist.group.WORLD)
+        prune_checkpoint(source, out, 0.55, format="bitmask", group=dist.group.WORLD)
 
 
 @pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
@@ -263,7 +271,7 @@ def test_several_processes_write_the_same(tmp_path):
         group.close()
     for source, out in jobs:
         one = tmp_path / f"one{source.suffix}"
-        prune_checkpoint(source, one, 0.55, bitmask=True)
+        prune_checkpoint(source, one, 0.55, format="bitmask")
         if source.is_dir():
             names = sorted(p.name for p in one.iterdir())
             assert sorted(p.name for p in out.iterdir()) == names
@@ -305,7 +313,7 @@ def peak():
         return next(int(line.split()[1]) for line in file if line.startswith("VmHWM"))
 open("/proc/self/clear_refs", "w").write("5")
 before = peak()
-dimap.stream.prune_checkpoint(sys.argv[1], sys.argv[2], 0.55, patterns={"all": "w"}, bitmask=True)
+dimap.stream.prune_checkpoint(sys.argv[1], sys.argv[2], 0.55, patterns={"all": "w"}, format=sys.argv[4])
 pruned = peak() - before
 open("/proc/self/clear_refs", "w").write("5")
 before = peak()
@@ -315,7 +323,7 @@ print(pruned // 1024, (peak() - before) // 1024)
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads /proc")
-def test_memory_does_not_grow_with_a_tensor(tmp_path):
+def test_memory_does_not_grow_with_a_tensor(tmp_path, form):
     """One tensor of 320 MB, more than what is allowed here."""
     part = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0)).numpy().tobytes()
     shape = [76, 1 << 20]
@@ -327,7 +335,7 @@ def test_memory_does_not_grow_with_a_tensor(tmp_path):
         for _ in range(76):
             file.write(part)
     run = subprocess.run(
-        [sys.executable, "-c", MEMORY, *map(str, files)], capture_output=True, text=True
+        [sys.executable, "-c", MEMORY, *map(str, files), form], capture_output=True, text=True
     )
     assert run.returncode == 0, run.stderr
     pruned, expanded = map(int, run.stdout.split())
@@ -360,9 +368,9 @@ def assorted():
     return state | {"float8": torch.zeros(64).to(torch.float8_e4m3fn), "one": torch.zeros(1)}
 
 
-def test_save_and_load_any_state_dict(tmp_path):
+def test_save_and_load_any_state_dict(tmp_path, form):
     state = assorted()
-    dimap.save_file(state, tmp_path / "f.safetensors", {"who": "me"})
+    dimap.save_file(state, tmp_path / "f.safetensors", {"who": "me"}, format=form)
     found = dimap.load_file(tmp_path / "f.safetensors")
     assert found.keys() == state.keys()
     for name, tensor in state.items():
@@ -407,10 +415,10 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_save_file_refuses(tmp_path, case):
+def test_save_file_refuses(tmp_path, form, case):
     tensors, metadata, kind, message = BAD[case]
     with pytest.raises(kind, match=message):
-        dimap.save_file(tensors, tmp_path / "f.safetensors", metadata)
+        dimap.save_file(tensors, tmp_path / "f.safetensors", metadata, format=form)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -426,10 +434,10 @@ def run(capsys, tmp_path, monkeypatch):
     return runner(capsys)
 
 
-def test_prune_and_expand_on_the_command_line(run, tmp_path):
+def test_prune_and_expand_on_the_command_line(run, tmp_path, form):
     prune = ("prune", "in.safetensors", "-s", 0.55)
     assert run(*prune[:2], "dense.safetensors", *prune[2:])[0] == 0
-    assert run(*prune[:2], "packed.safetensors", *prune[2:], "--format", "bitmask")[0] == 0
+    assert run(*prune[:2], "packed.safetensors", *prune[2:], "--format", form)[0] == 0
     code, out, _ = run("expand", "packed.safetensors", "back.safetensors")
     assert code == 0
     assert "wrote back.safetensors" in out
@@ -449,8 +457,8 @@ def test_prune_and_expand_on_the_command_line(run, tmp_path):
     assert "dimap expand" in json.loads(out)["notes"][0]
 
 
-def test_a_bitmask_file_is_not_pruned_and_a_dense_one_not_expanded(run, tmp_path):
-    run("prune", "in.safetensors", "p.safetensors", "-s", 0.55, "--format", "bitmask")
+def test_a_bitmask_file_is_not_pruned_and_a_dense_one_not_expanded(run, tmp_path, form):
+    run("prune", "in.safetensors", "p.safetensors", "-s", 0.55, "--format", form)
     code, _, err = run("prune", "p.safetensors", "out.safetensors", "-s", 0.6)
     assert code == 1
     assert "must be dense" in err
@@ -460,21 +468,23 @@ def test_a_bitmask_file_is_not_pruned_and_a_dense_one_not_expanded(run, tmp_path
     assert not (tmp_path / "out.safetensors").exists()
 
 
-def test_weights_of_a_pth_file(run, tmp_path):
+def test_weights_of_a_pth_file(run, tmp_path, form):
     state = vit(torch.float16)
     torch.save({"model": state, "step": 3}, "in.pth")
-    code, _, err = run("prune", "in.pth", "out.pth", "-s", 0.55, "--format", "bitmask")
+    code, _, err = run("prune", "in.pth", "out.pth", "-s", 0.55, "--format", form)
     assert code == 1
     assert "must end in .safetensors" in err
-    assert run("prune", "in.pth", "out.safetensors", "-s", 0.55, "--format", "bitmask")[0] == 0
+    assert run("prune", "in.pth", "out.safetensors", "-s", 0.55, "--format", form)[0] == 0
     dimap.prune(state, 0.55)
     assert_same(dimap.load_file("out.safetensors"), state)
+    if form == "compact":
+        return
     with safe_open("out.safetensors", "pt") as file:
         packed = {n.removesuffix(".bitmask") for n in file.keys() if n.endswith(".bitmask")}  # noqa: SIM118
     assert packed == {n for n in state if "weight" in n and ("attn" in n or "mlp" in n)}
 
 
-def test_many_checkpoints(run, tmp_path):
+def test_many_checkpoints(run, tmp_path, form):
     save_file(vit(seed=1), "other.safetensors")
     code, _, err = run(
         "prune",
@@ -485,7 +495,7 @@ def test_many_checkpoints(run, tmp_path):
         "-s",
         0.55,
         "--format",
-        "bitmask",
+        form,
     )
     assert code == 0, err
     for name, seed in (("in", 0), ("other", 1)):

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("safetensors")
 
-from checkpoints import assert_same, shards, vit
+from checkpoints import FORMATS, assert_same, shards, vit
 from dimap.bitmask import expand
 from dimap.stream import prune_checkpoint
 from safetensors.torch import load_file, save_file
@@ -27,13 +27,26 @@ INDEX = "model.safetensors.index.json"
 NAME = "blocks.0.attn.qkv.weight"
 
 
+def pruned(folder, form):
+    source, out = folder / "in.safetensors", folder / "packed.safetensors"
+    save_file(vit(), source, {"format": "pt"})
+    prune_checkpoint(source, out, 0.55, format=form)
+    return out
+
+
 @pytest.fixture
 def packed(tmp_path):
-    save_file(vit(), tmp_path / "in.safetensors", {"format": "pt"})
-    prune_checkpoint(
-        tmp_path / "in.safetensors", tmp_path / "packed.safetensors", 0.55, bitmask=True
-    )
-    return tmp_path / "packed.safetensors"
+    return pruned(tmp_path, "bitmask")
+
+
+@pytest.fixture(params=FORMATS[1:])
+def form(request):
+    return request.param
+
+
+@pytest.fixture
+def either(tmp_path, form):
+    return pruned(tmp_path, form)
 
 
 def change(path, tensors=None, metadata=None, drop=()):
@@ -69,8 +82,8 @@ def dense_header(edit):
 ONES = torch.ones
 HOSTILE = {
     "unknown version": (
-        {"metadata": lambda m: m.update(dimap_bitmask="2")},
-        "must have bitmask format version 1, got '2'",
+        {"metadata": lambda m: m.update(dimap_bitmask="3")},
+        "must have bitmask format version 1 or 2, got '3'",
     ),
     "no dense header": (
         {"metadata": lambda m: m.pop("dimap_dense")},
@@ -188,7 +201,7 @@ def test_any_byte_may_be_wrong(tmp_path, data):
 def test_an_index_that_does_not_match(tmp_path):
     source = shards(tmp_path / "in", vit())
     folder = tmp_path / "packed"
-    prune_checkpoint(source, folder, 0.55, bitmask=True)
+    prune_checkpoint(source, folder, 0.55, format="bitmask")
     good = json.loads((folder / INDEX).read_text())
 
     def refuse(index, message):
@@ -227,7 +240,7 @@ if sys.argv[1] == "limit":
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 signal.signal(signal.SIGINT, signal.default_int_handler)
 if sys.argv[2] == "prune":
-    stream.prune_checkpoint(sys.argv[3], sys.argv[4], 0.55, bitmask=True, progress=Progress())
+    stream.prune_checkpoint(sys.argv[3], sys.argv[4], 0.55, format=sys.argv[5], progress=Progress())
 else:
     bitmask.expand(sys.argv[3], sys.argv[4], progress=Progress())
 """
@@ -235,13 +248,13 @@ else:
 
 @pytest.mark.parametrize("end", ["SIGKILL", "SIGINT", "limit"])
 @pytest.mark.parametrize("job", ["prune", "expand"])
-def test_ended_in_the_middle(packed, job, end):
+def test_ended_in_the_middle(either, form, job, end):
     """Killed, Ctrl-C, or a write refused as on a full disk: no OUT, and the next run leaves no trace."""
-    source = packed if job == "expand" else packed.with_name("in.safetensors")
-    before, out = source.read_bytes(), packed.with_name("out.safetensors")
+    source = either if job == "expand" else either.with_name("in.safetensors")
+    before, out = source.read_bytes(), either.with_name("out.safetensors")
     code = RUN if end != "SIGINT" else RUN.replace("signal.pause()", "pass")
     run = subprocess.run(
-        [sys.executable, "-c", code, end, job, str(source), str(out)],
+        [sys.executable, "-c", code, end, job, str(source), str(out), form],
         capture_output=True,
         text=True,
     )
@@ -250,13 +263,13 @@ def test_ended_in_the_middle(packed, job, end):
     assert end != "limit" or "File too large" in run.stderr
     assert not out.exists()
     assert source.read_bytes() == before
-    left = [p.name for p in packed.parent.iterdir() if p.name.endswith(".dimap-tmp")]
+    left = [p.name for p in either.parent.iterdir() if p.name.endswith(".dimap-tmp")]
     assert len(left) == (end == "SIGKILL")
     if job == "prune":
-        prune_checkpoint(source, out, 0.55, bitmask=True)
+        prune_checkpoint(source, out, 0.55, format=form)
     else:
         expand(source, out)
-    assert sorted(p.name for p in packed.parent.iterdir()) == [
+    assert sorted(p.name for p in either.parent.iterdir()) == [
         "in.safetensors", "out.safetensors", "packed.safetensors",
     ]  # fmt: skip
 
@@ -275,8 +288,8 @@ class At:
         pass
 
 
-def test_the_input_changes_while_it_is_pruned(packed):
-    source, out = packed.with_name("in.safetensors"), packed.with_name("out.safetensors")
+def test_the_input_changes_while_it_is_pruned(either, form):
+    source, out = either.with_name("in.safetensors"), either.with_name("out.safetensors")
 
     def zero():
         data = bytearray(source.read_bytes())
@@ -284,12 +297,15 @@ def test_the_input_changes_while_it_is_pruned(packed):
         source.write_bytes(data)
 
     with pytest.raises(ValueError, match="must not change while it is read"):
-        prune_checkpoint(source, out, 0.55, bitmask=True, progress=At("writing", zero))
+        prune_checkpoint(source, out, 0.55, format=form, progress=At("writing", zero))
     assert not out.exists()
 
 
 @pytest.mark.parametrize("when", ["reading the bits", "expanding"])
-def test_the_input_changes_while_it_is_expanded(packed, when):
+def test_the_input_changes_while_it_is_expanded(either, form, when):
+    if form == "compact" and when != "expanding":
+        return  # in one step
+    packed = either
     out = packed.with_name("out.safetensors")
     with pytest.raises(OSError, match="must not change while it is read"):
         expand(packed, out, progress=At(when, lambda: os.truncate(packed, 12_000)))

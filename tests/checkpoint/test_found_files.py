@@ -306,7 +306,7 @@ def test_files_of_torch_save_with_patterns_masks_and_report(tmp_path):
         tmp_path / "out.safetensors",
         0.5,
         patterns=patterns,
-        bitmask=True,
+        format="bitmask",
         **outputs,
     )
     want = vit()

@@ -47,7 +47,7 @@ def compare(tmp_path, state, nm, sparsity, more, form):
     want = {name: tensor.clone() for name, tensor in state.items()}
     pruning = dimap.prune(want, sparsity, nm=nm, **more)
     done = prune_checkpoint(
-        tmp_path / IN, tmp_path / OUT, sparsity, nm=nm, **more, masks=tmp_path / MASKS, bitmask=form
+        tmp_path / IN, tmp_path / OUT, sparsity, nm=nm, **more, masks=tmp_path / MASKS, format=form
     )
     assert_same(dimap.load_file(tmp_path / OUT), want)
     masks = dimap.load_masks(tmp_path / MASKS)
@@ -60,14 +60,14 @@ def compare(tmp_path, state, nm, sparsity, more, form):
     return pruning
 
 
-@pytest.mark.parametrize("form", [False, True], ids=["dense", "bitmask"])
+@pytest.mark.parametrize("form", ["dense", "bitmask", "compact"])
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=str)
 @pytest.mark.parametrize(("nm", "sparsity", "more"), CASES)
 def test_as_in_memory(tmp_path, nm, sparsity, more, dtype, form) -> None:
     compare(tmp_path, vit(dtype, step=0.01), nm, sparsity, more, form)
 
 
-@pytest.mark.parametrize("form", [False, True], ids=["dense", "bitmask"])
+@pytest.mark.parametrize("form", ["dense", "bitmask", "compact"])
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=str)
 @pytest.mark.parametrize("nm", ["2:4", "2:3", "5:16"])
 def test_rows_of_in_and_out(tmp_path, nm, dtype, form) -> None:
@@ -76,7 +76,7 @@ def test_rows_of_in_and_out(tmp_path, nm, dtype, form) -> None:
     assert len(pruning.masks) == (8 if nm == "2:3" else 6)
 
 
-@pytest.mark.parametrize("form", [False, True], ids=["dense", "bitmask"])
+@pytest.mark.parametrize("form", ["dense", "bitmask", "compact"])
 @pytest.mark.parametrize("layout", ["in, out", "out, in"])
 def test_experts(tmp_path, layout, form) -> None:
     generator = torch.Generator().manual_seed(0)

@@ -98,7 +98,7 @@ def test_read_only_leftovers_and_outputs_leave_nothing(tmp_path, monkeypatch):
     left.chmod(0o300)  # as of another umask
 
     def work():
-        prune_checkpoint("in", "out", 0.5, bitmask=True)
+        prune_checkpoint("in", "out", 0.5, format="bitmask")
         prune_checkpoint("in", "out", 0.5, force=True)
         with pytest.raises(ZeroDivisionError):
             prune_checkpoint("in", "again", 0.5, progress=Fails())

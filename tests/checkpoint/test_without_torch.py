@@ -9,7 +9,7 @@ import sys
 import dimap
 import pytest
 import torch
-from checkpoints import shards, vit
+from checkpoints import FORMATS, shards, vit
 from dimap.bitmask import expand
 from dimap.checkpoint import open_checkpoint
 from dimap.checkpoint.base import Silent
@@ -29,24 +29,28 @@ from dimap.checkpoint.base import Silent
 from dimap.stream import prune_checkpoint
 source, home = sys.argv[1], Path(sys.argv[2])
 prune_checkpoint(source, home / "packed", 0.55, masks=home / "masks", report=home / "report.json",
-                 bitmask=True)
+                 format=sys.argv[3])
 expand(home / "packed", home / "dense")
-with open_checkpoint(home / "dense") as checkpoint:
-    print(inspect(checkpoint, Silent()).total.nonzero)
+for kind in ("dense", "packed"):
+    with open_checkpoint(home / kind) as checkpoint:
+        print(inspect(checkpoint, Silent()).total.nonzero)
 print(sorted({"torch", "numpy", "rich", "timm"} & sys.modules.keys()))
 """
 
 
-def test_a_process_that_works_on_files_imports_no_torch(tmp_path):
+@pytest.mark.parametrize("form", FORMATS[1:])
+def test_a_process_that_works_on_files_imports_no_torch(tmp_path, form):
     state = vit()
     source = shards(tmp_path / "in", state)
     done = subprocess.run(
-        [sys.executable, "-c", WORK, str(source), str(tmp_path)], capture_output=True, text=True
+        [sys.executable, "-c", WORK, str(source), str(tmp_path), form],
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
-    nonzero, modules = done.stdout.splitlines()
+    nonzero, again, modules = done.stdout.splitlines()
     pruned = dimap.prune(state, 0.55)
-    assert int(nonzero) == sum(pruned.nonzero.values())
+    assert int(nonzero) == int(again) == sum(pruned.nonzero.values())
     assert modules == "[]"
 
 
@@ -81,8 +85,8 @@ def test_nonzero_elements_of_every_dtype_are_those_that_torch_finds(tmp_path, dt
 
 
 @pytest.mark.parametrize("code", ["F4", "F6_E2M3", "F6_E3M2"])
-@pytest.mark.parametrize("bitmask", [False, True])
-def test_elements_of_less_than_a_byte_pass_through(tmp_path, code, bitmask):
+@pytest.mark.parametrize("form", FORMATS)
+def test_elements_of_less_than_a_byte_pass_through(tmp_path, code, form):
     save_file(vit(), tmp_path / "plain.safetensors")
     data = (tmp_path / "plain.safetensors").read_bytes()
     length = int.from_bytes(data[:8], "little")
@@ -93,8 +97,8 @@ def test_elements_of_less_than_a_byte_pass_through(tmp_path, code, bitmask):
     text = json.dumps(header).encode()
     source, out = tmp_path / "in.safetensors", tmp_path / "out.safetensors"
     source.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :] + packed)
-    prune_checkpoint(source, out, 0.55, bitmask=bitmask)
-    if bitmask:
+    prune_checkpoint(source, out, 0.55, format=form)
+    if form != "dense":
         expand(out, tmp_path / "back.safetensors")
         out = tmp_path / "back.safetensors"
     assert out.read_bytes().endswith(packed)

@@ -332,6 +332,12 @@ def operators(sizes, seed):
         assert all(torch.equal(whole(g), w) for g, w in zip(got, want, strict=True))
         assert got[0]._version > before  # autograd knows
 
+    weight = torch.randn(6, 8, generator=rng)
+    got, want = [distribute_tensor(weight.clone(), mesh, [Shard(0)] * mesh.ndim)], [weight]
+    dimap.ops.nm_(got, 2, 4)
+    dimap.ops.nm_(want, 2, 4)
+    assert torch.equal(whole(got[0]), want[0])
+
 
 def zero_what_is_partial(dtype):
     """A gradient whose parts are not added up yet, and one that is placed otherwise than its weight."""

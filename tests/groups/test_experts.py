@@ -8,6 +8,7 @@ import pickle
 import dimap
 import pytest
 import torch
+from checkpoints import FORMATS
 from dimap.checkpoint import open_checkpoint
 from dimap.checkpoint.base import Silent
 from dimap.checkpoint.inspect import inspect
@@ -123,8 +124,8 @@ def test_in_place_and_report():
     assert any("costs language models dearly" in note for note in report.notes)
 
 
-@pytest.mark.parametrize("bitmask", [False, True])
-def test_streamed_as_in_memory(tmp_path, bitmask):
+@pytest.mark.parametrize("form", FORMATS)
+def test_streamed_as_in_memory(tmp_path, form):
     memory, _ = mixtral()
     save_file(memory, tmp_path / "in.safetensors")
     pruned = prune_checkpoint(
@@ -132,7 +133,7 @@ def test_streamed_as_in_memory(tmp_path, bitmask):
         tmp_path / "out.safetensors",
         0.6,
         masks=tmp_path / "masks.safetensors",
-        bitmask=bitmask,
+        format=form,
     )
     masks = dimap.select(memory, 0.6)
     out = dimap.load_file(tmp_path / "out.safetensors")

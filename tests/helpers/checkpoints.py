@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 BITS = {4: torch.int32, 2: torch.int16, 1: torch.int8, 8: torch.int64}
+FORMATS = ["dense", "bitmask", "compact"]  # in which a pruned file is written
 CASES = [
     (0.55, {}),
     (0.55, {"scope": "global"}),

@@ -17,6 +17,7 @@
 
 #include "cpu/apply.h"
 #include "cpu/isa/decide.h"
+#include "cpu/nm.h"
 #include "cpu/score/score.h"
 #include "cpu/select/engine.h"
 #include "cpu/sparse/pack.h"
@@ -299,6 +300,34 @@ void check_packing(int64_t n, double density, std::mt19937_64& random, const cpu
   EXPECT(back == weights);
 }
 
+// Groups of any size, with the weights of each side by side or apart, whatever lies behind the last.
+template <DType kType>
+void check_groups(std::mt19937_64& random, const cpu::Pool& pool) {
+  using T = storage_t<kType>;
+  const int m = 2 + static_cast<int>(random() % 15), n = static_cast<int>(random() % static_cast<uint64_t>(m + 1));
+  const int64_t blocks = static_cast<int64_t>(random() % 40), inners[] = {1, 1, 3, 33, 70};
+  const int64_t inner = inners[random() % 5], numel = blocks * m * inner;
+  std::vector<T> weights(static_cast<size_t>(numel));
+  for (T& w : weights) w = static_cast<T>(random() % 9 + (random() % 2 << (8 * sizeof(T) - 1)));  // ties, both signs
+  std::vector<uint8_t> mask(weights.size(), 7), want(weights.size());
+  for (int64_t g = 0; g < blocks * inner; ++g) {
+    const int64_t first = g / inner * m * inner + g % inner;
+    const auto at = [&](int i) { return static_cast<size_t>(first + i * inner); };
+    std::vector<int> order(static_cast<size_t>(m));
+    for (int i = 0; i < m; ++i) order[static_cast<size_t>(i)] = i;
+    std::stable_sort(order.begin(), order.end(),
+                     [&](int a, int b) { return key_of<kType>(weights[at(a)]) > key_of<kType>(weights[at(b)]); });
+    for (int i = 0; i < n; ++i) want[at(order[static_cast<size_t>(i)])] = 1;
+  }
+  const std::vector<T> before = weights;
+  const cpu::Grouped masked{weights.data(), mask.data(), blocks, inner, kType};
+  cpu::select_nm({&masked, 1}, n, m, pool);
+  EXPECT(mask == want && weights == before);
+  const cpu::Grouped zeroed{weights.data(), nullptr, blocks, inner, kType};
+  cpu::zero_nm({&zeroed, 1}, n, m, pool);
+  for (size_t i = 0; i < weights.size(); ++i) EXPECT(weights[i] == (want[i] ? before[i] : T{0}));
+}
+
 }  // namespace
 
 int main() {
@@ -327,6 +356,11 @@ int main() {
     check_decide<DType::kFloat32>(random);
     check_decide<DType::kBFloat16>(random);
     check_decide<DType::kFloat16>(random);
+  }
+  for (int i = 0; i < 300; ++i) {
+    check_groups<DType::kFloat32>(random, Threads(1));
+    check_groups<DType::kBFloat16>(random, Threads(2));
+    check_groups<DType::kFloat16>(random, Threads(1));
   }
   for (const int workers : {1, 3}) {
     const Threads pool(workers);

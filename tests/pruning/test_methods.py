@@ -366,6 +366,7 @@ def test_methods_are_what_they_say(model: Net, data) -> None:
     values = weights_of(model)
     taylor = saliency.taylor(model, data, patterns=PATTERNS)
     snip = saliency.snip(model, data, patterns=PATTERNS)
+    wanda = saliency.wanda(model, data, patterns=PATTERNS)
     want = {
         "dimap": by_hand(values, 0.55, "module", "layer"),
         "lamp": by_hand(values, 0.55, "global", "layer"),
@@ -373,6 +374,7 @@ def test_methods_are_what_they_say(model: Net, data) -> None:
         "global_magnitude": by_hand(values, 0.55, "global", "scope"),
         "taylor": by_hand(taylor, 0.55, "global", "scope"),
         "snip": by_hand(snip, 0.55, "global", "scope"),
+        "wanda": {n: reference.select_rows(s, 0.55) for n, s in wanda.items()},
     }
     assert want.keys() == METHODS.keys()
     for name, masks in want.items():
@@ -401,7 +403,7 @@ def test_masks_say_how_they_were_made(model: Net, data, tmp_path) -> None:
 
 
 @pytest.mark.parametrize(("arguments", "error", "message"), [
-    ({"method": "best"}, ValueError, "method must be one of dimap, lamp, uniform, global_magnitude, taylor, snip, got 'best'"),
+    ({"method": "best"}, ValueError, "method must be one of dimap, lamp, uniform, global_magnitude, taylor, snip, wanda, got 'best'"),
     ({"method": "taylor"}, ValueError, "method='taylor' needs data, batches"),
     ({"method": "snip", "data": [], "saliency": {}}, ValueError, "saliency must be left to method='snip'"),
     ({"method": "snip", "data": []}, ValueError, "data must hold at least one batch"),

@@ -4,7 +4,6 @@
 #include <utility>
 
 #include "cpu/files/io.h"
-#include "cpu/sparse/pack.h"
 
 namespace dimap::cpu {
 namespace {
@@ -41,7 +40,7 @@ void expand(const std::vector<File>& files, const std::vector<File>& target_file
   const auto read_bits = [&](const Part& part, int worker) {
     const Packed& t = tensors[part.tensor];
     char* memory = buffers[worker].bits.room(bytes_of(part.n));
-    read_fully(files[t.file], memory, bytes_of(part.n), t.bits + part.begin / 8);
+    read_fully(files[t.bits_file], memory, bytes_of(part.n), t.bits + part.begin / 8);
     return reinterpret_cast<const uint8_t*>(memory);
   };
   pool.begin("reading the bits", bits);

@@ -3,20 +3,21 @@
 
 #include <cstdint>
 #include <span>
-#include <stdexcept>
 #include <vector>
 
 #include "core/problem.h"
 #include "cpu/parallel.h"
+#include "cpu/sparse/pack.h"
 
 namespace dimap::cpu {
 
 // A tensor stored as one bit a weight and its nonzero values; what is in files is given by the byte where it begins.
 struct Packed {
-  int32_t file;
+  int32_t file;           // of the values, and in the same order of the target
   int64_t values, count;  // where the values are, and how many
-  int64_t bits;           // where the bits are
-  int64_t numel, size;    // weights, and bytes of one: 2 or 4
+  int32_t bits_file;      // where the bits are,
+  int64_t bits;           // which may be another file
+  int64_t numel, size;    // weights, and bytes of one: 1, 2, 4 or 8
   int64_t place;          // in the target
 };
 
@@ -24,13 +25,6 @@ struct Packed {
 struct Copied {
   int32_t file;
   int64_t offset, bytes, place;
-};
-
-// Bits that do not fit the values, by their number or since the file changed.
-struct BadBits : std::runtime_error {
-  BadBits(int64_t tensor, int64_t required, int64_t got)
-      : std::runtime_error("bits do not fit values"), tensor(tensor), required(required), got(got) {}
-  int64_t tensor, required, got;  // values
 };
 
 // targets: [files], in their full length. Throws FileError, BadBits.

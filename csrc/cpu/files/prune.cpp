@@ -199,8 +199,8 @@ std::vector<int64_t> FilePruning::count_packed() {
   return packed;
 }
 
-FilePruning::Written FilePruning::write(const std::vector<File>& target_files, std::span<const Place> places,
-                                        std::span<const Elements> rest, const std::optional<MaskFile>& masks) {
+FilePruning::Written FilePruning::write(const Sink& sink, std::span<const Place> places, std::span<const Elements> rest,
+                                        const std::optional<MaskFile>& masks) {
   const std::vector<Chunk>& chunks = this->chunks();
   const Shares shares(problem_);
   std::vector<Segment> segments;
@@ -256,7 +256,6 @@ FilePruning::Written FilePruning::write(const std::vector<File>& target_files, s
   for (Worker& worker : workers)
     for (size_t t = 0; t < smallest.size(); ++t)
       if (smallest[t] != kKeyEnd) worker.written.smallest[t] = 0;  // no need to look
-  Targets targets(target_files);
   std::optional<Targets> mask_target;
   if (masks) mask_target.emplace(std::vector<File>{masks->file});
   const auto pieces_count = static_cast<int64_t>(pieces.size()) - 1;
@@ -301,18 +300,18 @@ FilePruning::Written FilePruning::write(const std::vector<File>& target_files, s
           pack_chunk(from, chunk.n, reinterpret_cast<uint8_t*>(bits), reinterpret_cast<T*>(values),
                      reinterpret_cast<T*>(values) + count);
         });
-        targets.write(s.file, values, count * size, s.place);
-        targets.write(s.file, bits, n, places[chunk.tensor].bits + chunk.offset / 8);
+        sink(s.file, values, count * size, s.place);
+        sink(s.file, bits, n, places[chunk.tensor].bits + chunk.offset / 8);
       } else if (weights != data) {
         std::memcpy(data, weights, static_cast<size_t>(s.bytes));
       }
     }
     if (together) {
-      targets.write(mine.front().file, memory, end - begin, mine.front().place);
+      sink(mine.front().file, memory, end - begin, mine.front().place);
     } else {
       for (const Segment& s : mine)
         if (s.chunk < 0 || places[chunks[s.chunk].tensor].bits < 0)
-          targets.write(s.file, memory + (s.begin - begin), s.bytes, s.place);
+          sink(s.file, memory + (s.begin - begin), s.bytes, s.place);
     }
     pool_.advance(end - begin);
   });

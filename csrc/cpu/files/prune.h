@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <span>
@@ -36,6 +37,9 @@ struct Place {
   int64_t bits = -1;  // one bit a weight goes here
 };
 
+// Takes bytes of the output of a file, and where they lie in it; called by any worker, about in order.
+using Sink = std::function<void(int32_t file, const char* memory, int64_t bytes, int64_t at)>;
+
 // A file that takes every mask, one bit a weight.
 struct MaskFile {
   File file;
@@ -58,9 +62,9 @@ class FilePruning {
     std::vector<int64_t> nonzero;    // [tensors] kept weights that are not zero, of this rank
     std::vector<uint32_t> smallest;  // [tensors] key of the smallest kept weight of this rank; kKeyEnd: none
   };
-  // Writes this rank's part. targets: [files], in their full length and with their headers. places: [tensors]. With
-  // places for bits, count_packed comes first. Throws FileError, Changed.
-  Written write(const std::vector<File>& targets, std::span<const Place> places, std::span<const Elements> rest,
+  // Writes this rank's part. places: [tensors]. With places for bits, count_packed comes first. Throws FileError,
+  // Changed, and what the sink throws.
+  Written write(const Sink& sink, std::span<const Place> places, std::span<const Elements> rest,
                 const std::optional<MaskFile>& masks);
 
  private:

@@ -66,7 +66,7 @@ int64_t count_bits(const uint8_t* bits, int64_t bytes) {
 // No branch depends on a weight: each is stored, and the next one is stored over it if it was zero. So a step writes up
 // to 8 places from `values` on; near `end`, behind which another chunk's values lie, weights go one by one.
 template <typename T>
-void pack_chunk(const T* weights, int64_t n, uint8_t* bits, T* values, const T* end) {
+T* pack_chunk(const T* weights, int64_t n, uint8_t* bits, T* values, const T* end) {
   int64_t i = 0;
   for (; i + 8 <= n && end - values >= 8; i += 8) {
     uint32_t byte = 0;
@@ -88,17 +88,29 @@ void pack_chunk(const T* weights, int64_t n, uint8_t* bits, T* values, const T* 
     }
     bits[i / 8] = static_cast<uint8_t>(byte);
   }
+  return values;
 }
 
-template void pack_chunk(const uint32_t*, int64_t, uint8_t*, uint32_t*, const uint32_t*);
-template void pack_chunk(const uint16_t*, int64_t, uint8_t*, uint16_t*, const uint16_t*);
+template uint8_t* pack_chunk(const uint8_t*, int64_t, uint8_t*, uint8_t*, const uint8_t*);
+template uint16_t* pack_chunk(const uint16_t*, int64_t, uint8_t*, uint16_t*, const uint16_t*);
+template uint32_t* pack_chunk(const uint32_t*, int64_t, uint8_t*, uint32_t*, const uint32_t*);
+template uint64_t* pack_chunk(const uint64_t*, int64_t, uint8_t*, uint64_t*, const uint64_t*);
 
 void unpack_chunk(const uint8_t* bits, const void* values, int64_t count, void* weights, int64_t n, int64_t size) {
   const auto unpack = [&]<typename T>(T) {
     const T* in = static_cast<const T*>(values);
     unpack_chunk(bits, in, in + count, static_cast<T*>(weights), n);
   };
-  size == 4 ? unpack(uint32_t{}) : unpack(uint16_t{});
+  switch (size) {
+    case 1:
+      return unpack(uint8_t{});
+    case 2:
+      return unpack(uint16_t{});
+    case 4:
+      return unpack(uint32_t{});
+    default:
+      return unpack(uint64_t{});
+  }
 }
 
 void pack_bits(const uint8_t* mask, int64_t n, uint8_t* bits) {

@@ -5,11 +5,19 @@
 #pragma once
 
 #include <cstdint>
+#include <stdexcept>
 #include <vector>
 
 #include "cpu/parallel.h"
 
 namespace dimap::cpu {
+
+// Bits that do not fit the values, by their number or since the file changed.
+struct BadBits : std::runtime_error {
+  BadBits(int64_t tensor, int64_t required, int64_t got)
+      : std::runtime_error("bits do not fit values"), tensor(tensor), required(required), got(got) {}
+  int64_t tensor, required, got;  // values
+};
 
 // What is packed: n weights of `size` bytes each, 2 or 4.
 struct Packing {
@@ -26,11 +34,11 @@ std::vector<int64_t> offsets_of_bits(const uint8_t* bits, const Packing& packing
 int64_t count_bits(const uint8_t* bits, int64_t bytes);
 
 // n weights of T, an integer of their size. `values` has room up to `end`, where their number of values ends: nothing
-// is written behind it.
+// is written behind it. Returns where the values end.
 template <typename T>
-void pack_chunk(const T* weights, int64_t n, uint8_t* bits, T* values, const T* end);
+T* pack_chunk(const T* weights, int64_t n, uint8_t* bits, T* values, const T* end);
 
-// Back from `count` values of `size` bytes.
+// Back from `count` values of `size` bytes, 1, 2, 4 or 8.
 void unpack_chunk(const uint8_t* bits, const void* values, int64_t count, void* weights, int64_t n, int64_t size);
 
 // One bit for each of n bytes of 0 or 1.

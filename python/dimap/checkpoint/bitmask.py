@@ -1,4 +1,4 @@
-"""The bitmask format: where a bitmask file keeps what, and files of it made from tensors in memory.
+"""The bitmask formats: where a bitmask file keeps what, and files of it made from tensors in memory.
 
 The format is written down in docs/format.md. What a file says of itself is checked in full before
 any of it is used; what does not fit, or is of another version, is refused.
@@ -6,12 +6,16 @@ any of it is used; what does not fit, or is of another version, is refused.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import hashlib
+from collections import deque
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from .._files import replacing
+from ..groups.plan import check_choice
 from .base import raw_bytes
+from .compact import STEP, Writer, in_parallel
 from .header import DTYPES, DType, Entry, Header, Spec, dtype_of, make_header, parse_header, refuse
 
 if TYPE_CHECKING:
@@ -19,9 +23,11 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-VERSION = "1"
+Format = Literal["dense", "bitmask", "compact"]
+VERSIONS: dict[str, Literal["bitmask", "compact"]] = {"1": "bitmask", "2": "compact"}
 VERSION_KEY = "dimap_bitmask"  # metadata of a bitmask file
 DENSE_KEY = "dimap_dense"  # metadata: the dense file's header; of an index: the dense one's text
+DIGEST_KEY = "dimap_sha256"  # metadata of a compact file: of that text
 BITS = ".bitmask"  # ends the name of a tensor's bits
 PACKED = ("F32", "BF16", "F16")
 
@@ -34,16 +40,15 @@ class Place(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """header: of the bitmask file. dense: of the file that comes back, its bytes included."""
+    """header: of the bitmask file. dense: of the file that comes back, its bytes included.
+
+    form: what the file is; of a compact one the values are the blocks.
+    """
 
     header: Header
     dense: Header
     places: dict[str, Place]  # by name, in the dense file's order
-
-
-def is_packed(metadata: Mapping[str, str]) -> bool:
-    """Whether a file's metadata say that it is a bitmask file, of whatever version."""
-    return VERSION_KEY in metadata
+    form: Format
 
 
 def pays(entry: Entry, nonzero: int) -> bool:
@@ -60,9 +65,6 @@ def lay_out(dense: Header, nonzero: Mapping[str, int], where: str) -> Layout:
         makes it smaller.
     where: the dense file, for errors.
     """
-    for key in (VERSION_KEY, DENSE_KEY):
-        if key in dense.metadata:
-            refuse(where, "be dense", f"metadata of a bitmask file ({key})")
     names = {entry.name for entry in dense.entries}
     stored: list[tuple[Entry, int | None]] = []
     for entry in dense.entries:
@@ -70,8 +72,8 @@ def lay_out(dense: Header, nonzero: Mapping[str, int], where: str) -> Layout:
         # Where the name of its bits is taken the tensor is stored as it is.
         packed = count is not None and pays(entry, count) and entry.name + BITS not in names
         stored.append((entry, count if packed else None))
-    header = make_header(_describe(stored), _metadata(dense), where)
-    return _join(header, dense, where)
+    header = make_header(_describe(stored), _metadata(dense, "bitmask", where), where)
+    return _join(header, dense, "bitmask", where)
 
 
 def _describe(
@@ -92,8 +94,21 @@ def _describe(
     return described
 
 
-def _metadata(dense: Header) -> dict[str, str]:
-    return dense.metadata | {VERSION_KEY: VERSION, DENSE_KEY: dense.raw[8:].decode("utf-8")}
+def compact_file(file: Path, dense: Header, where: str) -> Writer:
+    """What makes the empty file a compact one. where: the dense file, for errors."""
+    return Writer(file, dense, _metadata(dense, "compact", where), where)
+
+
+def _metadata(dense: Header, form: Format, where: str) -> dict[str, str]:
+    """Those of the file for a dense one."""
+    for key in (VERSION_KEY, DENSE_KEY, DIGEST_KEY):
+        if key in dense.metadata:
+            refuse(where, "be dense", f"metadata of a bitmask file ({key})")
+    version = next(v for v, named in VERSIONS.items() if named == form)
+    own = {VERSION_KEY: version, DENSE_KEY: dense.raw[8:].decode("utf-8")}
+    if form == "compact":
+        own[DIGEST_KEY] = hashlib.sha256(dense.raw[8:]).hexdigest()
+    return dense.metadata | own
 
 
 def size_at_most(dense: Header, nonzero: Mapping[str, int], where: str) -> int:
@@ -104,7 +119,7 @@ def size_at_most(dense: Header, nonzero: Mapping[str, int], where: str) -> int:
     names = {entry.name for entry in dense.entries}
     packed = {n: c for n, c in nonzero.items() if n + BITS not in names}
     stored = [(entry, packed.get(entry.name)) for entry in dense.entries]
-    header = make_header(_describe(stored), _metadata(dense), where)
+    header = make_header(_describe(stored), _metadata(dense, "bitmask", where), where)
     saved = 0
     for entry, count in stored:
         if count is not None:
@@ -118,18 +133,23 @@ def read_layout(header: Header, where: str) -> Layout:
 
     Raises ValueError for another version, and for a header that contradicts itself.
     """
-    if not is_packed(header.metadata):
-        return Layout(header, header, {entry.name: Place(entry, None) for entry in header.entries})
-    if (found := header.metadata[VERSION_KEY]) != VERSION:
-        refuse(where, f"have bitmask format version {VERSION}", repr(found))
+    if VERSION_KEY not in header.metadata:
+        places = {entry.name: Place(entry, None) for entry in header.entries}
+        return Layout(header, header, places, "dense")
+    form = VERSIONS.get(found := header.metadata[VERSION_KEY])
+    if form is None:
+        refuse(where, f"have bitmask format version {' or '.join(VERSIONS)}", repr(found))
     if DENSE_KEY not in header.metadata:
         refuse(where, "hold the header of its dense file", "none")
     text = header.metadata[DENSE_KEY].encode("utf-8", "surrogatepass")
     raw = len(text).to_bytes(8, "little") + text
-    return _join(header, parse_header(raw, None, f"{where}: its dense header"), where)
+    dense = parse_header(raw, None, f"{where}: its dense header")
+    if form == "compact" and header.metadata != _metadata(dense, form, where):
+        refuse(where, "hold its dense header undamaged, and its metadata", "others")
+    return _join(header, dense, form, where)
 
 
-def _join(header: Header, dense: Header, where: str) -> Layout:
+def _join(header: Header, dense: Header, form: Format, where: str) -> Layout:
     """Match what is stored with what it stands for."""
     stored = {entry.name: entry for entry in header.entries}
     wanted = {entry.name for entry in dense.entries}
@@ -137,14 +157,25 @@ def _join(header: Header, dense: Header, where: str) -> Layout:
     for entry in dense.entries:
         values = stored.pop(entry.name, None)
         # A name of the dense file is that tensor's own, even if it ends as those of bits do.
-        bits = None if entry.name + BITS in wanted else stored.pop(entry.name + BITS, None)
+        bits = None
+        if form == "bitmask" and entry.name + BITS not in wanted:
+            bits = stored.pop(entry.name + BITS, None)
         if values is None:
             refuse(where, "hold every tensor", f"no {entry.name}")
-        _check(entry, values, bits, where)
+        if form == "compact":
+            _check_blocks(values, where)
+        else:
+            _check(entry, values, bits, where)
         places[entry.name] = Place(values, bits)
     if stored:
         refuse(where, "hold nothing but its tensors", f"{min(stored)!r}, of none")
-    return Layout(header, dense, places)
+    return Layout(header, dense, places, form)
+
+
+def _check_blocks(values: Entry, where: str) -> None:
+    if values.dtype.code != "U8" or len(values.shape) != 1:
+        got = f"{values.dtype} {list(values.shape)}"
+        refuse(f"{where}: {values.name}", "be blocks, uint8 in one dimension", got)
 
 
 def _check(entry: Entry, values: Entry, bits: Entry | None, where: str) -> None:
@@ -178,19 +209,23 @@ def save_file(
     tensors: Mapping[str, Tensor],
     path: str | os.PathLike[str],
     metadata: Mapping[str, str] | None = None,
+    *,
+    format: Literal["bitmask", "compact"] = "bitmask",
 ) -> None:
     """Write a bitmask file; a file that is there already is replaced.
 
     tensors: name -> tensor of any device and of a dtype that safetensors have. Those of float32,
         bfloat16 and float16 are packed where that makes them smaller, the others stored as they are.
     metadata: strings to store beside them.
+    format: "bitmask", or "compact" for all of them in compressed blocks: smaller, and slower.
 
     Raises TypeError for what is no tensor, or not of strings; ValueError for tensors that cannot be
     stored; OSError where the file cannot be written. The file appears complete or not at all.
     """
+    check_choice("format", format, list(VERSIONS.values()))
     _check_state(tensors, metadata or {})
     with replacing(Path(path), force=True) as temporary:
-        write_packed(temporary, tensors, metadata or {}, tensors, str(path))
+        write_packed(temporary, tensors, metadata or {}, tensors, format, str(path))
 
 
 def write_packed(
@@ -198,14 +233,30 @@ def write_packed(
     tensors: Mapping[str, Tensor],
     metadata: Mapping[str, str],
     pack: Collection[str],
+    form: Format,
     where: str,
 ) -> None:
-    """Fill the empty file with tensors, those in `pack` packed where that makes them smaller."""
+    """Fill the empty file with tensors, those in `pack` packed where that makes them smaller.
+
+    Of a compact file all are.
+    """
     from .. import ops
 
     order = sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)
     specs = [(name, Spec.of(tensors[name])) for name in order]
     dense = make_header(((n, spec.dtype, spec.shape) for n, spec in specs), metadata, where)
+    if form == "compact":
+        with compact_file(file, dense, where) as writer:
+
+            def pieces() -> Iterator[tuple[int, memoryview]]:
+                for entry in dense.entries:
+                    data = raw_bytes(tensors[entry.name])
+                    for at in range(0, entry.nbytes, STEP):
+                        yield entry.begin + at, data[at : at + STEP]
+
+            deque(in_parallel(lambda piece: writer.put(*piece), pieces()), maxlen=0)
+            writer.finish()
+        return
     packed: dict[str, tuple[Tensor, Tensor]] = {}
     for entry in dense.entries:
         if entry.name in pack and entry.dtype.code in PACKED:

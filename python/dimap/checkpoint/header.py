@@ -234,9 +234,15 @@ def refuse(what: str, required: str, got: object) -> NoReturn:
 
 
 def make_header(
-    tensors: Iterable[tuple[str, DType, Sequence[int]]], metadata: Mapping[str, str], where: str
+    tensors: Iterable[tuple[str, DType, Sequence[int]]],
+    metadata: Mapping[str, str],
+    where: str,
+    length: int = 0,
 ) -> Header:
-    """The header of a safetensors file of these tensors, one after the other."""
+    """The header of a safetensors file of these tensors, one after the other.
+
+    length: the bytes before the data, at least.
+    """
     found: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     at = 0
     for name, dtype, shape in tensors:
@@ -244,7 +250,7 @@ def make_header(
         found[name] = {"dtype": dtype.code, "shape": list(shape), "data_offsets": [at, end]}
         at = end
     text = json.dumps(found, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * max(-len(text) % 8, length - 8 - len(text))
     if len(text) > MOST:
         refuse(where, f"need a header of at most {MOST} bytes", len(text))
     raw = len(text).to_bytes(8, "little") + text

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from tempfile import TemporaryFile
 from typing import Any
 
 from .. import _C
 from ..families import Family
 from ..groups import AUX, Grouping, Slice, describe, propose, whole, wholes
 from ..groups.nm import as_groups, in_layers, input_axes, pattern_of
-from .base import Checkpoint, Progress
+from .base import Checkpoint, Progress, Silent
+from .compact import decoded
 from .header import Entry
-from .native import READ, Told, elements, opened
-from .shards import Shards
+from .native import READ, Told, elements, opened, write_fully
+from .shards import Shard, Shards
 
 
 @dataclass
@@ -136,6 +138,7 @@ def _grouping(checkpoint: Checkpoint) -> tuple[Grouping, bool]:
 
 # Of each tensor how many weights are not zero; and of those to prune, the most in groups of 0 … 16.
 Counted = tuple[dict[str, int], dict[str, list[int]]]
+Grid = tuple[int, int, int, int, int, int, int]  # what `_C.count_groups` is given
 
 
 def _count_in_files(
@@ -145,11 +148,15 @@ def _count_in_files(
     assert isinstance(checkpoint, Shards)
     number = {shard.path: file for file, shard in enumerate(checkpoint.shards)}
     stored: dict[str, tuple[int, Entry]] = {}
-    grids: dict[str, tuple[int, int, int, int, int, int, int]] = {}
+    grids: dict[str, Grid] = {}
+    compact: dict[str, list[str]] = {}  # tensors, and of each itself or its slices
     for name in names:
         home = checkpoint.home[whole(name)]
         place, dense = home.layout.places[whole(name)], home.entries[whole(name)].part(name)
         grid = as_groups(dense.shape, axes[name]) if name in axes else (0, 0, 0)
+        if home.layout.form == "compact":
+            compact.setdefault(whole(name), []).append(name)
+            continue
         if place.bits:
             at = name.at * dense.numel() if isinstance(name, Slice) else 0
             grids[name] = (number[home.path], place.bits.begin * 8 + at, 0, 0, *grid)
@@ -162,9 +169,51 @@ def _count_in_files(
         stored[name] = number[home.path], place.values.part(name)
     told = Told(progress)
     with opened(checkpoint.files, READ) as files:
-        tensors = [(file, *elements(entry)) for file, entry in stored.values()]
-        counts = _C.count_nonzero(files, tensors, progress=told)
-        groups = _C.count_groups(files, list(grids.values()), progress=told)
+        found, most = _count_stored(files, stored, grids, told)
+    for name, parts in compact.items():
+        more = _count_expanded(checkpoint.home[name], name, parts, axes, progress)
+        found.update(more[0])
+        most.update(more[1])
+    return found, most
+
+
+def _count_expanded(
+    shard: Shard, name: str, parts: list[str], axes: Mapping[str, int], progress: Progress
+) -> Counted:
+    """Of a tensor of a compact file and its slices: its blocks are laid out side by side to be counted."""
+    entry = replace(shard.entries[name], begin=0, end=shard.entries[name].nbytes)
+    with TemporaryFile() as file:
+        output = (file.fileno(), f"what {shard.path} is expanded to")
+
+        def write(_: Entry, first: int, data: memoryview) -> int:
+            size = len(data)
+            write_fully(output, data, first * (entry.dtype.size or 1))
+            return size
+
+        progress.step("reading", entry.nbytes)
+        for size in decoded(shard.path, shard.table([name]), write):
+            progress.advance(size)
+        stored: dict[str, tuple[int, Entry]] = {}
+        grids: dict[str, Grid] = {}
+        for part in parts:
+            mine = entry.part(part)
+            if part in axes and mine.dtype.size and mine.dtype.mask:
+                offset, _, size, mask = elements(mine)
+                grids[part] = (0, offset, size, mask, *as_groups(mine.shape, axes[part]))
+            else:
+                stored[part] = 0, mine
+        return _count_stored([output], stored, grids, Told(Silent()))
+
+
+def _count_stored(
+    files: list[tuple[int, str]],
+    stored: Mapping[str, tuple[int, Entry]],
+    grids: Mapping[str, Grid],
+    told: Told,
+) -> Counted:
+    tensors = [(file, *elements(entry)) for file, entry in stored.values()]
+    counts = _C.count_nonzero(files, tensors, progress=told)
+    groups = _C.count_groups(files, list(grids.values()), progress=told)
     told.finish()
     found = {name: count for name, (count, _) in zip(grids, groups, strict=True)}
     for (name, (_, entry)), count in zip(stored.items(), counts, strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -64,6 +65,26 @@ def begin(output: tuple[int, str], header: Header, *, first: bool = True) -> Non
     descriptor, path = output
     with naming(Path(path)):
         os.ftruncate(descriptor, header.file_size)
-        at = 0
-        while first and at < len(header.raw):
-            at += os.pwrite(descriptor, header.raw[at:], at)
+    if first:
+        write_fully(output, memoryview(header.raw), 0)
+
+
+def read_fully(source: tuple[int, str], size: int, at: int) -> bytes:
+    """Bytes of an open file, its descriptor and path, from `at` on."""
+    data = b""
+    with naming(Path(source[1])):
+        while len(data) < size:  # one call reads no more than 2 GiB, and less after a signal
+            more = os.pread(source[0], size - len(data), at + len(data))
+            if not more:
+                problem = f"must not change while it is read, ended at byte {at + len(data)}"
+                raise OSError(errno.EIO, problem, source[1])
+            data = data + more if data else more
+    return data
+
+
+def write_fully(output: tuple[int, str], data: memoryview, at: int) -> None:
+    """Write bytes to an open file from `at` on."""
+    with naming(Path(output[1])):
+        while data:
+            done = os.pwrite(output[0], data, at)
+            at, data = at + done, data[done:]

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from .. import _timm
-from .._files import SUFFIX, naming, replacing
+from .._files import SUFFIX, naming, open_safetensors, replacing
 from ..budgets import Budgets, costs_of, solve
 from ..distributed.launch import group_of
 from ..distributed.ranks import Ranks
@@ -27,13 +27,14 @@ from ..plots import report_output
 from ..report import Report, build_report
 from . import HUB, open_checkpoint
 from .base import Checkpoint, Progress, Silent, check_apart
+from .bitmask import VERSIONS, Format
 from .card import add_card_section
 from .native import Told
 from .shards import Shards
 from .streaming import Stream, StreamPruning, check_agreement, check_dtypes
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
     from torch.distributed import ProcessGroup
     from typing_extensions import Unpack
 
@@ -60,9 +61,10 @@ def pruning_checkpoint(
     patterns: Patterns | Choice | None = None,
     family: str | None = None,
     ignore: str | Sequence[str] | None = None,
+    input_norms: str | os.PathLike[str] | None = None,
     masks: str | os.PathLike[str] | None = None,
     report: str | os.PathLike[str] | None = None,
-    bitmask: bool = False,
+    format: Format = "dense",
     key: str | None = None,
     all_copies: bool = False,
     random_init: bool = False,
@@ -84,12 +86,13 @@ def pruning_checkpoint(
         headers, metadata, index and other files, with weights set to zero.
     sparsity, nm, scope, normalize, patterns, family, ignore: as in `dimap.select`. shares: other
         sparsities of single modules, by name.
-    method: "dimap", "lamp", "uniform" or "global_magnitude": the scope and normalization where these
-        are not given.
+    method: "dimap", "lamp", "uniform", "global_magnitude" or "wanda": the scope and normalization
+        where these are not given. Scope "row" is read tensor by tensor, by one process.
+    input_norms: for "wanda", a safetensors file of what `dimap.saliency.input_norms` gave.
     masks: a file for the masks (see `dimap.load_masks`), one bit a weight.
     report: a file that ends in .json for the report; or a folder for it, pictures and a page.
-    bitmask: write files of one bit a weight and the nonzero values (docs/format.md), which
-        `dimap.load_file` and `dimap expand` read.
+    format: "bitmask" writes files of one bit a weight and the nonzero values, "compact" has these
+        compressed (docs/format.md); `dimap.load_file` and `dimap expand` read both.
     all_copies: give other copies of the weights the same masks: a teacher's beside them in a file,
         earlier checkpoints in a folder.
     timm_model, input_size: for counting FLOPs: timm's name of the model, where the checkpoint does
@@ -120,17 +123,30 @@ def pruning_checkpoint(
         out = Path(target)
 
         # Which weights, and how many of them are kept.
-        check_choice("method", method, [n for n, m in METHODS.items() if not m.needs_data])
+        check_choice("format", format, ["dense", *VERSIONS.values()])
+        streamed = [n for n, m in METHODS.items() if not m.needs_data or n == "wanda"]
+        check_choice("method", method, streamed)
+        if (method == "wanda") != (input_norms is not None):
+            raise ValueError(
+                "method='wanda' (--method wanda) and the norms of the inputs (--input-norms) need each "
+                f"other, got method={method!r} and input_norms={input_norms!r}"
+            )
         wanted = Budgets(**budgets)
         groups = NM.parse(nm)
         exact = groups is not None and groups.n is not None
         if groups is not None:
             groups.refuse(sparsity=sparsity, shares=shares, scope=scope, normalize=normalize)
-            wanted.refuse_groups()
         if exact:
             method = "uniform"
         scope = scope or METHODS[method].scope
         normalize = normalize or METHODS[method].normalize
+        if isinstance(checkpoint, Shards) and (checkpoint.packed or checkpoint.foreign):
+            raise ValueError(
+                f"{checkpoint.path} must be dense, got one stored as bits and values: "
+                "`dimap expand` makes it dense"
+            )
+        if groups is not None or scope == "row":
+            wanted.refuse(scope)
         checkpoint.choice = choose(patterns, family, ignore) or checkpoint.choice
         shapes = checkpoint.shapes()
         plan = Plan.of_shapes(
@@ -142,12 +158,26 @@ def pruning_checkpoint(
         given = _join(sparsity, shares or {}, modules, partly=bool(wanted.asked))
         if not wanted.asked:
             plan.keep(given)  # a wrong one is told before any work
-        _check(checkpoint, plan, out, bitmask, masks is not None, ranks)
+        _check(checkpoint, plan, out, format, masks is not None, ranks)
         progress = progress if progress is not None and first else Silent()
+        norms = None
+        if input_norms is not None:
+            with open_safetensors(Path(input_norms)) as file:
+                norms = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         stream = None
-        if isinstance(checkpoint, Shards):
+        if isinstance(checkpoint, Shards) and scope == "row":
+            if format != "dense" or groups is not None or ranks.size > 1:
+                raise ValueError(
+                    "scope 'row' needs one process, the dense format and no nm for safetensors, got "
+                    f"format={format!r}, nm={nm}, {ranks.size} processes"
+                )
+        elif isinstance(checkpoint, Shards):
+            if norms is not None:
+                raise ValueError(
+                    f"method='wanda' needs scope 'row' for safetensors, got {scope}: dimap.prune takes others"
+                )
             stream = Stream(checkpoint, plan, ranks, Told(progress))
-            settings = (given, wanted.settings(), scope, normalize, masks is None, bitmask, nm)
+            settings = (given, wanted.settings(), scope, normalize, masks is None, format, nm)
             check_agreement(checkpoint, plan, settings, ranks)
         parts = [p for layers in plan.modules.values() for x in layers for p in x.parameters]
         names = wholes(parts)
@@ -162,11 +192,12 @@ def pruning_checkpoint(
             thresholds={},
             scope=scope,
             normalize=normalize,
-            sparsity={},
+            sparsity={} if wanted.asked else plan.ratios(given),
             shapes={name: part_shape(shapes, name) for name in parts},
             dtypes={name: checkpoint.tensors[whole(name)].dtype.name for name in parts},
             notes=list(plan.notes),
             asked=wanted.settings(),
+            saliency="magnitude" if input_norms is None else method,
         )
 
         # The first rank creates the outputs, before the work, so that one that cannot be written is
@@ -205,17 +236,34 @@ def pruning_checkpoint(
 
         # The work. All ranks fill the files.
         if stream is not None:
-            packing = stream.packed_size if bitmask else None
+            packing = stream.packed_size if format == "bitmask" else None
             costs = costs_of(wanted, plan, shapes, model, input_size, packing)
             solved = solve(plan, given, wanted, costs, stream.weights)
             result.sparsity = solved.sparsity
             result.notes += solved.notes
-            stream.fill(solved, bitmask, files, packed, result)
+            stream.fill(solved, format, files, packed, result)
+        elif isinstance(checkpoint, Shards):
+            from .by_rows import fill_by_rows
+
+            fill_by_rows(checkpoint, plan, norms, files, packed, result, progress)
         else:
             held: StateDict = checkpoint  # type: ignore[assignment]  # the only other kind
             ending = out.suffix.lower()
-            bounds = None if exact else given, nm, wanted, input_size, model
-            _prune_state(held, *bounds, files, ending, packed, bitmask, result, progress)
+            _prune_state(
+                held,
+                None if exact else given,
+                nm,
+                norms,
+                wanted,
+                input_size,
+                model,
+                files,
+                ending,
+                packed,
+                format,
+                result,
+                progress,
+            )
         if wanted.size is not None:
             result.size = sum(file.stat().st_size for file in files)
         result.notes += checkpoint.notes
@@ -284,25 +332,33 @@ def _join(
 
 
 def _check(
-    checkpoint: Checkpoint, plan: Plan, out: Path, bitmask: bool, masks: bool, ranks: Ranks
+    checkpoint: Checkpoint, plan: Plan, out: Path, form: Format, masks: bool, ranks: Ranks
 ) -> None:
     """Refuse what cannot be pruned, or not be written as it is asked for."""
     streamed = isinstance(checkpoint, Shards)
-    if ranks.size > 1 and not streamed:
+    if form == "compact" and ranks.size > 1:  # a block's place depends on the lengths of all before
+        raise ValueError(
+            f"one process must write with --format compact, got {ranks.size} ranks: leave torchrun out, "
+            "or let them write with --format bitmask"
+        )
+    if not streamed and ranks.size > 1:
         raise ValueError(
             f"IN must be safetensors to be shared among {ranks.size} ranks, got {checkpoint.path}"
         )
-    single = not checkpoint.is_folder and out.suffix.lower() == ".safetensors"
-    if bitmask and not streamed and not single:
-        raise ValueError(f"the output must end in .safetensors with --format bitmask, got {out}")
+    if (
+        not streamed
+        and form != "dense"
+        and (checkpoint.is_folder or out.suffix.lower() != ".safetensors")
+    ):
+        raise ValueError(f"the output must end in .safetensors with --format {form}, got {out}")
     check_dtypes(checkpoint, plan)
-    if not streamed or not (bitmask or masks):
+    if not streamed or not (form == "bitmask" or masks):
         return
     for name, size in zip(plan.names, plan.sizes, strict=True):
         if isinstance(name, Slice) and size % 8:  # each begins with a byte of its own
             raise ValueError(
                 f"{name} must have a multiple of 8 weights for masks or a bitmask file to be "
-                f"streamed, got {size}: leave --masks and --format bitmask out"
+                f"streamed, got {size}: leave --masks out, and take --format compact for a smaller file"
             )
 
 
@@ -310,13 +366,14 @@ def _prune_state(
     checkpoint: StateDict,
     sparsity: Sparsity,
     nm: str | None,
+    norms: Mapping[str, Tensor] | None,
     budgets: Budgets,
     input_size: int | Sequence[int] | None,
     model: nn.Module | None,
     targets: list[Path],
     ending: str,
     masks: Path | None,
-    bitmask: bool,
+    form: Format,
     result: StreamPruning,
     progress: Progress,
 ) -> None:
@@ -327,14 +384,17 @@ def _prune_state(
     state = {name: checkpoint.get(name) for name in wholes(result.shapes)}
     exact = nm is not None and sparsity is None
     scope, normalize = (None, None) if exact else (result.scope, result.normalize)
-    given = None, None, None, checkpoint.choice, budgets, input_size, model
+    saliency = None
+    if norms is not None:
+        from ..saliency import by_norms
+
+        saliency = by_norms(state, norms, patterns=checkpoint.choice)
+    given = saliency, None, None, checkpoint.choice, budgets, input_size, model
     pruning = decide(state, sparsity, nm, "dimap", scope, normalize, *given)
     zero(pruning)
     checkpoint.mask_copies(pruning.masks)
     progress.step("writing")
-    checkpoint.save(
-        targets, safetensors=ending == ".safetensors", pack=pruning.masks if bitmask else ()
-    )
+    checkpoint.save(targets, safetensors=ending == ".safetensors", pack=pruning.masks, form=form)
     if masks is not None:
         pruning.save_masks(masks)
     progress.step("counting")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import mmap
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +14,8 @@ from typing import TYPE_CHECKING
 
 from .._files import naming
 from .base import Checkpoint, raw_bytes
-from .bitmask import DENSE_KEY, check_bits, is_packed, read_layout
+from .bitmask import DENSE_KEY, check_bits, read_layout
+from .compact import Table, decoded, read_table
 from .header import Entry, Header, read_header
 from .locate import Weights, check_index, read_index
 
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
     import os
 
     from torch import Tensor
+
+COMPRESSED, PARTS = ".compressed", (".bitmask", ".row_offsets", ".shape")  # see `sparse_bitmask`
 
 
 class Shard:
@@ -35,13 +39,14 @@ class Shard:
         self.path = path
         with naming(path):
             self.stored = read_header(path)
-        self.packed = is_packed(self.stored.metadata)
         self.layout = read_layout(self.stored, str(path))
         self.header = self.layout.dense
         self.entries = {entry.name: entry for entry in self.header.entries}
 
     def get(self, name: str) -> Tensor:
         place, entry = self.layout.places[name], self.entries[name]
+        if self.layout.form == "compact":
+            return self.load([name])[name]
         values = self._tensor(place.values)
         if place.bits is None:
             return values
@@ -50,6 +55,30 @@ class Shard:
         bits = self._tensor(place.bits)
         check_bits(raw_bytes(bits), entry.numel(), values.numel(), f"{self.path}: {name}")
         return ops.unpack(bits, values, entry.shape)
+
+    def load(self, names: Collection[str]) -> dict[str, Tensor]:
+        """Tensors by their names; those of a compact file are all read at the same time."""
+        if self.layout.form != "compact":
+            return {name: self.get(name) for name in names}
+        import torch
+
+        table, found, memory = self.table(names), {}, {}
+        for name in names:
+            entry = self.entries[name]
+            found[name] = torch.empty(entry.torch_shape, dtype=entry.dtype.torch())
+            memory[name] = raw_bytes(found[name])
+
+        def fill(entry: Entry, first: int, data: memoryview) -> None:
+            begin = first * (entry.dtype.size or 1)
+            memory[entry.name][begin : begin + len(data)] = data
+
+        deque(decoded(self.path, table, fill), maxlen=0)
+        return found
+
+    def table(self, names: Iterable[str]) -> Table:
+        """Of a compact file, the blocks of tensors."""
+        places = self.layout.places
+        return read_table(self.path, ((self.entries[n], places[n].values) for n in names))
 
     def _tensor(self, entry: Entry) -> Tensor:
         import torch
@@ -78,6 +107,7 @@ class Shards(Checkpoint):
     """Tensors of one or more files, in the order of the files and of the tensors in them.
 
     packed: whether any of the files is a bitmask file.
+    foreign: of tensors that another library stored as bits and values, what their parts' names begin with.
     index: the text of a folder's index, that of the dense shards; None where there is none.
     """
 
@@ -99,8 +129,10 @@ class Shards(Checkpoint):
         # In the order of their bytes: so they are written, one after the other.
         tensors = {n: e for s in self.shards for n, e in s.entries.items()}
         super().__init__(path, form, found.files, tensors, metadata)
-        self.packed = any(shard.packed for shard in self.shards)
-        if self.packed:
+        self.packed = any(shard.layout.form != "dense" for shard in self.shards)
+        stems = [name.removesuffix(COMPRESSED) for name in tensors if name.endswith(COMPRESSED)]
+        self.foreign = [stem for stem in stems if all(stem + part in tensors for part in PARTS)]
+        if self.packed or self.foreign:
             self.notes = ["stored as bits and nonzero values: `dimap expand` gives the dense one"]
         self.index: bytes | None = None
         if found.listing is not None:
@@ -131,7 +163,7 @@ class Shards(Checkpoint):
                 self.write_index(files, self.index)
             yield files
 
-    def write_index(self, files: list[Path], text: bytes) -> None:
+    def write_index(self, files: Sequence[Path], text: bytes) -> None:
         """Give an output another index than the copy of this one, which may be read-only."""
         index = files[0].with_name(self.index_name)
         index.unlink()
@@ -149,12 +181,16 @@ def _dense_index(text: bytes, path: Path) -> bytes:
 
 def packed_index(dense: bytes, headers: Mapping[str, Header]) -> bytes:
     """The index of a folder of bitmask files. dense: that of the dense shards. headers: by file."""
-    text = dense.decode("utf-8")
-    index = json.loads(text)
+    return make_index(dense, headers, {DENSE_KEY: dense.decode("utf-8")})
+
+
+def make_index(text: bytes, headers: Mapping[str, Header], more: Mapping[str, str]) -> bytes:
+    """An index like the one of this text, of these files, with more metadata."""
+    index = json.loads(text.decode("utf-8"))
     metadata = index.get("metadata")
     metadata = dict(metadata) if isinstance(metadata, dict) else {}
     entries = {entry.name: (file, entry) for file, h in headers.items() for entry in h.entries}
-    metadata |= {"total_size": sum(entry.nbytes for _, entry in entries.values()), DENSE_KEY: text}
+    metadata |= {"total_size": sum(entry.nbytes for _, entry in entries.values()), **more}
     weight_map = {name: entries[name][0] for name in sorted(entries)}
     index |= {"metadata": metadata, "weight_map": weight_map}
     return f"{json.dumps(index, indent=2)}\n".encode()

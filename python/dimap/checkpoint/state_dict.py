@@ -19,7 +19,7 @@ from .._files import naming, save_safetensors
 from ..groups.tied import ties_of
 from ..masks import apply_masks
 from .base import Checkpoint
-from .bitmask import check_storable, write_packed
+from .bitmask import Format, check_storable, write_packed
 from .copies import alike, matrices, tensors_of
 from .header import Spec
 from .locate import PICKLED, Weights, check_index, shorten
@@ -114,11 +114,16 @@ class StateDict(Checkpoint):
                     ) from error
 
     def save(
-        self, targets: Sequence[Path], *, safetensors: bool = False, pack: Collection[str] = ()
+        self,
+        targets: Sequence[Path],
+        *,
+        safetensors: bool = False,
+        pack: Collection[str] = (),
+        form: Format = "dense",
     ) -> None:
         """Fill the empty files with what the tensors are now, as torch.save does it or safetensors.
 
-        pack: of safetensors, the tensors that are stored as bits and values where that is smaller.
+        pack: of a bitmask file, the tensors that are stored as bits and values where that is smaller.
         """
         if not safetensors:
             for target, nest in zip(targets, self.nests.values(), strict=True):
@@ -130,8 +135,8 @@ class StateDict(Checkpoint):
                 check_storable(name, tensor)
         except ValueError as error:
             raise ValueError(f"{error}: an output that ends in .pth keeps it as it is") from error
-        if pack:
-            write_packed(targets[0], state, self.metadata, pack, self.path)
+        if form != "dense":
+            write_packed(targets[0], state, self.metadata, pack, form, self.path)
         else:
             save_safetensors(targets[0], state, self.metadata)
 

@@ -23,7 +23,8 @@ from ..groups import AUX, Slice, whole, wholes
 from ..groups.plan import Plan
 from ..report import Pruned, Report
 from .base import Checkpoint
-from .bitmask import Layout, lay_out, size_at_most
+from .bitmask import Format, Layout, compact_file, lay_out, size_at_most
+from .compact import Writer
 from .header import DTYPES, Entry, Header, make_header
 from .native import FILL, READ, Told, begin, elements, opened
 from .shards import Shards, packed_index
@@ -165,7 +166,7 @@ class Stream:
     def fill(
         self,
         solved: Solved,
-        bitmask: bool,
+        form: Format,
         targets: list[Path],
         masks: Path | None,
         result: StreamPruning,
@@ -175,14 +176,26 @@ class Stream:
         with ExitStack() as files, self._naming(range(len(self.tensors))):
             inputs = files.enter_context(opened(self.checkpoint.files, READ))
             engine, keep = self._decide(inputs, solved, result)
-            layouts = self._lay_out(engine, bitmask)
-            outputs = files.enter_context(opened(targets, FILL))
-            for output, layout in zip(outputs, layouts, strict=True):
-                begin(output, layout.header, first=ranks.rank == 0)
+            layouts = self._lay_out(engine, form)
+            outputs: list[tuple[int, str]] = []
+            writers: list[Writer] = []
+            takes: list[tuple[int, str]] | _C.Piece
+            if form == "compact":
+                for target, shard in zip(targets, self.shards, strict=True):
+                    writer = compact_file(target, shard.header, str(shard.path))
+                    writers.append(files.enter_context(writer))
+
+                def takes(file: int, at: int, data: memoryview) -> None:
+                    writers[file].put(at, data)
+
+            else:
+                takes = outputs = files.enter_context(opened(targets, FILL))
+                for output, layout in zip(outputs, layouts, strict=True):
+                    begin(output, layout.header, first=ranks.rank == 0)
             masks_at = None
             if masks is not None:
                 (output,) = files.enter_context(opened([masks], FILL))
-                header = _masks_header(plan, result)
+                header = masks_header(plan, result)
                 begin(output, header, first=ranks.rank == 0)
                 begins = {entry.name: entry.begin for entry in header.entries}
                 sizes = zip(plan.names, plan.sizes, strict=True)
@@ -192,7 +205,7 @@ class Stream:
                 )
                 outputs = [*outputs, output]
             nonzero_others = engine.write(
-                outputs[: len(targets)],
+                takes,
                 [
                     place_of(layouts[file], entry, before)
                     for (file, entry), before in zip(self.tensors, self.before, strict=True)
@@ -203,15 +216,16 @@ class Stream:
                 ],
                 masks=masks_at,
             )
+            headers = [writer.finish() for writer in writers] or [x.header for x in layouts]
             self.told.finish()
             if ranks.rank > 0:  # what rank 0 brings to the disk need not be what others wrote
                 for descriptor, path in outputs:
                     with naming(Path(path)):
                         os.fsync(descriptor)
         self._add_up(engine, nonzero_others, solved, keep, result)
-        if bitmask and self.checkpoint.index is not None and ranks.rank == 0:
-            headers = {s.path.name: x.header for s, x in zip(self.shards, layouts, strict=True)}
-            self.checkpoint.write_index(targets, packed_index(self.checkpoint.index, headers))
+        if form != "dense" and self.checkpoint.index is not None and ranks.rank == 0:
+            named = {s.path.name: header for s, header in zip(self.shards, headers, strict=True)}
+            self.checkpoint.write_index(targets, packed_index(self.checkpoint.index, named))
 
     def _decide(
         self, inputs: list[tuple[int, str]], solved: Solved, result: StreamPruning
@@ -257,9 +271,9 @@ class Stream:
             for s in self.shards
         )
 
-    def _lay_out(self, engine: _C.Pruning, bitmask: bool) -> list[Layout]:
+    def _lay_out(self, engine: _C.Pruning, form: Format) -> list[Layout]:
         """What goes where in the outputs."""
-        if not bitmask:
+        if form != "bitmask":
             return [shard.layout for shard in self.shards]
         packed: dict[str, int] = {}
         for i, (name, count) in enumerate(zip(self.plan.names, engine.count_packed(), strict=True)):
@@ -318,7 +332,7 @@ class Stream:
                 result.smallest.update(dict.fromkeys(layer.parameters, min(found)))
 
 
-def _masks_header(plan: Plan, result: StreamPruning) -> Header:
+def masks_header(plan: Plan, result: StreamPruning) -> Header:
     """The header of the file that `dimap.save_masks` would write."""
     shapes = {name: list(result.shapes[name]) for name in wholes(plan.names)}
     settings = result.mask_metadata() | {"dimap_masks": "1", "shapes": json.dumps(shapes)}

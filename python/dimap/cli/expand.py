@@ -19,7 +19,9 @@ def expand(
     source: Annotated[
         Path,
         typer.Argument(
-            metavar="IN", help="A file or folder that `dimap prune --format bitmask` wrote."
+            metavar="IN",
+            help="A file or folder that `dimap prune --format bitmask` or compact wrote, or "
+            "compressed-tensors as sparse-bitmask.",
         ),
     ],
     out: Annotated[

@@ -69,14 +69,27 @@ def prune(
         typer.Option(metavar="NAME=SHARE", help="Another share for one module, as in qkv=0.4."),
     ] = None,
     method: Annotated[
-        Literal["dimap", "lamp", "uniform", "global_magnitude"],
-        typer.Option(help="A name for a choice of --scope and --normalize."),
+        Literal["dimap", "lamp", "uniform", "global_magnitude", "wanda"],
+        typer.Option(
+            help="A name for a choice of --scope and --normalize; wanda ranks by magnitude times the "
+            "norm of the input, within each row, and needs --input-norms."
+        ),
     ] = "dimap",
+    input_norms: Annotated[
+        Path | None,
+        typer.Option(
+            "--input-norms",
+            metavar="FILE",
+            help="For --method wanda: safetensors of what dimap.saliency.input_norms gave.",
+            show_default=False,
+        ),
+    ] = None,
     scope: Annotated[
         Scope | None,
         typer.Option(
             help="Where one threshold holds: module (DIMAP), global (LAMP), layer (uniform "
-            "magnitude), type (FC1 and FC2 apart), block or stage. Default: the method's.",
+            "magnitude), row (each output of a layer by itself), type (FC1 and FC2 apart), block or "
+            "stage. Default: the method's.",
             show_default=False,
         ),
     ] = None,
@@ -89,11 +102,11 @@ def prune(
         ),
     ] = None,
     form: Annotated[
-        Literal["dense", "bitmask"],
+        Literal["dense", "bitmask", "compact"],
         typer.Option(
             "--format",
-            help="bitmask stores one bit a weight and the nonzero values; `dimap expand` and "
-            "dimap.load_file give the dense weights back bit by bit.",
+            help="bitmask stores one bit a weight and the nonzero values, compact has these "
+            "compressed; `dimap expand` and dimap.load_file give the dense weights back bit by bit.",
         ),
     ] = "dense",
     key: Key = None,
@@ -187,8 +200,10 @@ def prune(
             "nm": nm,
             "scope": scope or (None if exact else METHODS[method].scope),
             "normalize": normalize or (None if exact else METHODS[method].normalize),
+            "method": "wanda" if method == "wanda" else None,
+            "input_norms": input_norms and str(input_norms),
             "random_init": random_init,
-            "bitmask": form == "bitmask",
+            "format": None if form == "dense" else form,
             "key": key,
             "all_copies": all_copies,
             **budgets,

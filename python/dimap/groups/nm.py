@@ -136,6 +136,13 @@ def as_groups(shape: Sequence[int], axis: int) -> tuple[int, int, int]:
     return prod(shape[:at]), shape[at], prod(shape[at + 1 :])
 
 
+def count_rows(shape: Sequence[int], axis: int) -> int:
+    """How many rows a tensor has: outputs, each with its weights. axis: its input, of `input_axes`."""
+    if len(shape) < 2:
+        return 1
+    return shape[1] if len(shape) == 2 and axis == -2 else shape[0]
+
+
 def in_layers(patterns: Sequence[str | None]) -> str:
     """Patterns of layers in words: "3:4 in 9, 2:4 in 30 of 48 layers"; "" where none has any."""
     found = Counter(sorted(filter(None, patterns))).most_common()

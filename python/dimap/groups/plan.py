@@ -27,13 +27,13 @@ from . import (
     whole,
     wholes,
 )
-from .nm import NM, as_groups, leave_ragged, round_kept
+from .nm import NM, as_groups, count_rows, input_axes, leave_ragged, round_kept
 from .tied import check_apart
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-Scope = Literal["module", "global", "layer", "type", "block", "stage"]
+Scope = Literal["module", "global", "layer", "type", "block", "stage", "row"]
 Normalize = Literal["layer", "block", "stage", "module", "scope"]
 # One share of weights to drop, one for each module, or how it is found: "auto", or none where a budget
 # says it.
@@ -52,6 +52,7 @@ class Plan:
     nm: N:M in place of scopes, or beside them where they say which N; None: neither.
     axes, inners: with it, of each tensor the axis of its groups, counted from the end, and how many
         weights lie behind that.
+    rows: with scope "row", of each tensor how many it has; its `axes` then say what a row is.
     """
 
     modules: dict[str, list[Layer]]
@@ -67,6 +68,7 @@ class Plan:
     nm: NM | None = None
     axes: list[int] = field(default_factory=list)
     inners: list[int] = field(default_factory=list)
+    rows: list[int] = field(default_factory=list)
 
     @staticmethod
     def of_shapes(
@@ -85,10 +87,12 @@ class Plan:
         check_choice("normalize", normalize, get_args(Normalize))
         grouping = group(shapes, patterns, ties)
         modules = grouping.modules
-        plan = Plan(modules, notes=grouping.notes, nm=nm)
+        plan, axes = Plan(modules, notes=grouping.notes, nm=nm), dict[str, int]()
         if nm is not None:
             plan.modules, axes, ragged = leave_ragged(modules, shapes, nm.m)
             modules, plan.notes = plan.modules, (*plan.notes, *ragged)
+        elif scope == "row":
+            axes = input_axes(modules, shapes)
         of_layer = scope_names(modules, scope)
         groups: dict[tuple[str, ...], int] = {}
         scopes: dict[str, int] = {}
@@ -100,15 +104,20 @@ class Plan:
                 whole = scope in ("global", "block", "stage")
                 plan.scope_modules.append(None if whole else module)
             # A sum never reaches beyond the scope in which its scores are compared.
-            key = (name, *_group_key(layer, module, "layer" if scope == "layer" else normalize))
+            key = (
+                name,
+                *_group_key(layer, module, "layer" if scope in ("layer", "row") else normalize),
+            )
             number = groups.setdefault(key, len(groups))
             for parameter in layer.parameters:
                 plan.names.append(parameter)
                 shape = part_shape(shapes, parameter)
                 plan.sizes.append(math.prod(shape))
-                if nm is not None:
+                if axes:
                     plan.axes.append(axes[parameter])
                     plan.inners.append(as_groups(shape, axes[parameter])[2])
+                if scope == "row":
+                    plan.rows.append(count_rows(shape, axes[parameter]))
                 plan.layers.append(number)
                 plan.scopes.append(scopes[name])
         if not plan.names:
@@ -165,6 +174,13 @@ class Plan:
                 "(scope='global', 'block' or 'stage'), got one per module"
             )
         ratios = self.ratios(sparsity)
+        if self.rows:
+            kept = [0] * len(self.scope_names)
+            each = zip(self.sizes, self.rows, self.of_rows(ratios), self.scopes, strict=True)
+            for size, rows, share, scope in each:
+                n = size // max(1, rows)
+                kept[scope] += rows * (n - round(share * n))
+            return kept
         totals = [0] * len(self.scope_names)
         for size, scope in zip(self.sizes, self.scopes, strict=True):
             totals[scope] += size
@@ -173,6 +189,10 @@ class Plan:
             n - round((first if module is None else ratios[module]) * n)
             for n, module in zip(totals, self.scope_modules, strict=True)
         ]
+
+    def of_rows(self, ratios: Mapping[str, float]) -> list[float]:
+        """The ratio of each tensor's rows, with scope "row"."""
+        return [ratios[self.scope_modules[scope] or ""] for scope in self.scopes]
 
     def ratios(self, sparsity: Sparsity) -> dict[str, float]:
         """The ratio of each prunable module, checked; None is what the caller forgot."""
@@ -269,7 +289,7 @@ class Plan:
 def scope_names(modules: Mapping[str, Sequence[Located]], scope: str) -> dict[str, str]:
     """Layer name -> name of the scope that the layer is ranked in; "aux" left out.
 
-    "module": the module's name. "global": "global". "layer": the layer's name. "type": the module's
+    "module": the module's name. "global": "global". "layer", "row": the layer's name. "type": the module's
     name, with the layer's place in its block where a block has several: "mlp.1" is every FC1,
     "mlp.2" every FC2. "block": "stage 0 block 1", or "block 1" where there are no stages. "stage":
     "stage 0", which is the whole network where there are none; "text stage 0" in a tower.
@@ -291,7 +311,8 @@ def scope_names(modules: Mapping[str, Sequence[Located]], scope: str) -> dict[st
             elif scope in ("block", "stage"):
                 names[layer.name] = place
             else:
-                names[layer.name] = {"module": module, "layer": layer.name}.get(scope, scope)
+                own = {"module": module, "layer": layer.name, "row": layer.name}
+                names[layer.name] = own.get(scope, scope)
         if scope == "type" and max(seen.values(), default=0) <= 1:
             names.update(dict.fromkeys((layer.name for layer in layers), module))
     return names

@@ -1,0 +1,350 @@
+"""Wanda: magnitudes times the norms of inputs, ranked in each row; in memory and from file to file."""
+
+from __future__ import annotations
+
+import dimap
+import pytest
+import torch
+from checkpoints import shards, vit
+from commands import runner
+from dimap import reference
+from dimap.rows import select_rows
+from dimap.stream import prune_checkpoint
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+SPECIAL = [0.0, -0.0, 1.0, -1.0, 0.5, 1e-45, -1e-40, 1.17e-38, 3.0e38, 1e-20, 2.0]
+
+
+class Block(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.attn, self.mlp = nn.Module(), nn.Module()
+        self.attn.qkv, self.attn.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.mlp.fc1, self.mlp.fc2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x):
+        q, k, v = self.attn.qkv(x).chunk(3, -1)
+        x = x + self.attn.proj(q.sigmoid() * k + v)
+        return x + self.mlp.fc2(self.mlp.fc1(x).relu())
+
+
+class Net(nn.Module):
+    def __init__(self, width=12):
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(width) for _ in range(2))
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def net(seed=0):
+    torch.manual_seed(seed)
+    return Net()
+
+
+def batches(count=3):
+    rng = torch.Generator().manual_seed(1)
+    return [(torch.randn(4, 5, 12, generator=rng) * 3, None) for _ in range(count)]
+
+
+def seen_by_hand(model, data):
+    """The norms, from the inputs as they are, in float64."""
+    found, handles = {}, []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            hook = lambda m, x, name=name: found.setdefault(f"{name}.weight", []).append(x[0])  # noqa: E731
+            handles.append(module.register_forward_pre_hook(hook))
+    with torch.no_grad():
+        for x, _ in data:
+            model(x)
+    for handle in handles:
+        handle.remove()
+    return {
+        name: torch.cat([x.flatten(0, -2) for x in xs]).double().norm(dim=0)[None]
+        for name, xs in found.items()
+    }
+
+
+# Rows
+
+
+@st.composite
+def matrices(draw):
+    rows, length = draw(st.integers(0, 5)), draw(st.integers(0, 9))
+    dtype = draw(st.sampled_from(DTYPES))
+    numbers = draw(
+        st.lists(st.sampled_from(SPECIAL), min_size=rows * length, max_size=rows * length)
+    )
+    values = torch.tensor(numbers, dtype=torch.float64).reshape(rows, length)
+    return values.clamp(-6e4, 6e4).to(dtype)
+
+
+@settings(max_examples=200, deadline=None)
+@given(matrices(), st.floats(0, 1))
+def test_rows_are_those_of_the_reference(values, sparsity):
+    want = reference.select_rows(values, sparsity)
+    assert torch.equal(select_rows("w", values, -1, sparsity), want)
+    assert torch.equal(select_rows("w", values.t(), -2, sparsity), want.t())
+    assert torch.equal(select_rows("w", values.t().contiguous(), -2, sparsity), want.t())
+
+
+@pytest.mark.parametrize("step", [0.0, 0.05, 1.0], ids=["distinct", "ties", "many ties"])
+def test_rows_of_many_chunks(monkeypatch, step):
+    torch.manual_seed(0)
+    values = torch.randn(37, 50)
+    values = (values / step).round() * step if step else values
+    whole = select_rows("w", values, -1, 0.3)
+    assert torch.equal(whole, reference.select_rows(values, 0.3))
+    monkeypatch.setattr("dimap.rows.CHUNK", 120)
+    assert torch.equal(select_rows("w", values, -1, 0.3), whole)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_a_weight_that_is_not_finite_is_named(bad):
+    model = net()
+    with torch.no_grad():
+        model.blocks[1].mlp.fc2.weight[3, 7] = bad
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    kind = "nan" if bad != bad else "inf"
+    message = rf"blocks\.1\.mlp\.fc2\.weight must be finite, got {kind} at flat index 151"
+    with pytest.raises(ValueError, match=message):
+        dimap.prune(model, 0.5, scope="row")
+    for name, p in model.named_parameters():
+        assert torch.equal(p.nan_to_num(7), before[name].nan_to_num(7))
+
+
+def test_scope_row_counts_exactly_in_each_row():
+    model = net()
+    pruning = dimap.prune(model, {"qkv": 0.3, "proj": 0.5, "mlp": 0.77}, scope="row")
+    for name, mask in pruning.masks.items():
+        share = {"qkv": 0.3, "proj": 0.5}.get(name.split(".")[3], 0.77)
+        length = mask.shape[1]
+        assert (mask.sum(1) == length - round(share * length)).all()
+    assert sum(pruning.kept.values()) == sum(int(m.sum()) for m in pruning.masks.values())
+    assert "row" in str(pruning.report().to_dict())
+
+
+def test_rows_of_conv1d_are_its_columns():
+    """GPT-2's matrices are [in, out]."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=50, n_positions=16)
+    model = transformers.GPT2LMHeadModel(config).eval()
+    tokens = torch.randint(50, (4, 16), generator=torch.Generator().manual_seed(0))
+    norms = dimap.saliency.input_norms(model, [({"input_ids": tokens}, None)])
+    masks = dimap.select(model, 0.5, method="wanda", data=[({"input_ids": tokens}, None)])
+    named = dict(model.named_parameters())
+    assert len(masks) == 8
+    for name, mask in masks.items():
+        weight = named[name]
+        assert norms[name].shape == (weight.shape[0], 1)
+        assert (mask.sum(0) == weight.shape[0] - round(0.5 * weight.shape[0])).all()
+        saliency = reference.wanda(weight, norms[name]).detach()
+        assert torch.equal(mask, reference.select_rows(saliency.t(), 0.5).t())
+
+
+# Norms and saliencies
+
+
+def test_norms_are_those_of_the_inputs():
+    model, data = net(), batches()
+    norms = dimap.saliency.input_norms(model, data)
+    want = seen_by_hand(model, data)
+    assert norms.keys() == want.keys()
+    for name, norm in norms.items():
+        torch.testing.assert_close(norm.double(), want[name], rtol=1e-6, atol=0)
+    assert all(not m._forward_pre_hooks for m in model.modules())
+
+
+@settings(max_examples=100, deadline=None)
+@given(matrices().filter(lambda m: m.numel()), st.integers(0, 10**6))
+def test_saliencies_are_rounded_once(weights, seed):
+    norms = torch.rand(1, weights.shape[1], generator=torch.Generator().manual_seed(seed)) * 1e-3
+    got = dimap.saliency.scaled(weights, norms)
+    assert torch.equal(got, reference.wanda(weights.float(), norms))
+
+
+def test_masks_in_memory_are_those_of_the_reference():
+    model, data = net(), batches()
+    weights = {n: p.detach().clone() for n, p in model.named_parameters()}
+    norms = dimap.saliency.input_norms(model, data)
+    pruning = dimap.prune(model, 0.55, method="wanda", data=data)
+    assert (pruning.scope, pruning.saliency) == ("row", "wanda")
+    for name, mask in pruning.masks.items():
+        saliency = reference.wanda(weights[name], norms[name])
+        assert torch.equal(mask, reference.select_rows(saliency, 0.55))
+        assert torch.equal(model.get_parameter(name), weights[name] * mask)
+    again = dimap.select(
+        net(), 0.55, saliency=dimap.saliency.by_norms(net(), norms), scope="row"
+    )  # fmt: skip
+    assert all(torch.equal(again[name], mask) for name, mask in pruning.masks.items())
+    magnitudes = dimap.select(net(), 0.55, scope="row")
+    assert any(not torch.equal(magnitudes[name], mask) for name, mask in pruning.masks.items())
+
+
+def test_a_row_does_not_care_for_its_scale_nor_the_norms_for_theirs():
+    model, data = net(), batches()
+    want = dimap.select(model, 0.5, method="wanda", data=data)
+    norms = {n: x * 4 for n, x in dimap.saliency.input_norms(model, data).items()}
+    with torch.no_grad():
+        for name in want:
+            weight = model.get_parameter(name)
+            weight *= 2.0 ** torch.arange(-3, len(weight) - 3)[:, None].clamp(-8, 8)
+    got = dimap.select(model, 0.5, saliency=dimap.saliency.by_norms(model, norms), scope="row")
+    assert all(torch.equal(got[name], mask) for name, mask in want.items())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda n: n.pop("blocks.1.attn.qkv.weight"),
+            "must have every prunable weight, got none of",
+        ),
+        (lambda n: n.update({"blocks.0.mlp.fc1.weight": torch.ones(1, 13)}), r"got \(1, 13\)"),
+        (lambda n: n.update({"blocks.0.mlp.fc1.weight": torch.ones(12)}), r"got \(12,\)"),
+        (lambda n: n.update({"blocks.0.mlp.fc1.weight": -torch.ones(1, 12)}), "got other numbers"),
+        (lambda n: n.update({"blocks.0.mlp.fc1.weight": torch.ones(1, 12).double()}), "float64"),
+    ],
+)
+def test_norms_that_do_not_fit(change, message):
+    norms = dimap.saliency.input_norms(net(), batches(1))
+    change(norms)
+    with pytest.raises(ValueError, match=message):
+        dimap.saliency.by_norms(net(), norms)
+
+
+def test_what_has_no_plain_inputs_is_refused():
+    model = net()
+    with pytest.raises(ValueError, match="at least one batch"):
+        dimap.saliency.input_norms(model, [])
+    with pytest.raises(TypeError, match=r"must be an nn\.Module"):
+        dimap.saliency.input_norms(model.state_dict(), batches())
+    model.blocks[1].forward = lambda x: x
+    with pytest.raises(ValueError, match=r"blocks\.1\.attn\.qkv\.weight must be reached by"):
+        dimap.saliency.input_norms(model, batches())
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten())
+    with pytest.raises(ValueError, match="must be the weight of a Linear"):
+        dimap.saliency.input_norms(model, [], patterns={"all": r"(?P<block>\d)\.weight"})
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Flatten())
+    x = torch.randn(2, 3, 5, 5)
+    norms = dimap.saliency.input_norms(
+        model, [(x, None)], patterns={"all": r"(?P<block>\d)\.weight"}
+    )
+    torch.testing.assert_close(
+        norms["0.weight"].flatten(), x.transpose(0, 1).flatten(1).norm(dim=1)
+    )
+
+
+# From file to file
+
+
+def norms_for(state, path):
+    rng = torch.Generator().manual_seed(5)
+    norms = {
+        name: torch.rand(1, *t.shape[1:], generator=rng) for name, t in state.items() if t.ndim > 1
+    }
+    save_file(norms, path)
+    return norms
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("form", ["file", "folder", "pickled"])
+@pytest.mark.parametrize("method", ["wanda", "dimap"])
+def test_files_are_bit_by_bit_what_memory_gives(tmp_path, dtype, form, method):
+    state = vit(dtype, width=20, step=0.01)
+    names = dimap.select(state, 0.0)
+    norms = norms_for({n: state[n] for n in names}, tmp_path / "norms.safetensors")
+    source, out = tmp_path / "in.safetensors", tmp_path / "out.safetensors"
+    if form == "folder":
+        source, out = tmp_path / "in", tmp_path / "out"
+        shards(source, state)
+    elif form == "pickled":
+        source, out = tmp_path / "in.pth", tmp_path / "out.pth"
+        torch.save(state, source)
+    else:
+        save_file(state, source, {"format": "pt"})
+    options = {"masks": tmp_path / "masks.safetensors", "scope": "row", "method": method}
+    saliency = None
+    if method == "wanda":
+        options["input_norms"] = tmp_path / "norms.safetensors"
+        saliency = dimap.saliency.by_norms(state, norms)
+    result = prune_checkpoint(source, out, 0.55, **options)
+    want = {name: tensor.clone() for name, tensor in state.items()}
+    pruning = dimap.prune(want, 0.55, scope="row", saliency=saliency)
+    got = {}
+    for file in sorted(out.glob("*.safetensors")) if form == "folder" else [out]:
+        got |= torch.load(file) if form == "pickled" else load_file(file)
+    assert got.keys() == want.keys()
+    for name, tensor in want.items():
+        assert torch.equal(got[name].view(torch.uint8), tensor.view(torch.uint8)), name
+    masks = dimap.load_masks(tmp_path / "masks.safetensors")
+    assert all(torch.equal(masks[name], mask) for name, mask in pruning.masks.items())
+    assert result.kept == pruning.kept
+    assert result.nonzero == pruning.nonzero
+    assert result.saliency == ("wanda" if method == "wanda" else "magnitude")
+    assert result.summary().to_dict()["kept"] == pruning.report().to_dict()["kept"]
+
+
+def test_the_command(tmp_path, capsys):
+    state = vit(width=20)
+    norms_for({n: state[n] for n in dimap.select(state, 0.0)}, tmp_path / "norms.safetensors")
+    save_file(state, tmp_path / "in.safetensors")
+    given = [
+        "prune",
+        str(tmp_path / "in.safetensors"),
+        str(tmp_path / "out.safetensors"),
+        "-s",
+        "0.5",
+    ]
+    norms = ["--input-norms", str(tmp_path / "norms.safetensors")]
+    run = runner(capsys)
+    code, told, _ = run(*given, "--method", "wanda", *norms)
+    assert code == 0
+    assert "row" in told
+    for wrong in (
+        ["--method", "wanda"],
+        norms,
+        ["--method", "wanda", *norms, "--format", "bitmask"],
+    ):
+        (tmp_path / "out.safetensors").unlink(missing_ok=True)
+        assert run(*given, *wrong)[0] == 1
+        assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_a_file_whose_weights_are_not_finite_leaves_nothing(tmp_path):
+    state = vit(width=20)
+    state["blocks.1.mlp.fc2.weight"][19, 70] = float("nan")
+    save_file(state, tmp_path / "in.safetensors")
+    with pytest.raises(ValueError, match=r"blocks\.1\.mlp\.fc2\.weight must be finite, got nan at"):
+        prune_checkpoint(
+            tmp_path / "in.safetensors", tmp_path / "out.safetensors", 0.5, scope="row"
+        )
+    assert [p.name for p in tmp_path.iterdir()] == ["in.safetensors"]
+
+
+def test_experts_of_one_tensor_are_pruned_row_by_row(tmp_path):
+    """[experts, in, out] and [experts, out, in]: a row is one output of one expert."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.MixtralConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, vocab_size=20, num_local_experts=3,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.MixtralForCausalLM(config)
+    state = {n: p.detach().clone() for n, p in model.named_parameters()}
+    save_file(state, tmp_path / "in.safetensors")
+    result = prune_checkpoint(
+        tmp_path / "in.safetensors", tmp_path / "out.safetensors", 0.5, scope="row"
+    )
+    pruning = dimap.prune(state, 0.5, scope="row")
+    got = load_file(tmp_path / "out.safetensors")
+    assert all(torch.equal(got[name], tensor) for name, tensor in state.items())
+    assert result.kept == pruning.kept
+    for name, mask in pruning.masks.items():
+        assert (mask.sum(-1) == mask.shape[-1] // 2).all(), name
