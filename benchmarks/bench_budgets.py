@@ -48,7 +48,7 @@ def main() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         model = timm.create_model(options.model).to(dtype)
         rows += in_memory(model, dtype, options.repeats)
-        with tempfile.TemporaryDirectory(dir=".") as folder:
+        with tempfile.TemporaryDirectory() as folder:
             rows += streamed(model, dtype, options, Path(folder))
     for row in rows:
         print(row)
