@@ -32,7 +32,7 @@ CASES = {
 STREAMED = {
     "sparsity 0.55": {"sparsity": 0.55},
     "FLOPs 60 %": {"flops": 0.6},
-    "size 50 %": {"bitmask": True},
+    "size 50 %": {"format": "bitmask"},
     "sparsity 0.55, min-keep 40 %": {"sparsity": 0.55, "min_keep": 0.4},
 }
 

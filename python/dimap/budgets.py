@@ -71,6 +71,14 @@ class Budgets:
     max_keep: float = 1.0
     limits: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
+    @staticmethod
+    def of(call: str, given: Mapping[str, Any]) -> Budgets:
+        """What a call, by its name, was given. Raises TypeError for what is no budget."""
+        known = [f.name for f in fields(Budgets)]
+        if odd := [name for name in given if name not in known]:
+            raise TypeError(f"{call}() got an unexpected keyword argument {odd[0]!r}")
+        return Budgets(**given)
+
     def __post_init__(self) -> None:
         for name in ("flops", "nominal_flops", "params", "min_keep", "max_keep"):
             _check_share(name, getattr(self, name))

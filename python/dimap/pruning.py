@@ -129,7 +129,7 @@ def select(
     flat index. Parameters of "aux" are not in it.
     """
     choice = choose(patterns, family, ignore)
-    given = saliency, data, loss, choice, Budgets(**budgets), input_size
+    given = saliency, data, loss, choice, Budgets.of("select", budgets), input_size
     return decide(model, sparsity, nm, method, scope, normalize, *given).masks
 
 
@@ -155,7 +155,7 @@ def prune(
     Nothing is changed when an error is raised.
     """
     choice = choose(patterns, family, ignore)
-    given = saliency, data, loss, choice, Budgets(**budgets), input_size
+    given = saliency, data, loss, choice, Budgets.of("prune", budgets), input_size
     pruning = decide(model, sparsity, nm, method, scope, normalize, *given)
     zero(pruning)
     return pruning

@@ -61,7 +61,7 @@ def test_a_file_is_as_large_as_asked_for_and_hardly_smaller(tmp_path, dtype, sha
     save_file(vit(dtype, width=64), tmp_path / "in.safetensors")
     size = int(share * (tmp_path / "in.safetensors").stat().st_size)
     done = prune_checkpoint(
-        tmp_path / "in.safetensors", tmp_path / "out.safetensors", size=size, bitmask=True
+        tmp_path / "in.safetensors", tmp_path / "out.safetensors", size=size, format="bitmask"
     )
     got = (tmp_path / "out.safetensors").stat().st_size
     assert size - 200 < got <= size
@@ -74,7 +74,7 @@ def test_what_no_file_can_be(tmp_path):
     with pytest.raises(
         ValueError, match=r"size must be at least .* all is pruned that may be, got 10"
     ):
-        prune_checkpoint(*where, size=10, bitmask=True)
+        prune_checkpoint(*where, size=10, format="bitmask")
     with pytest.raises(ValueError, match="size is for a safetensors checkpoint written as bitmask"):
         prune_checkpoint(*where, size=10_000)
     with pytest.raises(ValueError, match=r"a budget of FLOPs needs .* --timm-model NAME says it"):

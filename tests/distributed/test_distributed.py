@@ -175,7 +175,7 @@ BUDGETS = [
     {"params": 0.6, "min_keep": 0.49},
     {"params": 0.6, "sparsity": "auto", "masks": True},
     {"sparsity": 0.5, "scope": "global", "limits": {"mlp": (0.3, 0.4), "blocks.0.*": (0.6, 1)}},
-    {"size": 42_000, "bitmask": True, "sparsity": {"qkv": 0.2}},
+    {"size": 42_000, "format": "bitmask", "sparsity": {"qkv": 0.2}},
 ]
 
 

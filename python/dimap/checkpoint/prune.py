@@ -101,7 +101,8 @@ def pruning_checkpoint(
     group: several processes do it together, each its part of the bytes: all of them call this with
         the same arguments and see the same files. The first one creates the outputs and returns
         when they are there, as do the others.
-    budgets: as in `dimap.select`, and `size`: bytes of the files of weights, with `bitmask`.
+    budgets: as in `dimap.select`, and `size`: bytes of the files of weights, with format
+        "bitmask".
 
     Returns what was done, in counts; the weights were not loaded, where they streamed by.
 
@@ -131,7 +132,7 @@ def pruning_checkpoint(
                 "method='wanda' (--method wanda) and the norms of the inputs (--input-norms) need each "
                 f"other, got method={method!r} and input_norms={input_norms!r}"
             )
-        wanted = Budgets(**budgets)
+        wanted = Budgets.of("prune_checkpoint", budgets)
         groups = NM.parse(nm)
         exact = groups is not None and groups.n is not None
         if groups is not None:

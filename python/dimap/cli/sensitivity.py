@@ -20,12 +20,19 @@ from .common import (
     print_wrote,
     report_errors,
 )
+from .finetune import with_settings
 from .grouping import Grouping, grouped
 from .progress import Bar
 
+# What `Settings` says of an evaluation.
+JUDGING = (
+    "timm_model", "val_split", "class_map", "input_size", "mean", "std", "crop_pct", "pad", "batch_size",
+    "workers", "amp",
+)  # fmt: skip
 SHOWN = (10, 30, 50, 70, 80, 90)  # percent, in the table
 
 
+@with_settings(*JUDGING)
 @grouped
 def sensitivity(
     source: Source,
@@ -46,11 +53,6 @@ def sensitivity(
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Draw the curves, .png or .svg.")
     ] = None,
-    timm_model: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="With --data: timm's name for the model in IN."),
-    ] = None,
-    val_split: Annotated[str, typer.Option(help="With --data: the split.")] = "validation",
     key: Key = None,
     random_init: RandomInit = False,
     layers: Layers = False,
@@ -58,6 +60,7 @@ def sensitivity(
     debug: Debug = False,
     *,
     grouping: Grouping,
+    **options: Any,
 ) -> None:
     """Show what each module, and each layer, loses if it alone is pruned, at every sparsity.
 
@@ -83,7 +86,6 @@ def sensitivity(
         if data is not None:
             from ..finetuning.sensitivity import accuracy_alone
 
-            options = {"timm_model": timm_model, "val_split": val_split}
             found = replace(
                 found, accuracy=accuracy_alone(source, data, shares, choice=choice, **options)
             )
