@@ -7,11 +7,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc cmake -type f) CMakeLists.txt pyproject.toml
 FORMATTED := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
-PIP := $(BIN)/python -m pip --disable-pip-version-check
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet --quiet  # its warnings are not ours to answer
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-large lint format docs wheel abi second-torch sanitize arm spills bench bench-files clean
+.PHONY: help demo test test-large lint format docs wheel wheels abi second-torch sanitize arm spills bench bench-files clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -20,23 +20,24 @@ help:  ## Show this list
 $(VENV)/.torch: Makefile
 	@echo "== a virtual environment in $(VENV), with torch and the build tools (a few minutes the first time)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(PIP) install --quiet "$(TORCH)" torchvision timm "scikit-build-core>=0.11" "pybind11>=2.13" ninja "cmake>=3.21"
+	@$(PIP) install "$(TORCH)" torchvision timm "scikit-build-core>=0.11" "pybind11>=2.13" ninja "cmake>=3.21"
 	@touch $@
 
 $(VENV)/.dimap: $(VENV)/.torch $(SOURCES)
 	@echo "== building dimap (C++ and, where nvcc is found, CUDA)"
-	@$(PIP) install --quiet --no-build-isolation --editable . -Ccmake.define.DIMAP_WERROR=ON
+	@$(PIP) uninstall --yes dimap  # what another project calls so, and this one was called
+	@$(PIP) install --no-build-isolation --editable . -Ccmake.define.DIMAP_WERROR=ON
 	@$(BIN)/python -c "import dimap; print('   ', dimap.build_info())"
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.dimap
 	@echo "== test dependencies"
-	@$(PIP) install --quiet pytest pytest-xdist hypothesis transformers peft matplotlib tensorboard onnx onnxscript tqdm "pillow<13"
+	@$(PIP) install pytest pytest-xdist hypothesis transformers peft matplotlib tensorboard onnx onnxscript tqdm "pillow<13"
 	@touch $@
 
 $(VENV)/.lint: $(VENV)/.torch
 	@echo "== lint tools"
-	@$(PIP) install --quiet ruff==0.17.6 mypy==2.4.1 clang-format==19.1.7 import-linter==2.17 torch-abi-audit
+	@$(PIP) install ruff==0.17.6 mypy==2.4.1 clang-format==19.1.7 import-linter==2.17 torch-abi-audit
 	@touch $@
 
 demo: $(VENV)/.dimap  ## Prune a trained Swin at 55 % and show what it costs
@@ -66,10 +67,17 @@ format: $(VENV)/.lint  ## Format all sources
 	@$(BIN)/ruff format --quiet .
 	@$(BIN)/clang-format -i $(FORMATTED)
 
+PYTHONS ?= python3.10 python3.11 python3.12 python3.13 python3.14
+wheels:  ## Build manylinux wheels in dist/ for those of PYTHONS that are here (CUDAARCHS=all where nvcc is)
+	@echo "== wheels for $(PYTHONS)"
+	@rm -rf dist build/wheels
+	@CUDAARCHS=$${CUDAARCHS:-all} .ci/wheels $(PYTHONS)
+	@ls -l dist
+
 wheel: $(VENV)/.torch  ## Build a wheel in dist/
 	@echo "== wheel"
 	@rm -rf dist
-	@$(PIP) wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
+	@$(PIP) wheel --no-build-isolation --no-deps --wheel-dir dist .
 	@ls -l dist
 
 abi: wheel $(VENV)/.lint  ## Check that the operator libraries use torch's stable ABI only
@@ -80,8 +88,8 @@ abi: wheel $(VENV)/.lint  ## Check that the operator libraries use torch's stabl
 second-torch: wheel  ## Run the same wheel beside another torch
 	@echo "== the wheel built beside $(TORCH), run beside torch 2.13.0"
 	@test -x $(VENV)-second/bin/python || $(PYTHON) -m venv $(VENV)-second
-	@$(VENV)-second/bin/python -m pip --disable-pip-version-check install --quiet torch==2.13.0 numpy pydantic rich safetensors typer
-	@$(VENV)-second/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --force-reinstall dist/*.whl
+	@$(VENV)-second/bin/python -m pip --disable-pip-version-check --quiet --quiet install torch==2.13.0 numpy pydantic rich safetensors typer
+	@$(VENV)-second/bin/python -m pip --disable-pip-version-check --quiet --quiet install --no-deps --force-reinstall dist/*.whl
 	@cd tests && ../$(VENV)-second/bin/python smoke.py
 
 sanitize:  ## The kernels under address, undefined-behaviour and thread sanitizers

@@ -92,7 +92,7 @@ def streamed(
     jobs: dict[str, Callable[[], object]] = {}
     told: dict[str, dict] = {}
     for name, how in STREAMED.items():
-        given = {**how, **({"size": size} if "size" in name else {}), "timm_model": options.model}
+        given = {**how, **({"size": size} if "size" in name else {}), "model": options.model}
         jobs[name] = lambda given=given: prune_checkpoint(source, out, force=True, **given)
         done = prune_checkpoint(source, out, force=True, **given)
         told[name] = {"readings": done.readings, "got": done.summary().got}

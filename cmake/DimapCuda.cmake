@@ -24,6 +24,33 @@ function(dimap_find_nvcc result)
   set(${result} "${found}" PARENT_SCOPE)
 endfunction()
 
+# `all` and `native` as numbers: nvcc's own `all` has architectures that dimap does not, and what a machine without a
+# GPU would take for `native` differs with CMake.
+function(dimap_name_architectures)
+  set(named ${CMAKE_CUDA_ARCHITECTURES})
+  if(named STREQUAL "all" OR named STREQUAL "all-major")
+    set(named 80-real 86-real 89-real 90 100-real 120)  # and PTX of 90 and 120
+  elseif(named STREQUAL "native")
+    execute_process(COMMAND nvidia-smi --query-gpu=compute_cap --format=csv,noheader OUTPUT_VARIABLE said
+                    ERROR_QUIET RESULT_VARIABLE failed)
+    string(REGEX MATCHALL "[0-9]+\\.[0-9]+" said "${said}")
+    if(failed OR NOT said)
+      message(FATAL_ERROR "dimap: CMAKE_CUDA_ARCHITECTURES (or CUDAARCHS) may be native where nvidia-smi lists a GPU, "
+                          "got none: give numbers, as 80-real;90, or all")
+    endif()
+    list(REMOVE_DUPLICATES said)
+    list(SORT said COMPARE NATURAL)
+    string(REPLACE "." "" named "${said}")
+  endif()
+  foreach(architecture IN LISTS named)
+    if(NOT architecture MATCHES "^([0-9]+)[af]?(-real|-virtual)?$" OR CMAKE_MATCH_1 LESS 80)
+      message(FATAL_ERROR "dimap: CMAKE_CUDA_ARCHITECTURES (or CUDAARCHS) must be all, native or numbers from 80 on, "
+                          "as 80-real;90, got ${architecture}")
+    endif()
+  endforeach()
+  set(CMAKE_CUDA_ARCHITECTURES ${named} PARENT_SCOPE)
+endfunction()
+
 set(_why "DIMAP_CUDA=OFF")
 set(_build OFF)
 if(NOT DIMAP_CUDA STREQUAL "OFF")
@@ -31,17 +58,13 @@ if(NOT DIMAP_CUDA STREQUAL "OFF")
   if(_found)
     set(CMAKE_CUDA_COMPILER ${_found})
     if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES)
-      if(DEFINED ENV{CUDAARCHS})
+      if(NOT "$ENV{CUDAARCHS}" STREQUAL "")
         set(CMAKE_CUDA_ARCHITECTURES $ENV{CUDAARCHS})
       else()
-        set(CMAKE_CUDA_ARCHITECTURES 80-real;86-real;89-real;90;100-real;120)  # and PTX of 90 and 120
+        set(CMAKE_CUDA_ARCHITECTURES 80-real;90)  # code for 8.x and 9.0; the driver makes others' of the PTX
       endif()
     endif()
-    foreach(_architecture IN LISTS CMAKE_CUDA_ARCHITECTURES)
-      if(_architecture MATCHES "^([0-9]+)" AND CMAKE_MATCH_1 LESS 80)
-        message(FATAL_ERROR "dimap: CMAKE_CUDA_ARCHITECTURES (or CUDAARCHS) must be 80 or later, got ${_architecture}")
-      endif()
-    endforeach()
+    dimap_name_architectures()
     enable_language(CUDA)
     if(NOT CMAKE_CUDA20_STANDARD_COMPILE_OPTION)  # CMake learnt of it in 3.25.2, nvcc in 12.0
       set(CMAKE_CUDA20_STANDARD_COMPILE_OPTION -std=c++20)

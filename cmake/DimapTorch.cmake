@@ -1,11 +1,13 @@
 # Where torch is. find_package(Torch) fails on partial CUDA toolkits and pulls in what the Stable ABI does not need, so
-# the folders come from the Python that builds the package.
+# the folders come from the Python that builds the package: DIMAP_TORCH in the environment names torch's folder;
+# else it is the torch that can be imported, or the one that lies in the environment around an isolated build.
 execute_process(
-  COMMAND ${Python_EXECUTABLE} -c "import os, sys
+  COMMAND ${Python_EXECUTABLE} -c "import os, sys, sysconfig
 import importlib.util as u
 spec = u.find_spec('torch')
-sys.exit('torch is not installed in ' + sys.executable) if spec is None else None
-root = os.path.dirname(spec.origin)
+around = os.path.join(sysconfig.get_path('purelib'), 'torch')
+root = os.environ.get('DIMAP_TORCH') or (os.path.dirname(spec.origin) if spec else around)
+os.path.exists(os.path.join(root, 'version.py')) or sys.exit('torch must be installed in ' + root)
 scope = {}
 exec(open(os.path.join(root, 'version.py')).read(), scope)
 print(os.path.join(root, 'include'), os.path.join(root, 'lib'), scope['__version__'], sep=';')"

@@ -7,6 +7,7 @@ import re
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
+from textwrap import dedent
 from typing import Any
 
 import dimap
@@ -14,7 +15,7 @@ import typer
 from typer.cli import get_docs_for_click
 
 project, release = "dimap", dimap.__version__
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx_copybutton"]
 root_doc = "README"  # of the repository; `sphinx-build -c docs . build/site`
 include_patterns = ["README.md", "CHANGELOG.md", "docs/**.md", "e*/**/README.md"]
 
@@ -22,7 +23,7 @@ html_theme = "furo"
 html_title = "dimap"
 html_copy_source = False
 myst_heading_anchors = 4
-napoleon_use_ivar = True
+smartquotes = False  # they make dashes of options
 default_role = "py:obj"  # `find_modules` in a docstring is a link where there is such a thing
 autodoc_member_order = "bysource"
 autodoc_mock_imports = ["transformers", "lightning"]  # as large as torch, for a base class
@@ -102,7 +103,10 @@ def commands() -> str:
 def define_entries(
     app: Any, kind: str, name: str, what: Any, options: Any, lines: list[str]
 ) -> None:
-    """Docstrings say of each parameter and field `name: text`: a definition, to reStructuredText."""
+    """Docstrings say of each parameter, field and error `name: text`: a definition, to reStructuredText.
+
+    Some have them under the heading Args or Attributes, which goes.
+    """
     known = {name for each in getattr(what, "__mro__", ()) for name in vars(each)}
     known |= {
         name for each in getattr(what, "__mro__", ()) for name in inspect.get_annotations(each)
@@ -113,9 +117,15 @@ def define_entries(
     def entry(match: re.Match[str]) -> str:
         names = match[1].split(", ")
         listed = ", ".join(f"``{name}``" for name in names)
-        return f"{listed}\n    " if known.issuperset(names) else match[0]
+        errors = all(name.endswith("Error") for name in names)
+        return f"{listed}\n    " if errors or known.issuperset(names) else match[0]
 
-    text = re.sub(r"^(\w+(?:, \w+)*): ", entry, "\n".join(lines), flags=re.M)
+    def section(match: re.Match[str]) -> str:
+        return ("Raises\n\n" if match[1] == "Raises" else "") + dedent(match[2])
+
+    text = "\n".join(lines) + "\n"
+    text = re.sub(r"^(Args|Attributes|Raises):\n((?:(?: {4}.*)?\n)+)", section, text, flags=re.M)
+    text = re.sub(r"^(\w+(?:, \w+)*): ", entry, text, flags=re.M)
     lines[:] = text.replace(":\n\n    ", "::\n\n    ").split("\n")
 
 

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
 #include <cstdint>
@@ -11,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "bindings/check.h"
 #include "core/problem.h"
 
 namespace dimap {
@@ -75,21 +75,21 @@ inline DType dtype_of(const Tensor& t, size_t i) {
     default:
       break;
   }
-  STD_TORCH_CHECK(false, "weights[", i, "] must be float32, bfloat16 or float16, got ", name_of(t.scalar_type()));
+  DIMAP_CHECK(false, "weights[", i, "] must be float32, bfloat16 or float16, got ", name_of(t.scalar_type()));
 }
 
 inline void check_length(const char* name, size_t got, size_t want) {
-  STD_TORCH_CHECK(got == want, name, " must have one entry for each of the ", want, " weights, got ", got);
+  DIMAP_CHECK(got == want, name, " must have one entry for each of the ", want, " weights, got ", got);
 }
 
 inline void check_number(const char* name, size_t i, int64_t got, int64_t end) {
-  STD_TORCH_CHECK(got >= 0 && got < end, name, "[", i, "] must be in [0, ", end - 1, "], got ", got);
+  DIMAP_CHECK(got >= 0 && got < end, name, "[", i, "] must be in [0, ", end - 1, "], got ", got);
 }
 
 inline void check_same_device(const std::vector<Tensor>& weights) {
   for (size_t i = 1; i < weights.size(); ++i)
-    STD_TORCH_CHECK(device_of(weights[i]) == device_of(weights[0]), "weights[", i, "] must be on ",
-                    device_of(weights[0]), " like weights[0], got ", device_of(weights[i]));
+    DIMAP_CHECK(device_of(weights[i]) == device_of(weights[0]), "weights[", i, "] must be on ", device_of(weights[0]),
+                " like weights[0], got ", device_of(weights[i]));
 }
 
 // Whether elements of a tensor may share memory: a step of one dimension lies inside what those of smaller steps span.
@@ -111,7 +111,7 @@ inline bool overlaps_itself(const Tensor& t) {
 inline TensorView view_of(const Tensor& t, size_t i, int64_t layer) {
   const DType dtype = dtype_of(t, i);
   const void* data = t.const_data_ptr();
-  STD_TORCH_CHECK(data != nullptr || t.numel() == 0, "weights[", i, "] must be in memory, got an emptied storage");
+  DIMAP_CHECK(data != nullptr || t.numel() == 0, "weights[", i, "] must be in memory, got an emptied storage");
   return {data, t.numel(), dtype, static_cast<int32_t>(layer)};
 }
 
@@ -143,16 +143,16 @@ inline Problem modules_problem(const std::vector<Tensor>& weights, const std::ve
     check_number("modules", i, modules[i], static_cast<int64_t>(keep.size()));
     int64_t& seen = first[static_cast<size_t>(layers[i])];
     if (seen < 0) seen = static_cast<int64_t>(i);
-    STD_TORCH_CHECK(modules[i] == modules[static_cast<size_t>(seen)], "modules[", i, "] must be ",
-                    modules[static_cast<size_t>(seen)], " like modules[", seen, "], since both are of layer ",
-                    layers[i], ", got ", modules[i]);
+    DIMAP_CHECK(modules[i] == modules[static_cast<size_t>(seen)], "modules[", i, "] must be ",
+                modules[static_cast<size_t>(seen)], " like modules[", seen, "], since both are of layer ", layers[i],
+                ", got ", modules[i]);
     problem.layer_module[static_cast<size_t>(layers[i])] = static_cast<int32_t>(modules[i]);
   }
   problem.keep = keep;
   problem.count();
   for (size_t m = 0; m < keep.size(); ++m)
-    STD_TORCH_CHECK(keep[m] >= 0 && keep[m] <= problem.module_total[m], "keep[", m, "] must be in [0, ",
-                    problem.module_total[m], "], got ", keep[m]);
+    DIMAP_CHECK(keep[m] >= 0 && keep[m] <= problem.module_total[m], "keep[", m, "] must be in [0, ",
+                problem.module_total[m], "], got ", keep[m]);
   return problem;
 }
 
@@ -165,19 +165,19 @@ constexpr int64_t kLargestGroup = 16;
 
 // Checks the arguments of N:M, and says how each weight is cut.
 inline std::vector<GroupShape> group_shapes(const std::vector<Tensor>& weights, int64_t n, int64_t m, int64_t dim) {
-  STD_TORCH_CHECK(m >= 2 && m <= kLargestGroup, "m must be in [2, ", kLargestGroup, "], got ", m);
-  STD_TORCH_CHECK(n >= 0 && n <= m, "n must be in [0, ", m, "], got ", n);
+  DIMAP_CHECK(m >= 2 && m <= kLargestGroup, "m must be in [2, ", kLargestGroup, "], got ", m);
+  DIMAP_CHECK(n >= 0 && n <= m, "n must be in [0, ", m, "], got ", n);
   check_same_device(weights);
   std::vector<GroupShape> shapes;
   for (size_t i = 0; i < weights.size(); ++i) {
     const Tensor& t = weights[i];
     dtype_of(t, i);
-    STD_TORCH_CHECK(t.dim() > 0, "weights[", i, "] must have a dimension to group along, got a tensor of 0 dimensions");
-    STD_TORCH_CHECK(dim >= -t.dim() && dim < t.dim(), "dim must be in [", -t.dim(), ", ", t.dim() - 1, "] for weights[",
-                    i, "] of ", t.dim(), " dimensions, got ", dim);
+    DIMAP_CHECK(t.dim() > 0, "weights[", i, "] must have a dimension to group along, got a tensor of 0 dimensions");
+    DIMAP_CHECK(dim >= -t.dim() && dim < t.dim(), "dim must be in [", -t.dim(), ", ", t.dim() - 1, "] for weights[", i,
+                "] of ", t.dim(), " dimensions, got ", dim);
     const int64_t at = dim < 0 ? dim + t.dim() : dim;
-    STD_TORCH_CHECK(t.size(at) % m == 0, "weights[", i, "] must have a multiple of m, ", m, ", along dim ", dim,
-                    ", got ", t.size(at), " of shape ", shape_of(t));
+    DIMAP_CHECK(t.size(at) % m == 0, "weights[", i, "] must have a multiple of m, ", m, ", along dim ", dim, ", got ",
+                t.size(at), " of shape ", shape_of(t));
     int64_t inner = 1;
     for (int64_t d = at + 1; d < t.dim(); ++d) inner *= t.size(d);
     shapes.push_back({inner == 0 ? 0 : t.numel() / inner / m, inner});
@@ -185,8 +185,8 @@ inline std::vector<GroupShape> group_shapes(const std::vector<Tensor>& weights, 
   return shapes;
 }
 
-[[noreturn]] inline void throw_non_finite(int64_t tensor, int64_t index, bool nan) {
-  STD_TORCH_CHECK(false, "weights[", tensor, "] must be finite, got ", nan ? "nan" : "inf", " at flat index ", index);
+[[noreturn]] inline void throw_non_finite(int64_t tensor, int64_t index, const char* name) {
+  DIMAP_CHECK(false, "weights[", tensor, "] must be finite, got ", name, " at flat index ", index);
   __builtin_unreachable();
 }
 

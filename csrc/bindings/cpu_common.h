@@ -51,12 +51,11 @@ inline void check_outputs(const std::vector<Tensor>& weights, const std::vector<
   };
   for (size_t i = 0; i < out.size(); ++i) {
     const Tensor& t = out[i];
-    STD_TORCH_CHECK(t.scalar_type() == type, "out[", i, "] must be ", name_of(type), ", got ",
-                    name_of(t.scalar_type()));
-    STD_TORCH_CHECK(t.is_cpu(), "out[", i, "] must be on cpu like weights[", i, "], got ", device_of(t));
-    STD_TORCH_CHECK(std::ranges::equal(t.sizes(), weights[i].sizes()), "out[", i, "] must have the shape of weights[",
-                    i, "], ", shape_of(weights[i]), ", got ", shape_of(t));
-    STD_TORCH_CHECK(t.is_contiguous(), "out[", i, "] must be contiguous, got a view with other strides");
+    DIMAP_CHECK(t.scalar_type() == type, "out[", i, "] must be ", name_of(type), ", got ", name_of(t.scalar_type()));
+    DIMAP_CHECK(t.is_cpu(), "out[", i, "] must be on cpu like weights[", i, "], got ", device_of(t));
+    DIMAP_CHECK(std::ranges::equal(t.sizes(), weights[i].sizes()), "out[", i, "] must have the shape of weights[", i,
+                "], ", shape_of(weights[i]), ", got ", shape_of(t));
+    DIMAP_CHECK(t.is_contiguous(), "out[", i, "] must be contiguous, got a view with other strides");
     t.mutable_data_ptr();  // a lazy clone gets memory of its own
     add(t, "out", i, type == ScalarType::Bool ? 1 : 4);
     add(weights[i], "weights", i, size_of(dtype_of(weights[i], i)));
@@ -66,8 +65,8 @@ inline void check_outputs(const std::vector<Tensor>& weights, const std::vector<
   for (const Span& span : spans) {
     const bool output = span.name[0] == 'o';
     const Span* other = last[output];
-    STD_TORCH_CHECK(other == nullptr || other->end <= span.begin, span.name, "[", span.number,
-                    "] must not share memory with ", other->name, "[", other->number, "]");
+    DIMAP_CHECK(other == nullptr || other->end <= span.begin, span.name, "[", span.number,
+                "] must not share memory with ", other->name, "[", other->number, "]");
     for (const Span** seen : {output ? &last[0] : nullptr, &last[1]})
       if (seen && (*seen == nullptr || (*seen)->end < span.end)) *seen = &span;
   }
@@ -86,7 +85,7 @@ auto guarded(Body&& body) {
   try {
     return body();
   } catch (const NonFinite& e) {
-    throw_non_finite(e.tensor, e.index, e.nan);
+    throw_non_finite(e.tensor, e.index, e.name);
   }
 }
 

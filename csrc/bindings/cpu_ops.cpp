@@ -65,18 +65,17 @@ void prune_op(std::vector<Tensor> weights, Ints layers, Ints modules, Ints keep)
 }
 
 void apply_op(std::vector<Tensor> weights, std::vector<Tensor> masks) {
-  STD_TORCH_CHECK(masks.size() == weights.size(), "masks must have one entry for each of the ", weights.size(),
-                  " weights, got ", masks.size());
+  DIMAP_CHECK(masks.size() == weights.size(), "masks must have one entry for each of the ", weights.size(),
+              " weights, got ", masks.size());
   std::vector<Applied> work;
   const std::vector<Tensor> inputs = writable(weights), bytes = contiguous(masks);
   for (size_t i = 0; i < weights.size(); ++i) {
-    STD_TORCH_CHECK(bytes[i].scalar_type() == ScalarType::Bool, "masks[", i, "] must be bool, got ",
-                    name_of(bytes[i].scalar_type()));
-    STD_TORCH_CHECK(bytes[i].is_cpu(), "masks[", i, "] must be on cpu like weights[", i, "], got ",
-                    device_of(bytes[i]));
-    STD_TORCH_CHECK(std::equal(inputs[i].sizes().begin(), inputs[i].sizes().end(), bytes[i].sizes().begin(),
-                               bytes[i].sizes().end()),
-                    "masks[", i, "] must have the shape of weights[", i, "]");
+    DIMAP_CHECK(bytes[i].scalar_type() == ScalarType::Bool, "masks[", i, "] must be bool, got ",
+                name_of(bytes[i].scalar_type()));
+    DIMAP_CHECK(bytes[i].is_cpu(), "masks[", i, "] must be on cpu like weights[", i, "], got ", device_of(bytes[i]));
+    DIMAP_CHECK(std::equal(inputs[i].sizes().begin(), inputs[i].sizes().end(), bytes[i].sizes().begin(),
+                           bytes[i].sizes().end()),
+                "masks[", i, "] must have the shape of weights[", i, "]");
     const TensorView view = view_of(inputs[i], i, 0);
     work.push_back({inputs[i].mutable_data_ptr(), static_cast<const uint8_t*>(bytes[i].const_data_ptr()), view.numel,
                     size_of(view.dtype)});

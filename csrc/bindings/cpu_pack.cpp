@@ -15,8 +15,8 @@ Tensor empty_cpu(std::vector<int64_t> sizes, ScalarType type) {
 
 int64_t weight_size(const Tensor& t, const char* name) {
   const ScalarType type = t.scalar_type();
-  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half, name,
-                  " must be float32, bfloat16 or float16, got ", name_of(type));
+  DIMAP_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half, name,
+              " must be float32, bfloat16 or float16, got ", name_of(type));
   return type == ScalarType::Float ? 4 : 2;
 }
 
@@ -36,25 +36,25 @@ Tensor unpack_op(Tensor bits, Tensor values, std::vector<int64_t> sizes) {
   Packing packing{1, weight_size(values, "values")};
   bool empty = false, fits = true;
   for (const int64_t n : sizes) {
-    STD_TORCH_CHECK(n >= 0, "sizes must not be negative, got ", n);
+    DIMAP_CHECK(n >= 0, "sizes must not be negative, got ", n);
     empty |= n == 0;
     fits = fits && !__builtin_mul_overflow(packing.n, n == 0 ? 1 : n, &packing.n);
   }
   if (empty) packing.n = 0;
-  STD_TORCH_CHECK(empty || fits, "sizes must be those of a tensor, got more than 2^63 weights");
-  STD_TORCH_CHECK(bits.is_cpu() && values.is_cpu(), "bits and values must be on cpu, got ", device_of(bits), " and ",
-                  device_of(values));
-  STD_TORCH_CHECK(bits.scalar_type() == ScalarType::Byte && bits.dim() == 1 && bits.numel() == packing.bytes(),
-                  "bits must be uint8 of one dimension, ", packing.bytes(), " for ", packing.n, " weights, got ",
-                  name_of(bits.scalar_type()), " with ", bits.dim(), " dimensions and ", bits.numel());
+  DIMAP_CHECK(empty || fits, "sizes must be those of a tensor, got more than 2^63 weights");
+  DIMAP_CHECK(bits.is_cpu() && values.is_cpu(), "bits and values must be on cpu, got ", device_of(bits), " and ",
+              device_of(values));
+  DIMAP_CHECK(bits.scalar_type() == ScalarType::Byte && bits.dim() == 1 && bits.numel() == packing.bytes(),
+              "bits must be uint8 of one dimension, ", packing.bytes(), " for ", packing.n, " weights, got ",
+              name_of(bits.scalar_type()), " with ", bits.dim(), " dimensions and ", bits.numel());
   const Tensor mask = torch::stable::contiguous(bits), kept = torch::stable::contiguous(values);
   const auto* bytes = static_cast<const uint8_t*>(mask.const_data_ptr());
-  STD_TORCH_CHECK(packing.n % 8 == 0 || bytes[packing.n / 8] >> packing.n % 8 == 0,
-                  "bits must have zeros in the unused bits of the last byte, got ones");
+  DIMAP_CHECK(packing.n % 8 == 0 || bytes[packing.n / 8] >> packing.n % 8 == 0,
+              "bits must have zeros in the unused bits of the last byte, got ones");
   const TorchPool pool;
   const std::vector<int64_t> offsets = offsets_of_bits(bytes, packing, pool);
-  STD_TORCH_CHECK(values.dim() == 1 && values.numel() == offsets.back(), "values must have one dimension and ",
-                  offsets.back(), " weights as the bits say, got ", values.dim(), " dimensions and ", values.numel());
+  DIMAP_CHECK(values.dim() == 1 && values.numel() == offsets.back(), "values must have one dimension and ",
+              offsets.back(), " weights as the bits say, got ", values.dim(), " dimensions and ", values.numel());
   Tensor weights = empty_cpu(sizes, values.scalar_type());
   unpack(bytes, kept.const_data_ptr(), packing, offsets, weights.mutable_data_ptr(), pool);
   return weights;

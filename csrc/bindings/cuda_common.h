@@ -19,7 +19,7 @@ namespace dimap::cuda {
 using Ints = std::vector<int64_t>;
 
 inline void check(cudaError_t error) {
-  STD_TORCH_CHECK(error == cudaSuccess, "dimap needs a working CUDA device, got: ", cudaGetErrorString(error));
+  DIMAP_CHECK(error == cudaSuccess, "dimap needs a working CUDA device, got: ", cudaGetErrorString(error));
 }
 
 // Makes the tensors' device current, for torch and for this library's own copy of the runtime, and finds its stream.
@@ -77,7 +77,7 @@ class Device {
 
 // The one device of all weights. A list with a tensor elsewhere comes here, too: its first may be the one on the CPU.
 inline Device device_of_all(const std::vector<Tensor>& weights) {
-  STD_TORCH_CHECK(!weights.empty(), "weights must have at least one tensor, got none");
+  DIMAP_CHECK(!weights.empty(), "weights must have at least one tensor, got none");
   check_same_device(weights);
   return Device(weights[0]);
 }

@@ -117,17 +117,17 @@ void prune_op(std::vector<Tensor> weights, Ints layers, Ints modules, Ints keep)
 }
 
 void apply_op(std::vector<Tensor> weights, std::vector<Tensor> masks) {
-  STD_TORCH_CHECK(masks.size() == weights.size(), "masks must have one entry for each of the ", weights.size(),
-                  " weights, got ", masks.size());
+  DIMAP_CHECK(masks.size() == weights.size(), "masks must have one entry for each of the ", weights.size(),
+              " weights, got ", masks.size());
   if (weights.empty()) return;
   for (size_t i = 0; i < weights.size(); ++i) {
-    STD_TORCH_CHECK(masks[i].scalar_type() == ScalarType::Bool, "masks[", i, "] must be bool, got ",
-                    name_of(masks[i].scalar_type()));
-    STD_TORCH_CHECK(device_of(masks[i]) == device_of(weights[i]), "masks[", i, "] must be on ", device_of(weights[i]),
-                    " like weights[", i, "], got ", device_of(masks[i]));
-    STD_TORCH_CHECK(std::equal(weights[i].sizes().begin(), weights[i].sizes().end(), masks[i].sizes().begin(),
-                               masks[i].sizes().end()),
-                    "masks[", i, "] must have the shape of weights[", i, "]");
+    DIMAP_CHECK(masks[i].scalar_type() == ScalarType::Bool, "masks[", i, "] must be bool, got ",
+                name_of(masks[i].scalar_type()));
+    DIMAP_CHECK(device_of(masks[i]) == device_of(weights[i]), "masks[", i, "] must be on ", device_of(weights[i]),
+                " like weights[", i, "], got ", device_of(masks[i]));
+    DIMAP_CHECK(std::equal(weights[i].sizes().begin(), weights[i].sizes().end(), masks[i].sizes().begin(),
+                           masks[i].sizes().end()),
+                "masks[", i, "] must have the shape of weights[", i, "]");
   }
   const Device device = device_of_all(weights);
   const std::vector<Tensor> inputs = writable(weights), bytes = contiguous(masks);

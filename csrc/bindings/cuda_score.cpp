@@ -44,8 +44,7 @@ void score_tables(const Device& device, const Problem& problem, std::span<const 
     const Problem part =
         part_of(problem, layers.subspan(first, std::min<size_t>(kTableLayers, layers.size() - first)), scores, outs);
     for (const int64_t total : part.layer_total)
-      STD_TORCH_CHECK(total < int64_t{1} << 32, "a layer scored on CUDA must have fewer than 2^32 weights, got ",
-                      total);
+      DIMAP_CHECK(total < int64_t{1} << 32, "a layer scored on CUDA must have fewer than 2^32 weights, got ", total);
     const HostPlan host(part, outs);
     const auto count = static_cast<int64_t>(part.layers());
     Workspace space;
@@ -122,8 +121,8 @@ std::vector<Tensor> score_op(std::vector<Tensor> weights, Ints layers) {
   }
   std::vector<int32_t> small, tables[2], large;
   for (size_t l = 0; l < types.size(); ++l) {
-    STD_TORCH_CHECK(places[l] <= kMostPlaces, "a layer scored on CUDA must have at most 2^33 weights, got ",
-                    problem.layer_total[l]);
+    DIMAP_CHECK(places[l] <= kMostPlaces, "a layer scored on CUDA must have at most 2^33 weights, got ",
+                problem.layer_total[l]);
     const bool half =
         types[l] == static_cast<int32_t>(DType::kBFloat16) || types[l] == static_cast<int32_t>(DType::kFloat16);
     (problem.layer_total[l] <= kBucketSize ? small

@@ -36,10 +36,12 @@ struct Matrix : Rows {
       const uint32_t key = view.dtype == DType::kFloat32    ? key_of<DType::kFloat32>(word)
                            : view.dtype == DType::kBFloat16 ? key_of<DType::kBFloat16>(half)
                                                             : key_of<DType::kFloat16>(half);
-      if (key >= kNonFinite) throw_non_finite(static_cast<int64_t>(t), i, key > kNonFinite);
+      if (key < kNonFinite) continue;
+      const auto size = static_cast<size_t>(size_of(view.dtype));
+      throw_non_finite(static_cast<int64_t>(t), i, non_finite_name(key, word, size));
     }
   }
-  STD_TORCH_CHECK(false, "weights must be finite");
+  DIMAP_CHECK(false, "weights must be finite");
   __builtin_unreachable();
 }
 

@@ -20,8 +20,8 @@ inline std::vector<Tensor> contiguous(const std::vector<Tensor>& tensors) {
 inline std::vector<Tensor> writable(const std::vector<Tensor>& weights) {
   const std::vector<Tensor> out = contiguous(weights);
   for (size_t i = 0; i < weights.size(); ++i) {
-    STD_TORCH_CHECK(!overlaps_itself(weights[i]), "weights[", i,
-                    "] must not overlap itself, got an expanded tensor or one like it: clone it first");
+    DIMAP_CHECK(!overlaps_itself(weights[i]), "weights[", i,
+                "] must not overlap itself, got an expanded tensor or one like it: clone it first");
     if (weights[i].is_contiguous()) {
       weights[i].mutable_data_ptr();  // a lazy clone gets memory of its own
     } else {                          // copying nothing asks torch whether more may be copied

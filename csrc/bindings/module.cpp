@@ -161,9 +161,9 @@ class Pruning {
     return decided().count_packed();
   }
 
+  using Rest = std::tuple<int32_t, int64_t, int64_t, int64_t, uint64_t, int64_t, uint64_t>;
   std::vector<int64_t> write(const std::variant<Files, Piece>& targets,
-                             const std::vector<std::tuple<int64_t, int64_t>>& places,
-                             const std::vector<std::tuple<int32_t, int64_t, int64_t, int64_t, uint64_t, int64_t>>& rest,
+                             const std::vector<std::tuple<int64_t, int64_t>>& places, const std::vector<Rest>& rest,
                              const std::optional<std::tuple<int, std::string, std::vector<int64_t>>>& masks) {
     if (places.size() != problem_.tensors.size())
       throw py::value_error("places must have one entry for each of the " + std::to_string(problem_.tensors.size()) +
@@ -171,8 +171,8 @@ class Pruning {
     std::vector<cpu::Place> at;
     for (const auto& [values, bits] : places) at.push_back({values, bits});
     std::vector<cpu::Elements> elements;
-    for (const auto& [file, offset, count, size, mask, place] : rest)
-      elements.push_back({file, offset, count, size, mask, place});
+    for (const auto& [file, offset, count, size, mask, place, most] : rest)
+      elements.push_back({file, offset, count, size, mask, place, most});
     std::optional<cpu::MaskFile> mask_file;
     if (masks) mask_file = {{std::get<0>(*masks), std::get<1>(*masks)}, std::get<2>(*masks)};
     const py::gil_scoped_release release;
@@ -201,6 +201,7 @@ class Pruning {
   std::vector<int64_t> kept() const { return decided().kept(); }
   int readings() const { return decided().decision() ? decided().decision()->readings : 0; }
   std::vector<int64_t> nonzero() const { return written_.nonzero; }
+  std::vector<bool> nan() const { return {written_.nan.begin(), written_.nan.end()}; }
   std::vector<double> smallest() const {
     std::vector<double> values;
     for (const uint32_t key : written_.smallest)
@@ -455,7 +456,7 @@ void translate(std::exception_ptr error) {
   try {
     if (error) std::rethrow_exception(error);
   } catch (const NonFinite& e) {
-    raise(self.attr("NonFiniteError").ptr(), py::make_tuple(e.tensor, e.index, e.nan ? "nan" : "inf"));
+    raise(self.attr("NonFiniteError").ptr(), py::make_tuple(e.tensor, e.index, e.name));
   } catch (const cpu::Changed& e) {
     raise(self.attr("ChangedError").ptr(), py::make_tuple(e.tensor));
   } catch (const cpu::BadBits& e) {
@@ -476,7 +477,7 @@ void add_error(py::module_& m, const char* name, const char* doc) {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "The engine on files and shards, without torch; how dimap was built and what it can run on.";
   m.attr("__version__") = DIMAP_VERSION;
-  add_error(m, "NonFiniteError", "A NaN or an infinity: (tensor, flat index, 'nan' or 'inf').");
+  add_error(m, "NonFiniteError", "A NaN or an infinity: (tensor, flat index, 'nan', 'inf' or '-inf').");
   add_error(m, "ChangedError", "A file changed between two readings: (tensor,).");
   add_error(m, "BitsError", "Bits that do not fit their values: (tensor, values as the bits say, values).");
   py::register_local_exception_translator(&translate);
@@ -502,6 +503,7 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly("kept", &Pruning::kept)
       .def_property_readonly("readings", &Pruning::readings)
       .def_property_readonly("nonzero", &Pruning::nonzero)
+      .def_property_readonly("nan", &Pruning::nan)
       .def_property_readonly("smallest", &Pruning::smallest);
   m.def("decide_shards", &decide_shards, py::arg("tensors"), py::arg("totals"), py::arg("modules"), py::arg("keep"),
         py::kw_only(), py::arg("exchange"), py::arg("size"));

@@ -15,10 +15,10 @@
 namespace dimap {
 
 inline void check_matrix(const Tensor& t, const char* name, int64_t columns, const std::string& device) {
-  STD_TORCH_CHECK(device_of(t) == device && t.scalar_type() == ScalarType::Long && t.dim() == 2, name,
-                  " must be an int64 matrix on ", device, ", got ", name_of(t.scalar_type()), " with ", t.dim(),
-                  " dimensions on ", device_of(t));
-  STD_TORCH_CHECK(columns < 0 || t.size(1) == columns, name, " must have ", columns, " columns, got ", t.size(1));
+  DIMAP_CHECK(device_of(t) == device && t.scalar_type() == ScalarType::Long && t.dim() == 2, name,
+              " must be an int64 matrix on ", device, ", got ", name_of(t.scalar_type()), " with ", t.dim(),
+              " dimensions on ", device_of(t));
+  DIMAP_CHECK(columns < 0 || t.size(1) == columns, name, " must have ", columns, " columns, got ", t.size(1));
 }
 
 // A matrix in host memory.
@@ -32,26 +32,26 @@ inline std::vector<WireWindow> read_windows(const Rows& windows) {
   std::vector<WireWindow> out;
   for (int64_t l = 0; l < windows.rows; ++l) {
     const int64_t* w = windows.row(l);
-    STD_TORCH_CHECK(w[1] >= 0 && w[1] <= 23 && w[0] >= 0 && w[0] < int64_t{kKeyEnd} && w[0] % (int64_t{1} << w[1]) == 0,
-                    "windows[", l,
-                    "] must start at a key below 2^31 that is a multiple of 2^shift, shift in [0, 23], "
-                    "got key ",
-                    w[0], ", shift ", w[1]);
-    STD_TORCH_CHECK(w[2] >= 0 && w[2] <= 23, "windows[", l, "] must have a granularity in [0, 23], got ", w[2]);
-    STD_TORCH_CHECK(w[3] >= 0 && w[3] <= int64_t{kKeyEnd} && w[4] >= 0 && w[4] <= int64_t{kKeyEnd}, "windows[", l,
-                    "] must have bounds in [0, 2^31], got ", w[3], " and ", w[4]);
+    DIMAP_CHECK(w[1] >= 0 && w[1] <= 23 && w[0] >= 0 && w[0] < int64_t{kKeyEnd} && w[0] % (int64_t{1} << w[1]) == 0,
+                "windows[", l,
+                "] must start at a key below 2^31 that is a multiple of 2^shift, shift in [0, 23], "
+                "got key ",
+                w[0], ", shift ", w[1]);
+    DIMAP_CHECK(w[2] >= 0 && w[2] <= 23, "windows[", l, "] must have a granularity in [0, 23], got ", w[2]);
+    DIMAP_CHECK(w[3] >= 0 && w[3] <= int64_t{kKeyEnd} && w[4] >= 0 && w[4] <= int64_t{kKeyEnd}, "windows[", l,
+                "] must have bounds in [0, 2^31], got ", w[3], " and ", w[4]);
     const WireWindow view = read_window(w);
-    STD_TORCH_CHECK(view.window.below_high >= 0 && view.window.below_high <= 1 && view.window.above_low >= 0 &&
-                        view.window.above_low <= 1,
-                    "windows[", l, "] must have bounds of scores in [0, 1], got ", view.window.below_high, " and ",
-                    view.window.above_low);
+    DIMAP_CHECK(view.window.below_high >= 0 && view.window.below_high <= 1 && view.window.above_low >= 0 &&
+                    view.window.above_low <= 1,
+                "windows[", l, "] must have bounds of scores in [0, 1], got ", view.window.below_high, " and ",
+                view.window.above_low);
     out.push_back(view);
   }
   return out;
 }
 
 inline void check_bins(int64_t bins) {
-  STD_TORCH_CHECK(bins >= kMinBins, "bins must be at least ", kMinBins, ", got ", bins);
+  DIMAP_CHECK(bins >= kMinBins, "bins must be at least ", kMinBins, ", got ", bins);
 }
 
 inline Problem survey_problem(const std::vector<Tensor>& inputs, const std::vector<int64_t>& layers,
@@ -62,9 +62,9 @@ inline Problem survey_problem(const std::vector<Tensor>& inputs, const std::vect
   for (size_t i = 0; i < inputs.size(); ++i) {
     check_number("layers", i, layers[i], count);
     const TensorView view = view_of(inputs[i], i, layers[i]);
-    STD_TORCH_CHECK(granularity(view.dtype) >= wire[static_cast<size_t>(layers[i])].granularity, "windows[", layers[i],
-                    "] must have a granularity of at most ", granularity(view.dtype), " for weights[", i, "] of ",
-                    name_of(inputs[i].scalar_type()), ", got ", wire[static_cast<size_t>(layers[i])].granularity);
+    DIMAP_CHECK(granularity(view.dtype) >= wire[static_cast<size_t>(layers[i])].granularity, "windows[", layers[i],
+                "] must have a granularity of at most ", granularity(view.dtype), " for weights[", i, "] of ",
+                name_of(inputs[i].scalar_type()), ", got ", wire[static_cast<size_t>(layers[i])].granularity);
     problem.tensors.push_back(view);
   }
   check_same_device(inputs);
@@ -84,11 +84,11 @@ struct Solved {
 inline Solved solve_rows(const Rows& rows, const Rows& views, const std::vector<int64_t>& modules,
                          const std::vector<int64_t>& keep) {
   const int64_t bins = wire_bins(rows.cols);
-  STD_TORCH_CHECK(bins >= kMinBins, "table must have 22 + 3 * bins columns with at least ", kMinBins, " bins, got ",
-                  rows.cols, " columns");
-  STD_TORCH_CHECK(views.rows == rows.rows && static_cast<int64_t>(modules.size()) == rows.rows,
-                  "windows and modules must have one entry for each of the ", rows.rows, " layers, got ", views.rows,
-                  " and ", modules.size());
+  DIMAP_CHECK(bins >= kMinBins, "table must have 22 + 3 * bins columns with at least ", kMinBins, " bins, got ",
+              rows.cols, " columns");
+  DIMAP_CHECK(views.rows == rows.rows && static_cast<int64_t>(modules.size()) == rows.rows,
+              "windows and modules must have one entry for each of the ", rows.rows, " layers, got ", views.rows,
+              " and ", modules.size());
   const std::vector<WireWindow> wire = read_windows(views);
   std::vector<std::vector<size_t>> layers(keep.size());
   std::vector<Bin> storage(static_cast<size_t>(rows.rows * bins));
@@ -107,7 +107,7 @@ inline Solved solve_rows(const Rows& rows, const Rows& views, const std::vector<
     std::vector<LayerTable> mine;
     int64_t total = 0;
     for (const size_t l : layers[m]) mine.push_back(tables[l]), total += tables[l].total;
-    STD_TORCH_CHECK(keep[m] >= 0 && keep[m] <= total, "keep[", m, "] must be in [0, ", total, "], got ", keep[m]);
+    DIMAP_CHECK(keep[m] >= 0 && keep[m] <= total, "keep[", m, "] must be in [0, ", total, "], got ", keep[m]);
     std::vector<Cut> found(mine.size());
     std::vector<Next> closer(mine.size());
     const ModuleCut result = dimap::solve(mine, keep[m], found, closer);
@@ -138,8 +138,8 @@ inline std::pair<Problem, std::vector<Cut>> emit_problem(const std::vector<Tenso
   std::vector<Cut> found;
   for (int64_t l = 0; l < rows.rows; ++l) {
     const int64_t* cut = rows.row(l);
-    STD_TORCH_CHECK(cut[0] >= 0 && cut[0] <= int64_t{kKeyEnd} && cut[1] < cut[0], "cuts[", l,
-                    "] must be decided: a key in [0, 2^31] and a smaller one or -1, got ", cut[0], " and ", cut[1]);
+    DIMAP_CHECK(cut[0] >= 0 && cut[0] <= int64_t{kKeyEnd} && cut[1] < cut[0], "cuts[", l,
+                "] must be decided: a key in [0, 2^31] and a smaller one or -1, got ", cut[0], " and ", cut[1]);
     found.push_back({static_cast<uint32_t>(cut[0]), cut[1] < 0 ? Cut::kNoTie : static_cast<uint32_t>(cut[1])});
   }
   for (size_t i = 0; i < inputs.size(); ++i) {
@@ -153,8 +153,8 @@ inline std::pair<Problem, std::vector<Cut>> emit_problem(const std::vector<Tenso
 }
 
 inline void check_quota(const Tensor& quota, const std::string& device) {
-  STD_TORCH_CHECK(device_of(quota) == device && quota.scalar_type() == ScalarType::Long && quota.dim() == 1,
-                  "quota must be an int64 vector on ", device);
+  DIMAP_CHECK(device_of(quota) == device && quota.scalar_type() == ScalarType::Long && quota.dim() == 1,
+              "quota must be an int64 vector on ", device);
 }
 
 }  // namespace dimap

@@ -60,12 +60,17 @@ struct Problem {
   }
 };
 
-// An infinity or a NaN among the weights: where the first one is.
+// "nan", "inf" or "-inf": a weight with this key, of these bits; size: its bytes.
+inline const char* non_finite_name(uint32_t key, uint32_t bits, size_t size) {
+  return key > kNonFinite ? "nan" : bits >> (8 * size - 1) & 1 ? "-inf" : "inf";
+}
+
+// An infinity or a NaN among the weights: where the first one is, and its name.
 struct NonFinite : std::runtime_error {
-  NonFinite(int64_t tensor, int64_t index, bool nan)
-      : std::runtime_error("non-finite weight"), tensor(tensor), index(index), nan(nan) {}
+  NonFinite(int64_t tensor, int64_t index, const char* name)
+      : std::runtime_error("non-finite weight"), tensor(tensor), index(index), name(name) {}
   int64_t tensor, index;
-  bool nan;
+  const char* name;
 };
 
 }  // namespace dimap

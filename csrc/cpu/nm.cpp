@@ -41,7 +41,7 @@ void check_finite(const void* given, int64_t n, DType dtype, int64_t tensor, int
     const auto* weights = static_cast<const storage_t<kType>*>(given);
     for (int64_t i = 0; i < n; ++i)
       if (const uint32_t key = key_of<kType>(weights[i]); key >= kNonFinite)
-        throw NonFinite(tensor, offset + i, key > kNonFinite);
+        throw NonFinite(tensor, offset + i, non_finite_name(key, weights[i], sizeof weights[i]));
   });
 }
 

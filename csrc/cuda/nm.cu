@@ -133,7 +133,7 @@ __device__ int adjacent_groups(const GroupArgs& a, const Part& p, uint32_t& larg
           else
             words[w] &= (bits >> (2 * w) & 1) * 0xFFFFu | (bits >> (2 * w + 1) & 1) * 0xFFFF0000u;
         }
-        vectors[k] = make_uint4(words[0], words[1], words[2], words[3]);
+        vectors[k] = uint4{words[0], words[1], words[2], words[3]};
       }
     } else {
       auto* words = reinterpret_cast<uint32_t*>(mask) + u * (kWeights / 4);

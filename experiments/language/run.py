@@ -93,6 +93,7 @@ def compare(got: Tensor, dense: Tensor) -> dict[str, Any]:
 
 def measure(folder: Path) -> dict[str, Any]:
     encoder, start = Encoder(folder), time.process_time()
+    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     calibration, held_out = sentences()
     judged = draw(held_out, JUDGED, 0)
     dense = encoder.embed(judged)
@@ -113,7 +114,6 @@ def measure(folder: Path) -> dict[str, Any]:
             )
             mean = statistics.fmean(cells[-1]["cosines"])
             print(f"{sparsity:.0%} {name}: {mean:.4f}, {cells[-1]['neighbours']:.1f} %", flush=True)
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     return {
         "schema": "dimap.language",
         "version": 1,

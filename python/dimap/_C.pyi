@@ -71,7 +71,7 @@ class Pruning:
         self,
         targets: Sequence[tuple[int, str]] | Piece,
         places: Sequence[tuple[int, int]],
-        rest: Sequence[tuple[int, int, int, int, int, int]],
+        rest: Sequence[tuple[int, int, int, int, int, int, int]],
         *,
         masks: tuple[int, str, Sequence[int]] | None = None,
     ) -> list[int]:
@@ -82,7 +82,8 @@ class Pruning:
         places: [tensors] (offset of its weights, -1), or (offset of its nonzero values, offset of
             its bits), in the target of its file.
         rest: what is copied as it is: (file, offset, elements, bytes of one, mask, offset in the
-            target). mask: the bits of an element that make it nonzero if any is set; 0: all are.
+            target, most). mask: the bits of an element that make it nonzero if any is set; 0: all are.
+            most: these bits of the largest that is no NaN; 0: none is.
         masks: descriptor, path, and for each tensor the offset of its mask, one bit a weight.
 
         Returns how many elements of each of `rest` are not zero, in this rank's part.
@@ -90,6 +91,7 @@ class Pruning:
         """
     # After write(), of this rank's part:
     nonzero: list[int]  # [tensors] kept weights that are not zero
+    nan: list[bool]  # [rest] whether an element is a NaN
     smallest: list[float]  # [tensors] smallest kept |w| of this rank; nan: none
 
 def decide_shards(

@@ -12,11 +12,14 @@ when they are first asked for, so that a program that works on files only need n
 
 from __future__ import annotations
 
+import warnings
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import _with_torch
+from . import _C, _with_torch
 from ._C import __version__, build_info
+from ._installed import stranger
 
 if TYPE_CHECKING:
     from . import methods, ops, reference, saliency
@@ -60,7 +63,7 @@ __all__ = [
     "to_semi_structured",
 ]
 
-# Where each name is, and the modules that can be had as attributes of dimap.
+# Where each name is, and the modules that are attributes of dimap.
 _NAMES = {
     "bitmask": ("load_file", "save_file"),
     "budgets": ("Budgets",),
@@ -102,4 +105,6 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__, *_MODULES})
 
 
+if _told := stranger(Path(_C.__file__).parent):
+    warnings.warn(_told, RuntimeWarning, stacklevel=2)
 _with_torch.register_operators()

@@ -1,4 +1,4 @@
-"""What a user is told of an error, and how signals end the program."""
+"""What a user reads of an error, and how signals end the program."""
 
 from __future__ import annotations
 
@@ -9,18 +9,29 @@ import sys
 _SOURCE = re.compile(r"^\w+, \S+\.(?:cpp|h|cu):\d+, ")  # where in C++ an operator's error is from
 
 
+class Damaged(ValueError):
+    """A file is not what it must be as a whole: truncated, damaged or of another format."""
+
+
 def sentence(error: BaseException) -> str:
     """An error in one sentence, for a user."""
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     if isinstance(error, OSError) and error.errno is not None:
         return str(error.strerror)
-    first = (str(error).splitlines() or [""])[0]
+    if isinstance(error, UnicodeEncodeError):  # of a name that a library hands on as UTF-8
+        return f"{error.object} must be a name in UTF-8"
+    first = (str(error).strip().splitlines() or [""])[0]
     if isinstance(error, (ValueError, TypeError, OSError, ImportError)) and first:
         return str(error)
     if isinstance(error, RuntimeError) and first:  # of the operators, and of a forward pass
         return _SOURCE.sub("", first)
     return f"{type(error).__name__}: {first} (--debug shows where)"
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of another library says first, or its kind where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def unwind_on_signals() -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import errno
 import fcntl
 import hashlib
+import json
 import os
 import re
 import secrets
 import shutil
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -173,7 +174,10 @@ def open_safetensors(path: Path) -> Any:
 def save_safetensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
 ) -> None:
-    """Fill the empty file `path`; tensors that share memory (tied weights) are each written."""
+    """Fill the empty file `path`, with the same bytes for the same tensors and metadata, in their order.
+
+    Tensors that share memory (tied weights) are each written.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -188,10 +192,23 @@ def save_safetensors(
         mode = path.stat().st_mode
         save_file(ready, path, metadata=dict(metadata))
         path.chmod(mode)  # newer versions of the library replace the file by a private one
+        if len(metadata) > 1:
+            _order_metadata(path, metadata)
     except SafetensorError as error:
         found = re.search(r"os error (\d+)", str(error))
         code = int(found[1]) if found else errno.EIO
         raise OSError(code, os.strerror(code) if found else str(error)) from error
+
+
+def _order_metadata(path: Path, metadata: Mapping[str, str]) -> None:
+    """Give the metadata of a safetensors file their order: the library's is another in every run."""
+    with open(path, "r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length)) | {"__metadata__": dict(metadata)}
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        if len(text) <= length:  # as long as it was, but for a library that writes JSON otherwise
+            file.seek(8)
+            file.write(text.ljust(length))
 
 
 def remove(path: Path) -> None:
@@ -203,6 +220,13 @@ def remove(path: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink()
+
+
+def remove_empty(folders: Iterable[Path]) -> None:
+    """Remove those of the folders that hold nothing, but folders that hold nothing."""
+    for folder in sorted(folders, key=lambda folder: len(folder.parts), reverse=True):
+        with suppress(OSError):
+            folder.rmdir()
 
 
 def remove_leftovers(path: Path) -> None:

@@ -22,7 +22,7 @@ def create(name: str, *, pretrained: bool) -> nn.Module:
     """A timm model with pretrained weights, or with fresh ones (seed 0).
 
     Raises ModuleNotFoundError without timm, ValueError for a name that timm does not know, OSError
-    where the weights can be had neither from the hub nor from its cache.
+    where the weights are not in the hub's cache and cannot be downloaded.
     """
     timm = _import()
     _check_known(timm, name)

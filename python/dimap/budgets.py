@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from . import _C
 from .groups import AUX, whole, wholes
 from .groups.plan import Plan, Sparsity
-from .report.pruned import count_dense
+from .report.pruned import Pruned, count_dense
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -257,6 +257,13 @@ def size_cost(plan: Plan, size: int, packed: Callable[[Mapping[str, int]], int])
     return Cost("size", Fraction(size), 1, left, lambda tensor: whole(plan.names[tensor]))
 
 
+@dataclass(kw_only=True)
+class _Planned(Pruned):
+    """Modules and shapes, of which FLOPs are counted."""
+
+    shapes: Mapping[str, tuple[int, ...]]
+
+
 def costs_of(
     budgets: Budgets,
     plan: Plan,
@@ -273,10 +280,12 @@ def costs_of(
     if budgets.params is not None:
         costs.append(params_cost(plan, budgets.params, shapes))
     if budgets.flops is not None or budgets.nominal_flops is not None:
-        dense, flops, notes = count_dense(plan.modules, shapes, model, input_size)
+        how: dict[str, Any] = {"scope": "module", "normalize": "layer", "thresholds": {}}
+        planned = _Planned(modules=plan.modules, sparsity={}, shapes=shapes, **how)
+        dense, flops, notes = count_dense(planned, model, input_size)
         if flops is None:
             raise ValueError(f"a budget of FLOPs needs the model's FLOPs, got {notes[0]}")
-        total = flops.other + sum(dense.values())
+        total = flops.total
         for share, kind in ((budgets.flops, flops_cost), (budgets.nominal_flops, nominal_cost)):
             if share is not None:
                 costs.append(kind(plan, share, dense, total))

@@ -10,8 +10,9 @@ from __future__ import annotations
 import copy
 import math
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 META = torch.device("meta")
+TOKENS = 2048
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class Flops:
         total: everything torch counts: linear layers, convolutions, matrix products of activations.
         parameters: parameter name -> multiply-adds of the operators that read it; parameters that
             take part in no counted operator (biases, norms, tables) are absent.
-        input_size: (channels, height, width) of the input that was counted.
+        input_size: (channels, height, width) of the image, or (tokens,) of the text, that was counted.
     """
 
     total: int
@@ -52,9 +54,11 @@ def count_flops(model: nn.Module, input_size: int | Sequence[int] | None = None)
     handed to a functional linear (swinv2, torchvision's Swin) count like those of `nn.Linear`.
 
     Args:
-        model: a vision model that takes one image tensor [1, channels, height, width].
+        model: a vision model that takes one image tensor [1, channels, height, width]; or a model of
+            transformers that takes `pixel_values`, `input_ids` or both.
         input_size: side, (height, width) or (channels, height, width) in pixels; None asks the
-            model (see `default_input_size`).
+            model (see `default_input_size`). Of a model of text alone, its tokens; None counts as
+            many as it takes, at most 2,048.
 
     Raises:
         TypeError: `model` is no nn.Module.
@@ -66,16 +70,16 @@ def count_flops(model: nn.Module, input_size: int | Sequence[int] | None = None)
 
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
-    size = _full_size(model, default_input_size(model) if input_size is None else input_size)
     skeleton = _skeleton(model)
     run = getattr(skeleton, "_orig_mod", skeleton)  # what torch.compile wraps: run it as written
+    size, arguments, named = _inputs(model, input_size, signature(run.forward).parameters)
     counter = FlopCounterMode(display=False)
     by_parameter = _ByParameter(skeleton, counter)
     try:
         # The math backend spells attention out as two products; fused kernels lack formulas
         # on some devices.
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter, by_parameter:
-            run(torch.empty(1, *size, device=META))
+            run(*arguments, **named)
     except Exception as error:
         raise RuntimeError(
             f"counting FLOPs needs a forward pass of {type(model).__name__} on an input of shape "
@@ -86,12 +90,36 @@ def count_flops(model: nn.Module, input_size: int | Sequence[int] | None = None)
     return Flops(counter.get_total_flops() // 2, counts, size)
 
 
+def _inputs(
+    model: nn.Module, input_size: int | Sequence[int] | None, takes: Container[str]
+) -> tuple[tuple[int, ...], list[Tensor], dict[str, Tensor]]:
+    """The size that is counted, and the arguments of the forward pass, which takes those names."""
+    named = {}
+    words = [name for name in ("input_ids", "decoder_input_ids") if name in takes]
+    if words:
+        config: Any = getattr(model, "config", None)
+        config = config.get_text_config() if hasattr(config, "get_text_config") else config
+        tokens = min(getattr(config, "max_position_embeddings", TOKENS), TOKENS)
+        if "pixel_values" not in takes and input_size is not None:
+            if not isinstance(input_size, int) or input_size < 1:
+                raise ValueError(f"input_size must be a number of tokens, got {input_size!r}")
+            tokens = input_size
+        named = {w: torch.zeros(1, tokens, dtype=torch.long, device=META) for w in words}
+        if "pixel_values" not in takes:
+            return (tokens,), [], named
+    size = _full_size(model, default_input_size(model) if input_size is None else input_size)
+    image = torch.empty(1, *size, device=META)
+    if "pixel_values" in takes:
+        return size, [], {**named, "pixel_values": image}
+    return size, [image], named
+
+
 def default_input_size(model: nn.Module) -> tuple[int, ...]:
     """(height, width) the model says it was built for.
 
     Looked up in this order: `patch_embed.img_size` (timm), `image_size` (torchvision's ViT),
-    `config.image_size` (Hugging Face), `pretrained_cfg["input_size"]` (timm), and 224 (Swin V2:
-    256) for other torchvision models.
+    `config.image_size` and `config.vision_config.image_size` (Hugging Face),
+    `pretrained_cfg["input_size"]` (timm), and 224 (Swin V2: 256) for other torchvision models.
 
     Raises:
         ValueError: none of these is there.
@@ -101,6 +129,7 @@ def default_input_size(model: nn.Module) -> tuple[int, ...]:
         getattr(getattr(model, "patch_embed", None), "img_size", None),
         getattr(model, "image_size", None),
         getattr(getattr(model, "config", None), "image_size", None),
+        getattr(getattr(getattr(model, "config", None), "vision_config", None), "image_size", None),
         config.get("input_size") if isinstance(config, Mapping) else None,
     )
     for size in said:

@@ -21,10 +21,12 @@ from __future__ import annotations
 import json
 import math
 import os
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -42,19 +44,23 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def save_masks(
-    path: str | os.PathLike[str],
     masks: Mapping[str, Tensor],
+    path: str | os.PathLike[str],
     metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Write masks to `path`, one bit a weight; a file that is there already is replaced.
 
-    masks: parameter name -> bool tensor of the parameter's shape, any device, True = kept.
+    masks: parameter name -> bool tensor of the parameter's shape, any device, True = kept. The two are
+        taken the other way round, too, with a FutureWarning.
     metadata: strings to store beside them.
 
     Raises TypeError or ValueError for masks that are not bool tensors and for metadata that are not
     strings or that use this format's own keys; OSError where the file cannot be written. The file
     appears complete or not at all.
     """
+    if isinstance(masks, (str, os.PathLike)):
+        warnings.warn("save_masks takes masks first, then path", FutureWarning, stacklevel=2)
+        masks, path = cast("tuple[Mapping[str, Tensor], str]", (path, masks))
     _check_masks(masks)
     check_whole(masks.values(), "a file of masks")
     extra = dict(metadata or {})
@@ -120,6 +126,7 @@ class MaskFile(Mapping[str, Tensor]):
         addresses: Mapping[str, Address],
     ) -> None:
         self._path, self._file, self._shapes = path, file, shapes
+        self.shapes = {name: tuple(shape) for name, shape in shapes.items()}
         self.addresses = addresses
 
     def __getitem__(self, name: str) -> Tensor:
@@ -190,28 +197,61 @@ def fit_masks(masks: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> dic
     for name, weight in weights.items():
         if name in masks and not isinstance(weight, Tensor):
             raise TypeError(f"{name} of the model must be a tensor, got {_kind(weight)}")
-    shapes = {name: tuple(mask.shape) for name, mask in masks.items()}
     wanted = {name: tuple(w.shape) for name, w in weights.items() if isinstance(w, Tensor)}
     fitted: dict[str, Tensor] = {}
-    for given, names in same_weights(shapes, wanted, getattr(masks, "addresses", None)):
-        mask = masks[given[0]] if len(given) == 1 else torch.cat([masks[name] for name in given])
-        rows = [wanted[name][0] for name in names] if len(names) > 1 else []
-        whole = (sum(rows), *wanted[names[0]][1:]) if rows else wanted[names[0]]
+    for same in fit_shapes(masks, wanted):
+        fitted |= same.load()
+    for name in fitted:
+        if weights[name].is_meta:
+            raise ValueError(f"{name} must hold weights to prune, got a tensor on the meta device")
+    return fitted
+
+
+@dataclass(frozen=True)
+class SameMasks:
+    """Masks of the same weights in two spellings: what a mask means, or several that were fused.
+
+    names: of the weights. wanted: their shapes.
+    """
+
+    masks: Mapping[str, Tensor]
+    given: tuple[str, ...]
+    names: tuple[str, ...]
+    wanted: Mapping[str, tuple[int, ...]]
+
+    def load(self) -> dict[str, Tensor]:
+        """The masks under the names of the weights. Raises ValueError where they are of other shapes."""
+        found = [self.masks[name] for name in self.given]
+        mask = found[0] if len(found) == 1 else torch.cat(found)
+        rows = [self.wanted[name][0] for name in self.names] if len(self.names) > 1 else []
+        first = self.wanted[self.names[0]]
+        whole = (sum(rows), *first[1:]) if rows else first
         if (
             mask.ndim != len(whole)
             and mask.shape[-1:] == whole[-1:]
             and mask.numel() == math.prod(whole)
         ):
             mask = mask.reshape(whole)  # experts stacked in one tensor, or one below the other
-        if tuple(mask.shape) != whole:
-            got = tuple(mask.shape)
-            where = f"the mask of {' and '.join(given)}"
+        if (got := tuple(mask.shape)) != whole:
+            where = f"the mask of {' and '.join(self.given)}"
             raise ValueError(f"{where} must have the weight's shape {whole}, got {got}")
-        fitted |= zip(names, mask.split(rows) if rows else [mask], strict=True)
-    for name in fitted:
-        if weights[name].is_meta:
-            raise ValueError(f"{name} must hold weights to prune, got a tensor on the meta device")
-    return fitted
+        return dict(zip(self.names, mask.split(rows) if rows else [mask], strict=True))
+
+
+def fit_shapes(
+    masks: Mapping[str, Tensor], wanted: Mapping[str, tuple[int, ...]]
+) -> list[SameMasks]:
+    """`fit_masks` on the shapes of weights: no mask is read before it is loaded.
+
+    Raises ValueError where a mask means none of these names.
+    """
+    shapes = (
+        masks.shapes
+        if isinstance(masks, MaskFile)
+        else {name: tuple(mask.shape) for name, mask in masks.items()}
+    )
+    pairs = same_weights(shapes, wanted, getattr(masks, "addresses", None))
+    return [SameMasks(masks, given, names, wanted) for given, names in pairs]
 
 
 def _check_masks(masks: Mapping[str, Tensor]) -> None:

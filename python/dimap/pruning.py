@@ -88,7 +88,8 @@ def select(
 ) -> dict[str, Tensor]:
     """Return the masks that prune a model, without changing it.
 
-    sparsity: the share of weights to drop, in [0, 1]: one number, or one for each module by name.
+    sparsity: the share of weights to drop, in [0, 1]: one number, or one for each module by name, all of
+        them; 0 keeps a module as it is, 1 keeps nothing of it.
     nm: "2:4", say: every layer keeps, of every 4 weights in turn along its input, the 2 of largest
         magnitude (or saliency), of equal ones those of the lower index; any N:M up to M = 16, with
         no sparsity, scope or normalize. "auto" (of 4) or "auto:M": the N of each layer is its share at
@@ -207,7 +208,9 @@ def decide(
     chosen = METHODS[method]
     if chosen.needs_data:
         if saliency is not None:
-            raise ValueError(f"saliency must be left to method={method!r}, got both")
+            raise ValueError(
+                f"method={method!r} computes a saliency of its own: leave saliency out"
+            )
         if data is None:
             raise ValueError(f"method={method!r} needs data, batches (input, target), got none")
         if not isinstance(model, nn.Module):
@@ -383,13 +386,13 @@ class Pruning(Pruned):
         return found
 
     def _slices(self) -> list[str]:
-        """The slices that are layers: they are told beside their parameters."""
+        """The slices that are layers: they are listed beside their parameters."""
         layers = (x for name, found in self.modules.items() if name != AUX for x in found)
         return [p for layer in layers for p in layer.parameters if isinstance(p, Slice)]
 
     def save_masks(self, path: str | os.PathLike[str]) -> None:
         """Write the masks to a safetensors file, one bit a weight (see `dimap.load_masks`)."""
-        save_masks(path, self.masks, self.mask_metadata())
+        save_masks(self.masks, path, self.mask_metadata())
 
 
 def count_nonzero(tensor: Tensor) -> int:

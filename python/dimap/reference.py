@@ -119,7 +119,7 @@ def nm_counts(kept: Sequence[int], sizes: Sequence[int], m: int) -> list[int]:
 
 
 def wanda(weights: Tensor, norms: Tensor) -> Tensor:
-    """|w| · ‖x‖ of float32 numbers: their product is exact in float64, and rounded once."""
+    """``|w| · ‖x‖`` of float32 numbers: their product is exact in float64, and rounded once."""
     return (weights.double().abs() * norms.double()).float()
 
 

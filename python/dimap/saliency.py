@@ -119,7 +119,7 @@ def wanda(
     *,
     patterns: Patterns | Choice | None = None,
 ) -> dict[str, Tensor]:
-    """|w| · ‖x‖, where x are the inputs that a weight is multiplied with: see `input_norms`.
+    """``|w| · ‖x‖``, where x are the inputs that a weight is multiplied with: see `input_norms`.
 
     For `scope="row"`, where the weights of one output compete. Arguments as in `taylor`; targets and
     `loss` say nothing.
@@ -133,7 +133,7 @@ def wanda(
 def by_norms(
     model: Model, norms: Mapping[str, Tensor], *, patterns: Patterns | Choice | None = None
 ) -> dict[str, Tensor]:
-    """`wanda` by norms at hand, of `input_norms` or a file of them: |w| · ‖x‖ in float32.
+    """`wanda` by norms at hand, of `input_norms` or a file of them: ``|w| · ‖x‖`` in float32.
 
     A product is exact before it is rounded, once: with the same norms the saliencies, and the masks,
     are the same bits on every device.
@@ -187,7 +187,7 @@ def input_norms(
     `dimap prune --method wanda --input-norms`.
 
     model, data, patterns: as in `taylor`; targets say nothing. Every token counts: of text, give
-    batches without padding. Sums are of float64, in an order that may differ between devices.
+        batches without padding. Sums are of float64, in an order that may differ between devices.
 
     Raises ValueError for no batches, for a weight that is no Linear's, Conv1D's or 1x1 convolution's,
     and for one that no input reaches; TypeError for a state dict.

@@ -44,7 +44,7 @@ def test_files_are_pruned_as_in_memory(tmp_path, model, form, dtype, options):
     source, out = (tmp_path / f"{name}.{form}" for name in ("in", "out"))
     write, read = (save_file, load_file) if form == "safetensors" else (torch.save, torch.load)
     write(whole.state_dict(), source)
-    done = prune_checkpoint(source, out, timm_model=NAME, **options)
+    done = prune_checkpoint(source, out, model=NAME, **options)
     pruning = dimap.prune(whole, **options)
     assert_same(read(out), whole.state_dict())
     assert done.sparsity == pruning.sparsity
@@ -77,7 +77,7 @@ def test_what_no_file_can_be(tmp_path):
         prune_checkpoint(*where, size=10, format="bitmask")
     with pytest.raises(ValueError, match="size is for a safetensors checkpoint written as bitmask"):
         prune_checkpoint(*where, size=10_000)
-    with pytest.raises(ValueError, match=r"a budget of FLOPs needs .* --timm-model NAME says it"):
+    with pytest.raises(ValueError, match=r"IN does not say which model it is; --model says it"):
         prune_checkpoint(*where, flops=0.5)
     assert [p.name for p in tmp_path.iterdir()] == ["in.safetensors"]
 

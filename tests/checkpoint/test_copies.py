@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 
 import dimap
 import pytest
@@ -193,3 +194,70 @@ def test_earlier_checkpoints_in_a_folder(folder, tmp_path):
     assert (out / "checkpoint-500" / "optimizer.pt").read_bytes() == (
         folder / "checkpoint-500" / "optimizer.pt"
     ).read_bytes()
+
+
+def test_averages_in_a_list_have_the_same_masks(tmp_path):
+    """As torch_ema keeps them: the parameters in their order, without buffers."""
+    weights = vit() | {"blocks.0.attn.relative_position_index": torch.ones(4, 4, dtype=torch.int64)}
+    shadow = list(vit(seed=1).values())
+    root = {
+        "model": weights,
+        "ema": {"decay": 0.9, "shadow_params": shadow, "collected_params": None},
+    }
+    got, masks = prune(tmp_path, root)
+    want = masked(1, masks)
+    assert_same(dict(zip(want, got["ema"]["shadow_params"], strict=True)), want)
+    with open_checkpoint(tmp_path / "in.pth") as checkpoint:
+        told = "'ema.shadow_params[]', a copy of these weights, is given the same masks"
+        assert checkpoint.notes == [told]
+    assert prune(tmp_path, root, key="model")[0]["ema"].keys() == {"decay", "collected_params"}
+
+
+def test_an_average_in_a_list_of_another_order_is_refused(tmp_path):
+    shadow = list(reversed(vit(seed=1).values()))
+    with pytest.raises(ValueError, match=r"'shadow_params\[\]' must hold the 12 matrices .* --key"):
+        prune(tmp_path, {"model": vit(), "shadow_params": shadow})
+    assert os.listdir(tmp_path) == ["in.pth"]
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped"])
+@pytest.mark.parametrize("copy", ["checkpoint-500/model.safetensors", "last.ckpt"])
+def test_a_damaged_copy_is_named(folder, tmp_path, copy, damage):
+    if damage == "flipped" and copy != "last.ckpt":
+        pytest.skip("safetensors have no sums")
+    os.chmod(folder / copy, 0o644)
+    data = bytearray((folder / copy).read_bytes())
+    data[len(data) // 2] ^= 1
+    (folder / copy).write_bytes(data[: len(data) // 2] if damage == "truncated" else data)
+    with pytest.raises(ValueError, match=f"{re.escape(str(folder / copy))} must be a complete"):
+        prune_checkpoint(folder, tmp_path / "out", 0.5, all_copies=True)
+    assert sorted(os.listdir(tmp_path)) == ["in"]
+    prune_checkpoint(folder, tmp_path / "out", 0.5)  # which leaves them as they are
+
+
+def test_half_a_copy_in_a_folder_is_refused(folder, tmp_path):
+    half = {name: tensor for name, tensor in vit(seed=1).items() if "mlp.fc1" not in name}
+    save_file(half, folder / "half.safetensors")
+    with pytest.raises(ValueError, match=r"half\.safetensors must be a whole copy .*fc1"):
+        prune_checkpoint(folder, tmp_path / "out", 0.5, all_copies=True)
+
+
+def test_a_record_that_is_not_what_was_written_is_refused(tmp_path):
+    torch.save(vit(), tmp_path / "in.pth")
+    data = bytearray((tmp_path / "in.pth").read_bytes())
+    data[len(data) // 2] ^= 1
+    (tmp_path / "in.pth").write_bytes(data)
+    with pytest.raises(
+        ValueError, match=r"in\.pth must be a complete .* whose record \S+ is damaged"
+    ):
+        open_checkpoint(tmp_path / "in.pth")
+
+
+def test_files_without_sums_are_read(tmp_path):
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(vit(), tmp_path / "in.pth")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    with open_checkpoint(tmp_path / "in.pth") as checkpoint:
+        assert_same({name: checkpoint.get(name) for name in checkpoint.tensors}, vit())

@@ -96,11 +96,8 @@ def test_more_than_a_chunk_and_wider_groups_than_one(tmp_path) -> None:
     state |= {f"h.{i}.c_fc.bias": torch.randn(40_000) for i in range(2)}
     state |= {"h.0.long.weight": torch.randn(300, 1016)}
     patterns = {"mlp": [r"h\.(?P<block>\d+)\.(?:c_fc|long)\.weight"]}
-    for nm in ("2:4", "3:8"):
-        compare(tmp_path, state, nm, None, {"patterns": patterns}, False)
-        (tmp_path / OUT).unlink()
-        (tmp_path / MASKS).unlink()
-        compare(tmp_path, state, nm, None, {"patterns": patterns}, True)
+    for nm, form in (("2:4", "dense"), ("3:8", "bitmask"), ("2:4", "compact")):
+        compare(tmp_path, state, nm, None, {"patterns": patterns}, form)
         (tmp_path / OUT).unlink()
         (tmp_path / MASKS).unlink()
 
@@ -143,6 +140,35 @@ def test_inputs_that_do_not_fit(tmp_path) -> None:
     assert look(tmp_path / OUT).nm == "2:8 in 2 of 8 layers"
     with pytest.raises(ValueError, match="scope must be left out with nm 2:4"):
         prune_checkpoint(tmp_path / IN, tmp_path / OUT, nm="2:4", scope="layer", force=True)
+
+
+@pytest.mark.parametrize("ending", ["safetensors", "pth"])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=str)
+def test_wanda(tmp_path, dtype, ending) -> None:
+    """By magnitudes times the norms of inputs, whose groups are those of the magnitudes."""
+    state = vit(dtype, step=0.01)
+    prunable = [name for name in state if name.startswith("blocks.") and state[name].ndim == 2]
+    norms = {name: torch.rand(state[name].shape[1]) + 0.1 for name in prunable}
+    save_file(norms, tmp_path / "norms")
+    source, out = tmp_path / f"in.{ending}", tmp_path / f"out.{ending}"
+    (save_file if ending == "safetensors" else torch.save)(state, source)
+    options = {"nm": "2:4", "method": "wanda", "input_norms": tmp_path / "norms"}
+    done = prune_checkpoint(source, out, **options, masks=tmp_path / MASKS)
+    want = {name: tensor.clone() for name, tensor in state.items()}
+    pruning = dimap.prune(want, nm="2:4", saliency=dimap.saliency.by_norms(state, norms))
+    for name in prunable:
+        saliency = state[name].float().abs() * norms[name]
+        assert torch.equal(pruning.masks[name], dimap.reference.select_nm([saliency], 2, 4)[0])
+    got = load_file(out) if ending == "safetensors" else torch.load(out, weights_only=True)
+    assert_same(got, want)
+    assert done.nm == pruning.nm
+    assert done.saliency == "wanda"
+    assert done.kept == pruning.kept
+    masks = dimap.load_masks(tmp_path / MASKS)
+    assert all(torch.equal(masks[x], pruning.masks[x]) for x in masks)
+    if ending == "safetensors":
+        with pytest.raises(ValueError, match=r"Wanda need one process, the dense format"):
+            prune_checkpoint(source, out, **options, format="bitmask", force=True)
 
 
 # The command

@@ -221,3 +221,26 @@ def test_settings_of_the_index_survive(tmp_path):
     prune_checkpoint(folder, tmp_path / "out", 0.5)
     index = "model.safetensors.index.json"
     assert json.loads((tmp_path / "out" / index).read_text())["metadata"] == {"total_size": 1}
+
+
+@pytest.mark.parametrize("source", ["in.safetensors", "in.pth"])
+@pytest.mark.parametrize("ending", ["safetensors", "pth"])
+def test_identical_runs_give_identical_files(tmp_path, source, ending):
+    """Metadata included, which a library may write in any order."""
+    if ending == "pth" and source != "in.pth":
+        pytest.skip("torch.save is written from torch.save")
+    save_file(vit(), tmp_path / "in.safetensors", {str(n): "" for n in range(8)})
+    torch.save(vit(), tmp_path / "in.pth")
+    found = set()
+    for run in range(4):
+        out = tmp_path / str(run)
+        out.mkdir()
+        prune_checkpoint(
+            tmp_path / source,
+            out / f"o.{ending}",
+            0.5,
+            masks=out / "m.safetensors",
+            report=out / "r.json",
+        )
+        found.add(tuple(file.read_bytes() for file in sorted(out.iterdir())))
+    assert len(found) == 1

@@ -41,6 +41,10 @@ def sparse(*shape, dtype=torch.float32, seed=0, density=0.5):
     generator = torch.Generator().manual_seed(seed)
     weights = torch.randn(shape, generator=generator)
     weights[torch.rand(shape, generator=generator) >= density] = 0
+    weights = weights.to(dtype).to(
+        torch.float64
+    )  # small ones may have become zeros, negative ones too
+    weights[weights == 0] = 0.0  # of which the library makes positive ones
     return weights.to(dtype)
 
 

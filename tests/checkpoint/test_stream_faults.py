@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -384,3 +385,33 @@ def test_an_index_that_names_a_tensor_twice(tmp_path):
     with pytest.raises(ValueError, match="cls_token twice"):
         prune_checkpoint(source, tmp_path / "out", 0.5)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "dtype", ["float32", "bfloat16", "float16", "float64", "float8_e4m3fn", "float8_e5m2"]
+)
+@pytest.mark.parametrize("ending", ["safetensors", "pth"])
+def test_a_nan_in_what_is_never_pruned_is_a_note(tmp_path, dtype, ending):
+    state = vit()
+    state["norm.weight"] = torch.tensor(
+        [1.0, math.inf, -math.inf] if "e4m3" not in dtype else [448.0]
+    )
+    state["norm.weight"] = state["norm.weight"].to(getattr(torch, dtype))
+    state["norm.bias"] = torch.tensor([0.0, math.nan]).to(getattr(torch, dtype))
+    state["count"] = torch.tensor([-1])  # all bits of a number that is none
+    source, out = tmp_path / f"in.{ending}", tmp_path / f"out.{ending}"
+    (save_file if ending == "safetensors" else torch.save)(state, source)
+    notes = prune_checkpoint(source, out, 0.5).notes
+    assert notes == ["1 tensors that are never pruned hold a NaN, norm.bias is the first"]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("ending", ["safetensors", "pth"])
+def test_what_is_not_finite_is_named_with_its_sign(tmp_path, dtype, value, ending):
+    state = vit(dtype)
+    state["blocks.1.attn.proj.weight"][0, 3] = value
+    source = tmp_path / f"in.{ending}"
+    (save_file if ending == "safetensors" else torch.save)(state, source)
+    with pytest.raises(ValueError, match=f"weight must be finite, got {value} at flat index 3"):
+        prune_checkpoint(source, tmp_path / f"out.{ending}", 0.5)

@@ -18,6 +18,7 @@ pytest.importorskip("typer")
 import dimap
 from dimap.cli import app
 from dimap.cli.progress import Bar
+from dimap.flops import count_flops
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -204,7 +205,7 @@ def test_prune_json_is_one_object_on_stdout(run):
     assert (got["in"], got["out"], got["masks"]) == ("in.safetensors", "out.safetensors", None)
     assert got["report"]["schema"] == "dimap.report"
     assert got["report"]["flops"] is None
-    assert "--timm-model NAME" in got["report"]["notes"][0]
+    assert "--model says it" in got["report"]["notes"][0]
 
 
 def test_prune_of_nothing_and_of_everything(run):
@@ -248,10 +249,11 @@ def test_flops_of_a_fine_tuned_model_whose_name_is_given(run):
     code, out, _ = run("prune", "in.pth", "out.pth", *arguments, "--input-size", "3x224x224")
     assert code == 0
     assert json.loads(out)["report"]["input_size"] == [3, 224, 224]
-    message = fails(run, "prune", "in.pth", "o.pth", *arguments, "--input-size", 225)
-    assert (
-        "needs a forward pass of VisionTransformer on an input of shape [1, 3, 225, 225]" in message
-    )
+    code, out, _ = run("prune", "in.pth", "o.pth", *arguments, "--input-size", 225)
+    note = json.loads(out)["report"]["notes"][0]
+    assert "no FLOPs: counting FLOPs needs a forward pass of VisionTransformer on an input" in note
+    assert "of shape [1, 3, 225, 225]" in note
+    assert (code, os.path.exists("o.pth")) == (0, True)
 
 
 def test_flops_of_a_timm_class_with_arguments(run):
@@ -280,13 +282,89 @@ def test_architecture_in_a_file_that_is_no_timm_model_costs_only_the_flops(run, 
     assert "no FLOPs: " in report["report"]["notes"][0]
 
 
-def test_timm_model_that_does_not_fit(run):
+@pytest.mark.parametrize(
+    ("model", "note"),
+    [
+        (
+            "timm:swin_tiny_patch4_window7_224",
+            "the weights must be those of timm's swin_tiny_patch4_window7",
+        ),
+        ("swin_tinny", "timm must know the model, got 'swin_tinny'; near it are swin"),
+        (
+            "torchvision:swin_tt",
+            "torchvision must know the model, got 'swin_tt'; near it are swin_t",
+        ),
+        ("torchvision:swin_t", "model must be the one that was pruned: layers.0.blocks.0"),
+        (".", "timm must know the model, got '.'"),
+    ],
+)
+def test_a_count_of_flops_that_fails_is_a_note(run, model, note):
     pytest.importorskip("timm")
-    arguments = ["-s", 0.5, "--timm-model", "swin_tiny_patch4_window7_224"]
-    message = fails(run, "prune", "in.safetensors", "o.safetensors", *arguments)
-    assert (
-        "must be those of timm's swin_tiny_patch4_window7_224, which has (288, 96) for" in message
+    pytest.importorskip("torchvision")
+    code, out, _ = run(
+        "prune", "in.safetensors", "o.safetensors", "-s", 0.5, "--json", "--model", model
     )
+    assert (code, os.path.exists("o.safetensors")) == (0, True)
+    assert f"no FLOPs: {note}" in json.loads(out)["report"]["notes"][0]
+
+
+def flops_of(run, source, *arguments):
+    code, out, err = run("prune", source, "out" if os.path.isdir(source) else f"out{source[-4:]}",
+                         "-s", 0.5, "--json", *arguments)  # fmt: skip
+    assert code == 0, err
+    return json.loads(out)["report"]
+
+
+def test_flops_of_torchvision_s_files(run):
+    models = pytest.importorskip("torchvision").models
+    with torch.device("meta"):
+        model = models.swin_t(num_classes=7)
+    torch.save({n: torch.rand(t.shape) for n, t in model.state_dict().items()}, "in.pth")
+    report = flops_of(run, "in.pth", "--model", "torchvision:swin_t")
+    assert report["flops_dense"] == count_flops(model).total
+    assert report["flops"] < report["flops_dense"]
+    # A larger model of the same names holds all of these weights, too.
+    more = flops_of(run, "in.pth", "--model", "torchvision:swin_s", "--force")
+    assert "it has features.5.6.attn.qkv.weight" in more["notes"][0]
+
+
+@pytest.mark.parametrize("kind", ["swin", "bert", "llama", "clip"])
+def test_flops_of_folders_of_transformers_by_their_config(run, kind):
+    library = pytest.importorskip("transformers")
+    small = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
+    text, images = {**small, "vocab_size": 99}, {**small, "image_size": 32}
+    model = {
+        "swin": lambda: library.SwinForImageClassification(
+            library.SwinConfig(
+                image_size=32, window_size=4, embed_dim=8, depths=[1, 2], num_heads=[1, 2]
+            )
+        ),
+        "bert": lambda: library.BertForMaskedLM(library.BertConfig(**text)),
+        "llama": lambda: library.LlamaForCausalLM(library.LlamaConfig(**text)),
+        "clip": lambda: library.CLIPModel(
+            library.CLIPConfig(text_config=text, vision_config={**images, "patch_size": 8})
+        ),
+    }[kind]()
+    model.save_pretrained("in")
+    report = flops_of(run, "in")
+    size = {"bert": [512], "llama": [2048]}.get(kind, [3, 32, 32])
+    assert report["input_size"] == size
+    assert report["flops_dense"] == count_flops(model).total
+    pruned = [module for module in report["modules"] if module["name"] != "aux"]
+    assert all(module["flops"] == module["flops_dense"] / 2 for module in pruned) == (
+        kind != "swin"
+    )
+    assert report["flops"] < report["flops_dense"]
+    if kind == "llama":
+        fewer = flops_of(run, "in", "--input-size", 64, "--force")
+        assert (fewer["input_size"], fewer["modules"][0]["flops_dense"]) == (
+            [64], pruned[0]["flops_dense"] / 32,
+        )  # fmt: skip
 
 
 # inspect

@@ -13,7 +13,11 @@ from ranks import Group
 pytestmark = pytest.mark.skipif(
     not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo"
 )
-CASES = [({"nm": "2:4"}, False), ({"nm": "3:8"}, True), ({"sparsity": 0.5, "nm": "auto"}, True)]
+CASES = [
+    ({"nm": "2:4"}, "dense"),
+    ({"nm": "3:8"}, "bitmask"),
+    ({"sparsity": 0.5, "nm": "auto"}, "compact"),
+]
 
 
 @pytest.fixture(scope="module", params=[2, 3], ids=["2 ranks", "3 ranks"])
@@ -28,10 +32,10 @@ def prune_files(source, out, masks, options):
     return done.kept, done.nonzero, done.nm
 
 
-@pytest.mark.parametrize(("options", "bitmask"), CASES)
-def test_files(group, tmp_path, options, bitmask) -> None:
+@pytest.mark.parametrize(("options", "form"), CASES)
+def test_files(group, tmp_path, options, form) -> None:
     source = shards(tmp_path / "in", vit(step=0.01, blocks=3))
-    options = {**options, "bitmask": bitmask}
+    options = {**options, "format": form}
     want = prune_checkpoint(source, tmp_path / "one", masks=tmp_path / "one.masks", **options)
     found = group(prune_files, source, tmp_path / "out", tmp_path / "out.masks", options)
     assert found == [(want.kept, want.nonzero, want.nm)] * group.size

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from dimap import ops
@@ -77,3 +79,23 @@ def test_weights_and_masks_on_cpu_and_cuda() -> None:
             ops.select([first, second], [0, 1], [0, 0], [1])
         with pytest.raises(RuntimeError, match=r"masks\[0\] must be on .* like weights\[0\]"):
             ops.apply_([first], [second > 1])
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda: ops.select([torch.tensor([1.0])], [0], [0], [5]),
+            "keep[0] must be in [0, 1], got 5",
+        ),
+        (
+            lambda: ops.score([torch.tensor([1.0, -math.inf])], [0]),
+            "weights[0] must be finite, got -inf at flat index 1",
+        ),
+    ],
+)
+def test_errors_are_the_sentence_alone(call, message):
+    """No function, file and line of the source in front, which torch's own checks put there."""
+    with pytest.raises(RuntimeError) as error:
+        call()
+    assert str(error.value) == message

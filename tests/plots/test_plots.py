@@ -431,7 +431,7 @@ def test_pyplot_and_global_settings_are_left_alone(tmp_path):
 
 def test_missing_matplotlib_is_told_with_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install 'dimap\[plot\]'"):
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'torch-dimap\[plot\]'"):
         plots.kept_ratios(swin())
 
 
@@ -462,7 +462,7 @@ def test_plot_draws_the_same_from_a_file_its_masks_and_its_report(run, tmp_path)
 
 
 def test_plot_help_names_the_extra(run):
-    assert "Needs matplotlib: dimap[plot]." in " ".join(run("plot", "--help")[1].split())
+    assert "Needs matplotlib: torch-dimap[plot]." in " ".join(run("plot", "--help")[1].split())
 
 
 def test_plot_accuracy_reads_both_forms_of_results(run, tmp_path):
@@ -506,9 +506,12 @@ def test_plot_tells_what_is_wrong_and_writes_nothing(
 
 
 def test_masks_of_another_model_are_refused(run):
-    dimap.save_masks("m", {"other.weight": torch.ones(2, 2, dtype=torch.bool)})
+    dimap.save_masks({"other.weight": torch.ones(2, 2, dtype=torch.bool)}, "m")
     got, _, err = run("plot", "kept", "in.safetensors", "a.png", "--masks", "m")
-    assert (got, "must be of this model's prunable weights, got one of other.weight" in err) == (
+    assert (
+        got,
+        "must be of this model's prunable weights: model must have every masked" in err,
+    ) == (
         1,
         True,
     )
@@ -706,7 +709,7 @@ def test_report_into_a_folder_that_is_there_keeps_its_other_files(run, tmp_path)
 def test_report_folder_without_matplotlib_fails_before_work(run, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     got, _, err = run("prune", "in.safetensors", "p.safetensors", "-s", 0.5, "--report", "r")
-    assert (got, "pip install 'dimap[plot]'" in err) == (1, True)
+    assert (got, "pip install 'torch-dimap[plot]'" in err) == (1, True)
     assert [path.name for path in tmp_path.iterdir()] == ["in.safetensors"]
     assert run("prune", "in.safetensors", "p.safetensors", "-s", 0.5, "--report", "r.json")[0] == 0
 

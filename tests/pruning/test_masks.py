@@ -38,50 +38,50 @@ def same(a, b):
 
 def test_round_trip_of_odd_empty_and_scalar_shapes(tmp_path):
     masks = random_masks()
-    save_masks(tmp_path / "m.safetensors", masks)
+    save_masks(masks, tmp_path / "m.safetensors")
     assert same(load_masks(tmp_path / "m.safetensors"), masks)
 
 
 @pytest.mark.parametrize("value", [False, True])
 def test_round_trip_of_all_pruned_and_all_kept(tmp_path, value):
     masks = {"w": torch.full((5, 5), value)}
-    save_masks(tmp_path / "m.safetensors", masks)
+    save_masks(masks, tmp_path / "m.safetensors")
     assert same(load_masks(tmp_path / "m.safetensors"), masks)
 
 
 def test_round_trip_of_no_masks(tmp_path):
-    save_masks(tmp_path / "m.safetensors", {})
+    save_masks({}, tmp_path / "m.safetensors")
     assert load_masks(tmp_path / "m.safetensors") == {}
 
 
 def test_non_contiguous_mask(tmp_path):
     mask = random_masks()["odd"].t()
-    save_masks(tmp_path / "m.safetensors", {"w": mask})
+    save_masks({"w": mask}, tmp_path / "m.safetensors")
     assert torch.equal(load_masks(tmp_path / "m.safetensors")["w"], mask)
 
 
 def test_masks_of_shared_memory(tmp_path):
     mask = random_masks()["odd"]
-    save_masks(tmp_path / "m.safetensors", {"a": mask, "b": mask, "c": mask[3:]})
+    save_masks({"a": mask, "b": mask, "c": mask[3:]}, tmp_path / "m.safetensors")
     assert torch.equal(load_masks(tmp_path / "m.safetensors")["c"], mask[3:])
 
 
 def test_format_is_as_documented(tmp_path):
     mask = torch.tensor([[True, False, False], [True, True, False], [False, False, True]])
-    save_masks(tmp_path / "m.safetensors", {"w": mask}, {"note": "x"})
+    save_masks({"w": mask}, tmp_path / "m.safetensors", {"note": "x"})
     assert load_file(tmp_path / "m.safetensors")["w"].tolist() == [0b00011001, 0b1]
     with safe_open(tmp_path / "m.safetensors", "pt") as file:
         assert file.metadata() == {"dimap_masks": "1", "shapes": '{"w": [3, 3]}', "note": "x"}
 
 
 def test_one_bit_a_weight(tmp_path):
-    save_masks(tmp_path / "m.safetensors", {"w": torch.ones(1000, 1000, dtype=torch.bool)})
+    save_masks({"w": torch.ones(1000, 1000, dtype=torch.bool)}, tmp_path / "m.safetensors")
     assert (tmp_path / "m.safetensors").stat().st_size < 1000 * 1000 / 8 + 1000
 
 
 def test_save_replaces_and_leaves_nothing_else(tmp_path):
-    save_masks(tmp_path / "m.safetensors", random_masks())
-    save_masks(tmp_path / "m.safetensors", {"w": torch.ones(3, dtype=torch.bool)})
+    save_masks(random_masks(), tmp_path / "m.safetensors")
+    save_masks({"w": torch.ones(3, dtype=torch.bool)}, tmp_path / "m.safetensors")
     assert list(load_masks(tmp_path / "m.safetensors")) == ["w"]
     assert os.listdir(tmp_path) == ["m.safetensors"]
 
@@ -99,13 +99,13 @@ def test_save_replaces_and_leaves_nothing_else(tmp_path):
 )
 def test_save_refuses(tmp_path, masks, metadata, error, match):
     with pytest.raises(error, match=match):
-        save_masks(tmp_path / "m.safetensors", masks, metadata)
+        save_masks(masks, tmp_path / "m.safetensors", metadata)
     assert os.listdir(tmp_path) == []
 
 
 def test_save_into_a_missing_folder(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"missing.m\.safetensors"):
-        save_masks(tmp_path / "missing" / "m.safetensors", {})
+        save_masks({}, tmp_path / "missing" / "m.safetensors")
 
 
 def good(**changes):
@@ -144,7 +144,7 @@ def test_load_good_of_the_refusals_above(tmp_path):
 
 
 def test_load_truncated(tmp_path):
-    save_masks(tmp_path / "m.safetensors", random_masks())
+    save_masks(random_masks(), tmp_path / "m.safetensors")
     whole = (tmp_path / "m.safetensors").read_bytes()
     (tmp_path / "m.safetensors").write_bytes(whole[:-1])
     with pytest.raises(ValueError, match=r"m\.safetensors must be a complete safetensors file"):
@@ -219,3 +219,10 @@ def test_apply_checks_all_before_it_changes_anything(masks, error, match):
 def test_apply_to_something_else():
     with pytest.raises(TypeError, match=r"model must be an nn\.Module or a mapping .*, got list"):
         apply_masks([], {})
+
+
+def test_the_old_order_of_arguments_is_taken_with_a_warning(tmp_path):
+    masks = {"w": torch.ones(3, dtype=torch.bool)}
+    with pytest.warns(FutureWarning, match="masks first, then path"):
+        save_masks(tmp_path / "m.safetensors", masks)
+    assert load_masks(tmp_path / "m.safetensors").keys() == {"w"}

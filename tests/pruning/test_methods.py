@@ -405,7 +405,7 @@ def test_masks_say_how_they_were_made(model: Net, data, tmp_path) -> None:
 @pytest.mark.parametrize(("arguments", "error", "message"), [
     ({"method": "best"}, ValueError, "method must be one of dimap, lamp, uniform, global_magnitude, taylor, snip, wanda, got 'best'"),
     ({"method": "taylor"}, ValueError, "method='taylor' needs data, batches"),
-    ({"method": "snip", "data": [], "saliency": {}}, ValueError, "saliency must be left to method='snip'"),
+    ({"method": "snip", "data": [], "saliency": {}}, ValueError, "method='snip' computes a saliency of its own"),
     ({"method": "snip", "data": []}, ValueError, "data must hold at least one batch"),
     ({"method": "snip", "data": 5, "sparsity": 2}, ValueError, r"sparsity must be in \[0, 1\]"),
 ])  # fmt: skip

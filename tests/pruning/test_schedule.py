@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dimap
 import pytest
 import torch
 from dimap.schedule import CubicSchedule, GradualPruning
@@ -99,3 +100,59 @@ def test_going_on_from_a_checkpoint_gives_the_same_weights() -> None:
         train(*second, 14 - n)
         for (name, p), q in zip(second[0].named_parameters(), whole[0].parameters(), strict=True):
             assert torch.equal(p, q), (n, name)
+
+
+def two_layers() -> tuple[nn.Module, torch.optim.Optimizer]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 4))
+    return model, torch.optim.AdamW(model.parameters(), lr=1e-2)
+
+
+def test_a_number_prunes_once_and_none_never() -> None:
+    model, optimizer = two_layers()
+    want = dimap.select(model, 0.5, patterns=PATTERNS)
+    once = GradualPruning(model, optimizer, 0.5, patterns=PATTERNS)
+    assert once.sparsity == 0.5
+    assert not any(once.step() for _ in range(5))
+    assert all(torch.equal(once.masks[name], mask) for name, mask in want.items())
+    never = GradualPruning(model, optimizer, None, patterns=PATTERNS)
+    assert not any(never.step() for _ in range(5))
+    assert not never.masks
+
+
+def test_masks_from_the_start_stay_dropped() -> None:
+    model, optimizer = two_layers()
+    first = dimap.select(model, 0.4, patterns=PATTERNS, scope="layer")
+    schedule = CubicSchedule(0.8, begin=0, end=2, initial=0.2)  # begins below what is dropped
+    gradual = GradualPruning(model, optimizer, schedule, masks=first, patterns=PATTERNS)
+    assert all(torch.equal(gradual.masks[name], mask) for name, mask in first.items())
+    gradual.step()
+    gradual.step()
+    total = sum(mask.numel() for mask in first.values())
+    assert sum(int(m.sum()) for m in gradual.masks.values()) == total - round(0.8 * total)
+    assert not any((gradual.masks[name] & ~mask).any() for name, mask in first.items())
+
+
+def test_steps_that_are_done_already_prune_nothing() -> None:
+    model, optimizer = two_layers()
+    masks = dimap.select(model, 0.3, patterns=PATTERNS)
+    schedule = CubicSchedule(0.8, begin=0, end=4, every=2)
+    gradual = GradualPruning(model, optimizer, schedule, masks=masks, steps=2, patterns=PATTERNS)
+    assert all(torch.equal(gradual.masks[name], mask) for name, mask in masks.items())
+    assert [gradual.step() for _ in range(3)] == [False, True, False]
+
+
+@pytest.mark.parametrize("method", ["wanda", "uniform"])
+def test_rows_are_pruned_gradually(method: str) -> None:
+    model, optimizer = two_layers()
+    data = [(torch.randn(32, 8), None)]
+    schedule = CubicSchedule(0.75, begin=0, end=4, every=2, initial=0.25)
+    options = {"method": method, "scope": "row", "patterns": PATTERNS}
+    options |= {"data": data} if method == "wanda" else {}
+    gradual = GradualPruning(model, optimizer, schedule, **options)
+    before = dict(gradual.masks)
+    for _ in range(4):
+        gradual.step()
+    for name, mask in gradual.masks.items():
+        assert (mask.sum(1) == mask.shape[1] // 4).all()
+        assert not (mask & ~before[name]).any()

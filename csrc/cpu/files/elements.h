@@ -32,4 +32,30 @@ inline int64_t count_set(const char* bytes, int64_t n, int64_t size, uint64_t ma
   }
 }
 
+template <typename T>
+bool any_above(const char* bytes, int64_t n, T mask, T most) {
+  bool found = false;
+  for (int64_t i = 0; i < n; ++i) {
+    T element;
+    std::memcpy(&element, bytes + i * static_cast<int64_t>(sizeof(T)), sizeof(T));
+    found |= static_cast<T>(element & mask) > most;
+  }
+  return found;
+}
+
+// Whether any of n elements of `size` bytes is a NaN: its magnitude, the bits of the mask, is above `most`; 0: none is.
+inline bool any_nan(const char* bytes, int64_t n, int64_t size, uint64_t mask, uint64_t most) {
+  if (most == 0) return false;
+  switch (size) {
+    case 1:
+      return any_above<uint8_t>(bytes, n, static_cast<uint8_t>(mask), static_cast<uint8_t>(most));
+    case 2:
+      return any_above<uint16_t>(bytes, n, static_cast<uint16_t>(mask), static_cast<uint16_t>(most));
+    case 4:
+      return any_above<uint32_t>(bytes, n, static_cast<uint32_t>(mask), static_cast<uint32_t>(most));
+    default:
+      return any_above<uint64_t>(bytes, n, mask, most);
+  }
+}
+
 }  // namespace dimap::cpu

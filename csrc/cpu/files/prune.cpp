@@ -39,7 +39,7 @@ struct FilePruning::Segment {
 struct FilePruning::Worker {
   explicit Worker(const Problem& problem, size_t rest)
       : written{std::vector<int64_t>(rest), std::vector<int64_t>(problem.tensors.size()),
-                std::vector<uint32_t>(problem.tensors.size(), kKeyEnd)} {}
+                std::vector<uint32_t>(problem.tensors.size(), kKeyEnd), std::vector<char>(rest)} {}
   Buffer bytes, aligned, mask, bits, values;
   Written written;
 };
@@ -274,6 +274,7 @@ FilePruning::Written FilePruning::write(const Sink& sink, std::span<const Place>
       if (s.chunk < 0) {
         const Elements& e = rest[s.rest];
         worker.written.rest[s.rest] += count_set(data, s.bytes / e.size, e.size, e.mask);
+        worker.written.nan[s.rest] |= any_nan(data, s.bytes / e.size, e.size, e.mask, e.most);
         continue;
       }
       const Chunk& chunk = chunks[s.chunk];
@@ -315,9 +316,13 @@ FilePruning::Written FilePruning::write(const Sink& sink, std::span<const Place>
     }
     pool_.advance(end - begin);
   });
-  Written all{std::vector<int64_t>(rest.size()), std::vector<int64_t>(problem_.tensors.size()), smallest};
+  Written all{std::vector<int64_t>(rest.size()), std::vector<int64_t>(problem_.tensors.size()), smallest,
+              std::vector<char>(rest.size())};
   for (const Worker& worker : workers) {
-    for (size_t r = 0; r < rest.size(); ++r) all.rest[r] += worker.written.rest[r];
+    for (size_t r = 0; r < rest.size(); ++r) {
+      all.rest[r] += worker.written.rest[r];
+      all.nan[r] |= worker.written.nan[r];
+    }
     for (size_t t = 0; t < all.nonzero.size(); ++t) all.nonzero[t] += worker.written.nonzero[t];
     for (size_t t = 0; t < smallest.size(); ++t)
       if (smallest[t] == kKeyEnd) all.smallest[t] = std::min(all.smallest[t], worker.written.smallest[t]);

@@ -23,12 +23,13 @@ struct Changed : std::runtime_error {
 };
 
 // Elements that are no weights to prune, and where they go. An element is not zero if any bit of `mask` is set in it,
-// or always where the mask is 0; of 1, 2, 4 or 8 bytes.
+// or always where the mask is 0; of 1, 2, 4 or 8 bytes. It is a NaN if these bits are more than `most`; 0: never.
 struct Elements {
   int32_t file;
   int64_t offset, count, size;
   uint64_t mask;
   int64_t place = -1;  // in the target; -1: they are only counted
+  uint64_t most = 0;
 };
 
 // Where the weights of a tensor go in the target of its file.
@@ -61,6 +62,7 @@ class FilePruning {
     std::vector<int64_t> rest;       // [rest] elements that are not zero, of this rank
     std::vector<int64_t> nonzero;    // [tensors] kept weights that are not zero, of this rank
     std::vector<uint32_t> smallest;  // [tensors] key of the smallest kept weight of this rank; kKeyEnd: none
+    std::vector<char> nan;           // [rest] whether an element is a NaN, of this rank
   };
   // Writes this rank's part. places: [tensors]. With places for bits, count_packed comes first. Throws FileError,
   // Changed, and what the sink throws.

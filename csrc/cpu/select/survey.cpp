@@ -17,7 +17,9 @@ void check_finite(const Problem& problem, Loader& loader) {
       const auto* weights = static_cast<const storage_t<kType>*>(loaded);
       for (int64_t i = 0; i < chunk.n; ++i) {
         const uint32_t key = key_of<kType>(weights[i]);
-        if (key >= kNonFinite) throw NonFinite(chunk.tensor, chunk.offset + i, key > kNonFinite);
+        if (key < kNonFinite) continue;
+        const char* name = non_finite_name(key, weights[i], sizeof weights[i]);
+        throw NonFinite(chunk.tensor, chunk.offset + i, name);
       }
     });
   }

@@ -62,7 +62,7 @@ def time_in_turns(
     let go of afterwards. A job that is to be timed once has no warm-up.
 
     repeats: rounds of each job. prepare: what to do before a job, untimed.
-    device: "cpu" or "cuda". advance: is told 1 after each job of each round.
+    device: "cpu" or "cuda". advance: called with 1 after each job of each round.
     """
     prepare = prepare or {}
     wanted = {name: repeats if isinstance(repeats, int) else repeats[name] for name in jobs}

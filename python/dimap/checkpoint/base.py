@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Protocol
 from .._files import kind_of, replacing
 from ..groups import Choice, Grouping, Layer, group, is_parameter
 from .header import Spec
-from .locate import LEFT_OUT, SINGLE, choose_weights
+from .locate import LEFT_OUT, PICKLED, SINGLE, choose_weights
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 class Progress(Protocol):
-    """What is told of the work as it goes on; `advance` in bytes."""
+    """What the work calls as it goes on; `advance` with bytes."""
 
     def step(self, description: str, total: int | None = None) -> None: ...
     def advance(self, amount: int) -> None: ...
@@ -146,6 +146,10 @@ class Checkpoint(ABC):
                 raise ValueError(f"the output must not be the checkpoint that is read, got {out}")
             if source in target.parents or target in source.parents:
                 raise ValueError(f"the output must lie apart from {self.path}, got {out}")
+        if self.is_folder and out.suffix.lower() in (".safetensors", *PICKLED) and not out.is_dir():
+            raise ValueError(
+                f"the output for the folder {self.path} must be a folder, got the name of a file: {out}"
+            )
         if not self.is_folder and not out.is_dir():
             endings = [*self.endings, *(file.suffix for file in self.files)]
             if out.suffix.lower() not in map(str.lower, endings):

@@ -1,7 +1,7 @@
-"""Safetensors pruned row by row (scope "row"), by magnitude or by Wanda with norms of a file.
+"""Safetensors pruned row by row (scope "row"), by magnitude or by Wanda with norms of a file; N:M by Wanda.
 
-Rows know nothing of each other, so one tensor is read, masked and written after the other: memory is
-a few times the largest tensor, whatever the checkpoint. This needs torch, as `streaming` does not.
+Rows and groups know nothing of each other, so one tensor is read, masked and written after the other:
+memory is a few times the largest tensor, whatever the checkpoint. This needs torch, as `streaming` does not.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..groups import AUX, Slice, part_of, whole
-from ..groups.plan import Plan
+from ..groups.plan import Plan, renamed
 from ..masks import pack
+from ..ops import select_nm
 from ..rows import select_rows
 from ..saliency import fit_norms, scaled
 from .base import Progress, raw_bytes
 from .native import FILL, begin, opened
-from .streaming import StreamPruning, masks_header
+from .streaming import StreamPruning, masks_header, nan_notes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,12 +43,15 @@ def fill_by_rows(
     """Write the outputs and complete the result. norms: of the inputs, or None for magnitudes."""
     from ..pruning import count_nonzero
 
+    if plan.nm is not None:
+        result.nm = {name: f"{n}:{plan.nm.m}" for name, n in plan.counts().items()}
     fitted = {}
     if norms is not None:
         fitted = fit_norms(norms, checkpoint.shapes(), list(dict.fromkeys(map(whole, plan.names))))
     parts: dict[str, list[tuple[str, int, float]]] = {}
     for each in zip(plan.names, plan.axes, plan.of_rows(result.sparsity), strict=True):
         parts.setdefault(whole(each[0]), []).append(each)
+    nans: list[str] = []
     kept, nonzero, smallest = Counter[str](), Counter[str](), dict[str, float]()
 
     def masked(name: str, tensor: Tensor) -> tuple[Tensor, Tensor]:
@@ -59,7 +63,11 @@ def fill_by_rows(
                 by = fitted[name]
                 at = by[part.at if len(by) > 1 else 0] if isinstance(part, Slice) else by
                 label, values = f"saliency of {part}", scaled(weights, at)
-            mask = select_rows(label, values, axis, share)
+            if plan.nm is not None and plan.nm.n is not None:
+                with renamed([label]):
+                    [mask] = select_nm([values], plan.nm.n, plan.nm.m, axis)
+            else:
+                mask = select_rows(label, values, axis, share)
             left = weights[mask]
             for counted in (part, name) if part != name else (name,):
                 kept[counted] += len(left)
@@ -87,10 +95,14 @@ def fill_by_rows(
                         mask, tensor = masked(entry.name, tensor)
                         if masks is not None:
                             os.pwrite(bits, raw_bytes(pack(mask)), begins[entry.name])
-                    elif entry.name in result.shapes:
-                        nonzero[entry.name] = count_nonzero(tensor)
+                    else:
+                        if entry.name in result.shapes:
+                            nonzero[entry.name] = count_nonzero(tensor)
+                        if entry.dtype.most and bool(tensor.float().isnan().any()):
+                            nans.append(entry.name)
                     file.write(raw_bytes(tensor))
                     progress.advance(entry.nbytes)
+    result.notes += nan_notes(nans)
     result.kept = {name: kept[name] for name in [*parts, *plan.names]}
     result.nonzero = {name: nonzero[name] for name in result.shapes}
     for layer in (x for m, layers in plan.modules.items() if m != AUX for x in layers):

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from .._errors import Damaged
+from ..groups import is_parameter, without_buffers
 from ..groups.known import bare
 from ..masks import apply_masks, load_masks
 
@@ -40,6 +42,28 @@ def alike(mine: Shapes, theirs: Shapes) -> bool:
     return 2 * (ends[0] & ends[1]).total() > len(mine)
 
 
+def under_names(
+    listed: Mapping[str, Tensor], state: Mapping[str, Any], where: str
+) -> Mapping[str, Tensor]:
+    """The parameters in a list, as averages are kept, under the names that they have in `state`.
+
+    They must stand in the same order. Returns `listed` where it holds other weights; raises ValueError
+    where it holds most of these in another order, or without some.
+    """
+    found = without_buffers(matrices(state))
+    mine = {n: s for n, s in found.items() if is_parameter(n, state[n].is_floating_point())}
+    theirs = matrices(listed)
+    if list(mine.values()) == list(theirs.values()):
+        return {name: listed[number] for name, number in zip(mine, theirs, strict=True)}
+    same = Counter(mine.values()) & Counter(theirs.values())
+    if 2 * same.total() > len(mine):
+        raise ValueError(
+            f"{where} must hold the {len(mine)} matrices of the weights in their order to be given the "
+            f"same masks, or be left out by --key, got {len(theirs)}, others or in another order"
+        )
+    return listed
+
+
 def mask_others(checkpoint: Checkpoint, output: Path, masks: Path) -> list[str]:
     """Mask what among the other files of a folder is a copy of the weights, in the folder `output`.
 
@@ -63,11 +87,19 @@ def mask_others(checkpoint: Checkpoint, output: Path, masks: Path) -> list[str]:
                 raise ValueError("they are stored as bits and values")
             if not alike(shapes, {n: spec.torch_shape for n, spec in copy.tensors.items()}):
                 raise ValueError("its tensors have other names or shapes")
-            state = {n: copy.get(n) for n in copy.tensors}
-            apply_masks(state, kept)
-        except (ValueError, OSError) as error:
+        except Damaged:  # it may have been one
+            raise
+        except ValueError as error:
             notes.append(f"{name} is kept as it is: its weights are not pruned ({error})")
             continue
+        state = {n: copy.get(n) for n in copy.tensors}
+        try:
+            apply_masks(state, kept)
+        except ValueError as error:
+            raise ValueError(
+                f"{path} must be a whole copy to be given the same masks, or be left out by giving the "
+                f"file of weights in place of the folder: {error}"
+            ) from error
         done.update(copy.files)
         targets = [output / file.relative_to(folder) for file in copy.files]
         for target in targets:

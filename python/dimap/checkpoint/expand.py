@@ -59,7 +59,9 @@ def expand(
     foreign = None
     if not checkpoint.packed:
         if not checkpoint.foreign:
-            raise ValueError(f"{checkpoint.path} must hold a bitmask file, got dense weights")
+            raise ValueError(
+                f"{checkpoint.path} must be a bitmask file, got one that is dense already"
+            )
         foreign = SparseBitmask(checkpoint)
         headers, packed, names, rest = foreign.headers, foreign.packed, foreign.names, foreign.rest
     for file, shard in enumerate(() if foreign else shards):

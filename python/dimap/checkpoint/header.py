@@ -16,6 +16,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
+from .._errors import Damaged
 from ..groups import Slice
 
 if TYPE_CHECKING:
@@ -30,12 +31,14 @@ class DType(NamedTuple):
 
     code: of safetensors, "" where it has none. name: torch's. bits: of one element. mask: the bits
     that make an element nonzero if any of them is set; 0 where every value is taken for nonzero.
+    most: these bits of the largest value that is no NaN; 0 where there is none to be told.
     """
 
     code: str
     name: str
     bits: int
     mask: int
+    most: int = 0
 
     @property
     def size(self) -> int:
@@ -67,12 +70,12 @@ _F32_NUMBER = _all(31)  # without its sign
 DTYPES = {
     dtype.code: dtype
     for dtype in (
-        DType("F64", "float64", 64, _all(63)),
-        DType("F32", "float32", 32, _F32_NUMBER),
-        DType("F16", "float16", 16, _all(15)),
-        DType("BF16", "bfloat16", 16, _all(15)),
-        DType("F8_E4M3", "float8_e4m3fn", 8, _all(7)),
-        DType("F8_E5M2", "float8_e5m2", 8, _all(7)),
+        DType("F64", "float64", 64, _all(63), 0x7FF << 52),
+        DType("F32", "float32", 32, _F32_NUMBER, 0xFF << 23),
+        DType("F16", "float16", 16, _all(15), 0x1F << 10),
+        DType("BF16", "bfloat16", 16, _all(15), 0xFF << 7),
+        DType("F8_E4M3", "float8_e4m3fn", 8, _all(7), 0x7E),
+        DType("F8_E5M2", "float8_e5m2", 8, _all(7), 0x7C),
         DType("F8_E4M3FNUZ", "float8_e4m3fnuz", 8, _all(8)),  # no negative zero: that is NaN
         DType("F8_E5M2FNUZ", "float8_e5m2fnuz", 8, _all(8)),
         DType("F8_E8M0", "float8_e8m0fnu", 8, 0),  # powers of two
@@ -191,7 +194,7 @@ def read_header(path: Path) -> Header:
         return parse_header(raw, size, str(path))
     except ValueError as error:
         reason = str(error).removeprefix(str(path)).lstrip(": ")
-        raise ValueError(
+        raise Damaged(
             f"{path} must be a complete safetensors file, got one that is truncated, damaged or of "
             f"another format ({reason})"
         ) from error

@@ -35,7 +35,7 @@ class Job:
 
     settings: the arguments of `prune_checkpoint` that make an output what it is, beside its input;
         values that JSON has.
-    more: its other arguments, as `timm_model`.
+    more: its other arguments, as `model`.
     masks, reports: folders, or None where none are wanted.
     force: replace outputs that are there and that the manifest does not tell to be these.
     checksum: note the SHA-256 of inputs and outputs.
@@ -178,7 +178,7 @@ def _are_those_of(record: Record, present: Mapping[str, Path]) -> bool:
 
 
 def _prune(job: Job, item: Item, record: Record | None) -> Record:
-    """Prune, and tell the manifest; returns what it was told."""
+    """Prune, and write a line of the manifest; returns that line."""
     start = time.monotonic()
     manifest = Manifest(job.out_dir)
     places = job.outputs(item.name)

@@ -55,7 +55,8 @@ def opened(paths: Sequence[Path], flags: int) -> Iterator[list[tuple[int, str]]]
     with ExitStack() as stack:
         found: list[tuple[int, str]] = []
         for path in paths:
-            found.append((os.open(path, flags | os.O_CLOEXEC), str(path)))
+            name = str(path).encode("utf-8", "backslashreplace").decode()  # which need not be UTF-8
+            found.append((os.open(path, flags | os.O_CLOEXEC), name))
             stack.callback(os.close, found[-1][0])
         yield found
 

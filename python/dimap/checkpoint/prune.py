@@ -9,12 +9,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import replace
 from functools import cache, wraps
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
-from .. import _timm
+from .._errors import first_line
 from .._files import SUFFIX, naming, open_safetensors, replacing
 from ..budgets import Budgets, costs_of, solve
 from ..distributed.launch import group_of
@@ -29,9 +29,10 @@ from . import HUB, open_checkpoint
 from .base import Checkpoint, Progress, Silent, check_apart
 from .bitmask import VERSIONS, Format
 from .card import add_card_section
+from .counted import model_of
 from .native import Told
 from .shards import Shards
-from .streaming import Stream, StreamPruning, check_agreement, check_dtypes
+from .streaming import Stream, StreamPruning, check_agreement, check_dtypes, nan_notes
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -68,8 +69,8 @@ def pruning_checkpoint(
     key: str | None = None,
     all_copies: bool = False,
     random_init: bool = False,
-    timm_model: str | None = None,
-    input_size: Sequence[int] | None = None,
+    model: str | None = None,
+    input_size: int | Sequence[int] | None = None,
     force: bool = False,
     progress: Progress | None = None,
     group: ProcessGroup | Ranks | None = None,
@@ -95,8 +96,9 @@ def pruning_checkpoint(
         compressed (docs/format.md); `dimap.load_file` and `dimap expand` read both.
     all_copies: give other copies of the weights the same masks: a teacher's beside them in a file,
         earlier checkpoints in a folder.
-    timm_model, input_size: for counting FLOPs: timm's name of the model, where the checkpoint does
-        not say it, and the size of its input, where that is not timm's.
+    model, input_size: for counting FLOPs: the model's name, where the checkpoint does not say it
+        ("timm:NAME", "torchvision:NAME", "hf:ORG/NAME", a folder with the config.json of transformers), and
+        the size of its input (see `flops.count_flops`). Where they cannot be counted a note says why.
     force: replace outputs that are there already.
     group: several processes do it together, each its part of the bytes: all of them call this with
         the same arguments and see the same files. The first one creates the outputs and returns
@@ -137,10 +139,8 @@ def pruning_checkpoint(
         exact = groups is not None and groups.n is not None
         if groups is not None:
             groups.refuse(sparsity=sparsity, shares=shares, scope=scope, normalize=normalize)
-        if exact:
-            method = "uniform"
-        scope = scope or METHODS[method].scope
-        normalize = normalize or METHODS[method].normalize
+        ranking = METHODS["uniform" if exact else method]
+        scope, normalize = scope or ranking.scope, normalize or ranking.normalize
         if isinstance(checkpoint, Shards) and (checkpoint.packed or checkpoint.foreign):
             raise ValueError(
                 f"{checkpoint.path} must be dense, got one stored as bits and values: "
@@ -166,11 +166,11 @@ def pruning_checkpoint(
             with open_safetensors(Path(input_norms)) as file:
                 norms = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         stream = None
-        if isinstance(checkpoint, Shards) and scope == "row":
-            if format != "dense" or groups is not None or ranks.size > 1:
+        if isinstance(checkpoint, Shards) and (scope == "row" or (exact and norms is not None)):
+            if format != "dense" or (groups is not None and not exact) or ranks.size > 1:
                 raise ValueError(
-                    "scope 'row' needs one process, the dense format and no nm for safetensors, got "
-                    f"format={format!r}, nm={nm}, {ranks.size} processes"
+                    "scope 'row' and Wanda need one process, the dense format and no nm 'auto' for "
+                    f"safetensors, got format={format!r}, nm={nm}, {ranks.size} processes"
                 )
         elif isinstance(checkpoint, Shards):
             if norms is not None:
@@ -182,11 +182,9 @@ def pruning_checkpoint(
             check_agreement(checkpoint, plan, settings, ranks)
         parts = [p for layers in plan.modules.values() for x in layers for p in x.parameters]
         names = wholes(parts)
-        model, why = None, "the first rank counts them"
-        if first or wanted.flops or wanted.nominal_flops:
-            model, why = _model(checkpoint, names, timm_model, input_size)
-        if model is None and (wanted.flops or wanted.nominal_flops):
-            raise ValueError(f"a budget of FLOPs needs the model's FLOPs, got none: {why}")
+        counted = None
+        if wanted.flops is not None or wanted.nominal_flops is not None:
+            counted = model_of(checkpoint, names, model, input_size)
         parts = list(dict.fromkeys([*names, *parts]))
         result = StreamPruning(
             modules=plan.modules,
@@ -238,7 +236,7 @@ def pruning_checkpoint(
         # The work. All ranks fill the files.
         if stream is not None:
             packing = stream.packed_size if format == "bitmask" else None
-            costs = costs_of(wanted, plan, shapes, model, input_size, packing)
+            costs = costs_of(wanted, plan, shapes, counted, input_size, packing)
             solved = solve(plan, given, wanted, costs, stream.weights)
             result.sparsity = solved.sparsity
             result.notes += solved.notes
@@ -257,7 +255,7 @@ def pruning_checkpoint(
                 norms,
                 wanted,
                 input_size,
-                model,
+                counted,
                 files,
                 ending,
                 packed,
@@ -277,12 +275,16 @@ def pruning_checkpoint(
 
         # What was done.
         def summarize() -> Report:
-            built = build_report(result, model, input_size)
-            return built if model else replace(built, notes=(f"no FLOPs: {why}", *result.notes))
+            why = "the first rank counts them"
+            if first:
+                try:
+                    counted = model_of(checkpoint, names, model, input_size)
+                    return build_report(result, counted, input_size)
+                except Exception as error:  # of the library that builds it, too: a note, no end
+                    why = first_line(error)
+            return build_report(result, no_flops=why)
 
         result.summarize = cache(summarize)
-        if timm_model or input_size:
-            result.summary()  # an error in it leaves no outputs
         if reported is not None and report is not None:
             with naming(Path(report)):
                 reported.write(result.summary(), result)
@@ -295,8 +297,14 @@ def pruning_checkpoint(
 def _completed(block: Callable[P, AbstractContextManager[T]], name: str) -> Callable[P, T]:
     """The function of that name that runs a block with nothing in it."""
 
+    takes = signature(block)
+
     @wraps(block)
     def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            takes.bind(*args, **kwargs)
+        except TypeError as error:
+            raise TypeError(f"{name}() {error}") from None
         with block(*args, **kwargs) as result:
             pass
         return result
@@ -398,39 +406,8 @@ def _prune_state(
     checkpoint.save(targets, safetensors=ending == ".safetensors", pack=pruning.masks, form=form)
     if masks is not None:
         pruning.save_masks(masks)
-    progress.step("counting")
     result.thresholds, result.kept = pruning.thresholds, pruning.kept
     result.sparsity, result.notes = pruning.sparsity, pruning.notes
     result.nonzero, result.smallest, result.nm = pruning.nonzero, pruning.smallest, pruning.nm
-
-
-def _model(
-    checkpoint: Checkpoint,
-    names: Sequence[str],
-    timm_model: str | None,
-    input_size: Sequence[int] | None,
-) -> tuple[nn.Module | None, str]:
-    """The model for counting FLOPs, pruned or only its shapes, or the reason why there is none."""
-    described = (
-        (timm_model, {})
-        if timm_model
-        else _timm.described(str(checkpoint.place), checkpoint.metadata)
-    )
-    if described is None:
-        return None, "IN does not say which timm model it is; --timm-model NAME says it"
-    # Names and shapes are enough where the weights are not in memory.
-    streamed = isinstance(checkpoint, Shards)
-    state = {n: checkpoint.tensors[n].meta() if streamed else checkpoint.get(n) for n in names}
-    architecture, config = described
-    try:
-        try:
-            return _timm.with_weights(architecture, config, state), ""
-        except ValueError:  # built for images of another size, it may be
-            if input_size is None:
-                raise
-            sized = {**config, "img_size": tuple(input_size)[-2:]}
-            return _timm.with_weights(architecture, sized, state), ""
-    except (ValueError, ModuleNotFoundError) as error:
-        if timm_model:
-            raise
-        return None, str(error)
+    others = [n for n, x in checkpoint.tensors.items() if x.dtype.most and n not in pruning.masks]
+    result.notes += nan_notes([n for n in others if bool(checkpoint.get(n).float().isnan().any())])

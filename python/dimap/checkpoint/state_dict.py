@@ -15,18 +15,19 @@ import torch
 from torch import Tensor
 
 from .. import _timm
+from .._errors import Damaged
 from .._files import naming, save_safetensors
 from ..groups.tied import ties_of
 from ..masks import apply_masks
 from .base import Checkpoint
 from .bitmask import Format, check_storable, write_packed
-from .copies import alike, matrices, tensors_of
+from .copies import alike, matrices, tensors_of, under_names
 from .header import Spec
 from .locate import PICKLED, Weights, check_index, shorten
 
 # Keys under which training scripts put the weights, and those of their averages.
 NESTS = ("model", "state_dict", "model_state_dict", "model_state", "module", "net", "params")
-AVERAGE = re.compile(r"(?i)(.*_)?(ema|swa|avg|averaged)(_.*)?")
+AVERAGE = re.compile(r"(?i)(.*_)?(ema|swa|avg|averaged)(_.*)?|(shadow|collected)_params\[\]")
 # What training keeps beside the weights: tensors of their shapes, which are no weights.
 BESIDE = re.compile(r"(?i).*(optim|sched|scaler|rng).*|opt")
 LIST = "[]"  # ends the name of tensors that have no names
@@ -193,13 +194,17 @@ def choose_nest(root: Any, where: str, key: str | None = None, all_copies: bool 
         holder, state = found[name]
         if name in ("", *meant):
             continue
+        if name.endswith(LIST) and _is_average(name):
+            state = under_names(state, nest.state, f"{where}: {name!r}")
+            shapes = matrices(state)
         if not alike(matrices(nest.state), shapes):
             nest.notes.append(f"{name!r} is kept as it is: its weights are not pruned")
         elif all_copies or (key is None and _is_average(name)):
             nest.copies[name] = state
             nest.notes.append(f"{name!r}, a copy of these weights, is given the same masks")
         elif key is not None and isinstance(holder, dict):
-            del holder[next(k for k, value in holder.items() if value is state)]
+            tensor = next(iter(state.values()))
+            del holder[next(k for k, v in holder.items() if v is state or _lists(v, tensor))]
         else:
             meant.append(name)
     if len(meant) > 1:
@@ -208,6 +213,10 @@ def choose_nest(root: Any, where: str, key: str | None = None, all_copies: bool 
             "without copies of it in the output, or with them by --all-copies"
         )
     return nest
+
+
+def _lists(value: Any, tensor: Any) -> bool:
+    return isinstance(value, (list, tuple)) and any(x is tensor for x in value)
 
 
 def _is_average(name: str) -> bool:
@@ -238,16 +247,19 @@ def _load(path: Path) -> Any:
     with open(path, "rb"):
         pass  # for Python's own errors, which name the file
     allowed: list[Any] = []
+    mapped = zipfile.is_zipfile(path)  # files of torch < 1.6 are no archives and cannot be mapped
+    if mapped:
+        _check_sums(path)
     while True:
         try:
-            # Files of torch < 1.6 are no zip archives and cannot be mapped.
-            mapped = zipfile.is_zipfile(path)
             with torch.serialization.safe_globals(allowed):
                 return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        except UnicodeEncodeError:  # torch's reader takes names in UTF-8 only
+            raise
         except Exception as error:
             wanted = _REFUSED.search(str(error))
             if wanted is None:
-                raise ValueError(
+                raise Damaged(
                     f"{path} must be a complete file of torch.save, got one that is truncated, "
                     f"damaged or of another format ({type(error).__name__})"
                 ) from error
@@ -262,8 +274,24 @@ def _load(path: Path) -> Any:
             allowed.append((value, name))
 
 
+def _check_sums(path: Path) -> None:
+    """Refuse an archive of which a record is not what was written: torch does not look at its sum.
+
+    torch may have been told to write none (`set_crc32_options`): then all are 0.
+    """
+    with zipfile.ZipFile(path) as archive:
+        try:
+            bad = archive.testzip() if any(info.CRC for info in archive.infolist()) else None
+        except (zipfile.BadZipFile, EOFError, OSError) as error:
+            bad = str(error)
+    if bad:
+        raise Damaged(
+            f"{path} must be a complete file of torch.save, got one whose record {bad} is damaged"
+        )
+
+
 def _harmless(name: str) -> Any:
-    """A class of `HARMLESS`, where it can be had."""
+    """A class of `HARMLESS`, where it can be imported."""
     if not HARMLESS.fullmatch(name):
         return None
     module, _, attribute = name.replace("numpy.core.", "numpy._core.").rpartition(".")

@@ -56,7 +56,7 @@ class StreamPruning(Pruned):
     summarize: Callable[[], Report] | None = field(default=None, repr=False, compare=False)
 
     def summary(self) -> Report:
-        """The report with the checkpoint's notes, and FLOPs where it says which timm model it is."""
+        """The report with the checkpoint's notes, and FLOPs where the model is known."""
         return self.summarize() if self.summarize else self.report()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -73,6 +73,13 @@ def check_dtypes(checkpoint: Checkpoint, plan: Plan) -> None:
         dtype = checkpoint.tensors[name].dtype
         if dtype.code not in ENGINE_DTYPES:
             raise ValueError(f"{name} must be float32, bfloat16 or float16, got {dtype.name}")
+
+
+def nan_notes(names: Sequence[str]) -> list[str]:
+    """What is said of tensors that are never pruned and hold a NaN: a model with one computes nothing."""
+    if not names:
+        return []
+    return [f"{len(names)} tensors that are never pruned hold a NaN, {names[0]} is the first"]
 
 
 def check_agreement(shards: Shards, plan: Plan, settings: object, ranks: Ranks) -> None:
@@ -211,7 +218,7 @@ class Stream:
                     for (file, entry), before in zip(self.tensors, self.before, strict=True)
                 ],
                 [
-                    (file, *elements(e), layouts[file].places[e.name].values.begin)
+                    (file, *elements(e), layouts[file].places[e.name].values.begin, e.dtype.most)
                     for file, e in self.others
                 ],
                 masks=masks_at,
@@ -305,7 +312,9 @@ class Stream:
         for name, want, got in zip(plan.scope_names, keep, kept, strict=True):
             if want != got:
                 raise ValueError(f"{name} must keep {want} weights, got {got}")
-        parts = self.ranks.gather((engine.nonzero, nonzero_others, engine.smallest))
+        parts = self.ranks.gather((engine.nonzero, nonzero_others, engine.smallest, engine.nan))
+        told = zip(self.others, zip(*(p[3] for p in parts), strict=True), strict=True)
+        result.notes += nan_notes([entry.name for (_, entry), nan in told if any(nan)])
         nonzero = dict(
             zip(plan.names, map(sum, zip(*(p[0] for p in parts), strict=True)), strict=True)
         )

@@ -45,7 +45,6 @@ app = typer.Typer(
     cls=Commands,
     help="Prune transformers by DIMAP: exact, in one shot, from the weights alone.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_show_locals=False,
 )
 
@@ -85,6 +84,10 @@ def _options(
 def main() -> None:
     """Entry point of the command `dimap`."""
     unwind_on_signals()
+    if os.environ.get("NO_COLOR"):  # no bold either
+        from typer import rich_utils
+
+        rich_utils.COLOR_SYSTEM = None
     try:
         try:
             app(prog_name="dimap")

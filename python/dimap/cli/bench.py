@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from ..report.text import Fitting, make_console
 from .common import Debug, Json, print_json, print_wrote, report_errors
 from .progress import Bar
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from ..bench import Bench, Row
 
 COLUMNS = ("job", "time", "ns/weight", "GB/s", "× copy", "range", "× plain", "faults")
+LOST = ("faults", "range", "ns/weight", "GB/s", "× plain")  # where there is no room for all
 
 SOURCE = (
     "swin_t, swin_s, swin_b or swin_l: random weights of those shapes. Or a checkpoint, or "
@@ -75,7 +77,6 @@ def bench(
 
 def _print(found: Bench) -> None:
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
     machine = found.machine
@@ -105,7 +106,7 @@ def _print(found: Bench) -> None:
     )
     if any(row.weights < weights for row in found.rows):
         note += " A * was timed on a part of the weights and compared by the weight."
-    Console().print(table, note, sep="")
+    make_console().print(Fitting(table, *LOST), note, sep="")
 
 
 def _cells(row: Row, weights: int) -> tuple[str, ...]:

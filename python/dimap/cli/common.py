@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
 
 from .._errors import sentence
+from ..report.text import make_console
 
 IN_HELP = (
     "A file of safetensors or of torch.save, a Hugging Face folder, hf:ORG/NAME for one of the hub, "
@@ -38,12 +39,15 @@ Debug = Annotated[
 
 
 @contextmanager
-def report_errors(debug: bool) -> Iterator[None]:
-    """Turn an exception into one sentence on stderr and exit code 1; 130 for Ctrl-C."""
+def report_errors(debug: bool, again: Callable[[], str] = str) -> Iterator[None]:
+    """Turn an exception into one sentence on stderr and exit code 1; 130 for Ctrl-C.
+
+    again: says how an interrupted command goes on.
+    """
     try:
         yield
     except KeyboardInterrupt:
-        print_error("interrupted")
+        print_error(": ".join(filter(None, ["interrupted", again()])))
         raise typer.Exit(130) from None
     except (typer.Exit, typer.BadParameter, BrokenPipeError):
         raise
@@ -65,11 +69,10 @@ def print_wrote(text: str) -> None:
 
 
 def _print(head: str, text: str, style: str, *, stderr: bool = False) -> None:
-    from rich.console import Console
     from rich.text import Text
 
     line = Text(head, style=style).append(text, style="not bold default")
-    Console(stderr=stderr, highlight=False).print(line, soft_wrap=True)
+    make_console(stderr=stderr, highlight=False).print(line, soft_wrap=True)
 
 
 def print_json(data: Any) -> None:
@@ -92,12 +95,12 @@ def parse_shares(options: list[str]) -> dict[str, float]:
     return shares
 
 
-def parse_input_size(text: str | None) -> tuple[int, ...] | None:
-    """--input-size: a side, HxW or CxHxW."""
+def parse_input_size(text: str | None) -> int | tuple[int, ...] | None:
+    """--input-size: a side or a number of tokens, HxW or CxHxW."""
     if text is None:
         return None
     parts = text.lower().split("x")
     if len(parts) > 3 or not all(side.isdecimal() and int(side) > 0 for side in parts):
         raise typer.BadParameter(f"--input-size must be like 224 or 3x224x224, got {text!r}")
     numbers = tuple(map(int, parts))
-    return numbers * 2 if len(numbers) == 1 else numbers
+    return numbers if len(numbers) > 1 else numbers[0]

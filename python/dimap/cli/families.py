@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from ..report.text import make_console
 from .common import Debug, Json, print_json, report_errors
 
 
@@ -44,11 +45,10 @@ def families(
             )
             return
         from rich import box
-        from rich.console import Console
         from rich.table import Table
         from rich.text import Text
 
-        console = Console(highlight=False)
+        console = make_console(highlight=False)
         if name in known:
             family = known[name]
             console.print(Text(f"{family.name}: {family.models}"), Text(f"block  {family.block}"))

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..finetuning.settings import Settings
+from ..finetuning.settings import STATE, Settings
 from .common import IN_HELP, Debug, Json, print_json, print_wrote, report_errors
 from .grouping import Grouping, grouped
 
@@ -93,7 +93,14 @@ def finetune(
 
     Defaults are the DIMAP paper's. For several GPUs: torchrun --nproc-per-node N -m dimap finetune …
     """
-    with report_errors(debug):
+
+    def again() -> str:
+        done = (out / STATE).exists()
+        return (
+            "the same command with --resume goes on after the last complete epoch" if done else ""
+        )
+
+    with report_errors(debug, again):
         from ..finetuning import finetune as work
 
         if dense and (masks is not None or options["masks_from_zeros"]):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from ..report.text import Fitting, make_console
 from .common import Debug, Json, Key, Layers, RandomInit, Source, print_json, report_errors
 from .grouping import Grouping, grouped
 from .progress import Bar
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from ..checkpoint.inspect import Count, Inspection
 
 COLUMNS = ("weights", "nonzero", "sparsity", "dtype")
+LOST = ("nonzero", "weights")  # where there is no room for all
 
 
 @grouped
@@ -48,13 +50,12 @@ def inspect(
 
 def print_inspection(found: Inspection, *, layers: bool) -> None:
     """What it is, and one line for each module; with `layers`, one for each that can be pruned."""
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     from ..groups import AUX
 
-    console = Console()
+    console = make_console()
     head = Table.grid(padding=(0, 2))
     head.add_column(style="bold")
     head.add_column(overflow="fold")
@@ -72,7 +73,8 @@ def print_inspection(found: Inspection, *, layers: bool) -> None:
     for column, text in zip(table.columns, cells, strict=True):
         column.footer = text
     table.columns[1].justify = "right"
-    console.print(head, table, *(Text(note, style="yellow") for note in found.notes), sep="\n")
+    notes = (Text(note, style="yellow") for note in found.notes)
+    console.print(head, Fitting(table, "dtype", "layers", *LOST), *notes, sep="\n")
     if not layers:
         return
     table = _table("layer", "module", more=("N:M",) if found.nm else ())
@@ -82,7 +84,7 @@ def print_inspection(found: Inspection, *, layers: bool) -> None:
             nm = [layer.nm or ""] if found.nm else []
             table.add_row(Text(layer.name), module.name, *_counts(layer), *nm)
         table.add_section()
-    console.print(table)
+    console.print(Fitting(table, "dtype", "module", *LOST))
 
 
 def _table(*columns: str, more: Sequence[str] = ()) -> Table:
@@ -93,7 +95,7 @@ def _table(*columns: str, more: Sequence[str] = ()) -> Table:
         *columns, *COLUMNS, *more, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_footer=True
     )
     for column in table.columns[2:5]:
-        column.justify = "right"
+        column.justify, column.no_wrap = "right", True
     return table
 
 

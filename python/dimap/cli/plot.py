@@ -68,7 +68,7 @@ def plot(
     *,
     grouping: Grouping,
 ) -> None:
-    r"""Draw a picture of a pruned checkpoint or of results. Needs matplotlib: dimap\[plot].
+    r"""Draw a picture of a pruned checkpoint or of results. Needs matplotlib: torch-dimap\[plot].
 
     Checkpoints are read one tensor at a time.
     """

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from ..groups.plan import Normalize, Scope
+from ..report.text import make_console
 from .budgets import BUDGETS, budgeted, parse_sparsity
 from .common import (
     IN_HELP,
@@ -145,19 +146,27 @@ def prune(
         typer.Option(
             "--checksum",
             help="With --out-dir: note the SHA-256 of every file, so that those that were copied or "
-            "touched can be told from those that were changed.",
+            "touched are not taken for changed ones.",
         ),
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace outputs that exist.")] = False,
     random_init: RandomInit = False,
-    timm_model: Annotated[
+    model: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="timm's name for the model in IN, to count FLOPs."),
+        typer.Option(
+            "--model",
+            "--timm-model",
+            metavar="NAME",
+            help="The model in IN, to count FLOPs, where IN does not say it: timm:NAME, "
+            "torchvision:NAME, hf:ORG/NAME, or a folder with the config.json of transformers.",
+        ),
     ] = None,
     input_size: Annotated[
         str | None,
         typer.Option(
-            metavar="SIZE", help="Input for FLOPs: 224, 224x224 or 3x224x224. Default: the model's."
+            metavar="SIZE",
+            help="Input for FLOPs: 224, 224x224 or 3x224x224; of a model of language, tokens. Default: "
+            "the model's.",
         ),
     ] = None,
     recipe: Recipe = None,
@@ -191,7 +200,7 @@ def prune(
     for option, given in (("--jobs", jobs > 1), ("--checksum", checksum)):
         if out_dir is None and given:
             raise typer.BadParameter(f"{option} is for --out-dir: give it, or leave {option} out")
-    with report_errors(debug):
+    with report_errors(debug, lambda: "the same command goes on" if out_dir else ""):
         from ..methods import METHODS
 
         settings: dict[str, Any] = {
@@ -212,7 +221,7 @@ def prune(
         settings = {
             k: v for k, v in settings.items() if v is not None and v is not False and v != {}
         }
-        more: dict[str, Any] = {"timm_model": timm_model, "input_size": size}
+        more: dict[str, Any] = {"model": model, "input_size": size}
         if out_dir is not None:
             from ..checkpoint.many import Job
             from .prune_many import prune_many
@@ -224,7 +233,7 @@ def prune(
         from ..stream import prune_checkpoint
 
         (source, out), start = paths, time.monotonic()
-        with launched() as ranks, Bar("opening", wanted=ranks.rank == 0) as bar:
+        with launched() as ranks, Bar("opening", whole="pruning", wanted=ranks.rank == 0) as bar:
             more |= {"masks": masks, "report": report, "force": force}
             done = prune_checkpoint(source, out, **settings, **more, progress=bar, group=ranks)
             built = done.summary()
@@ -238,9 +247,8 @@ def prune(
         files = {"in": source, "out": out, "masks": masks and str(masks)}
         print_json({**files, "seconds": round(seconds, 3), "report": built.to_dict()})
         return
-    from rich.console import Console
 
-    console = Console()
+    console = make_console()
     console.print(built)
     if layers:
         console.print(built.layer_table())

@@ -5,16 +5,20 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import typer
 
+from .._files import remove_empty
 from ..checkpoint.inputs import Item, find_inputs
 from ..checkpoint.manifest import Manifest
 from ..checkpoint.many import Job, Outcome, State, check_job
 from ..checkpoint.workers import prune_all
 from ..distributed.launch import launched
+from ..report.text import Fitting, make_console
 from .common import print_error, print_json
 from .progress import Bar
 
@@ -24,11 +28,12 @@ COLOURS: dict[State, str] = {"done": "green", "done before": "default", "failed"
 def prune_many(arguments: Sequence[str], job: Job, jobs: int, as_json: bool) -> None:
     """Prune the checkpoints that the arguments mean; ends with exit code 1 if any failed."""
     start = time.monotonic()
-    with launched() as ranks:
+    with ExitStack() as outputs, launched() as ranks:
         items: Sequence[Item] = ()
         if ranks.rank == 0:
             items = find_inputs(arguments, job.out_dir)
             check_job(job, items)
+            outputs.callback(remove_empty, [*_new_folders(job, items)])
             job.out_dir.mkdir(parents=True, exist_ok=True)
         items = ranks.gather(items)[0]
         known = Manifest(job.out_dir).read()
@@ -58,6 +63,12 @@ def prune_many(arguments: Sequence[str], job: Job, jobs: int, as_json: bool) -> 
         raise typer.Exit(1)
 
 
+def _new_folders(job: Job, items: Sequence[Item]) -> set[Path]:
+    """The folders that are not there yet and will hold outputs."""
+    outputs = (path for item in items for path in job.outputs(item.name).values())
+    return {p for path in outputs for p in path.absolute().parents if not p.exists()}
+
+
 def _to_dict(job: Job, outcomes: Sequence[Outcome], seconds: float) -> dict[str, Any]:
     """The JSON object; schema "dimap.prune_many", version 1."""
     counts = Counter(outcome.state for outcome in outcomes)
@@ -76,11 +87,10 @@ def _to_dict(job: Job, outcomes: Sequence[Outcome], seconds: float) -> dict[str,
 
 
 def _print(job: Job, outcomes: Sequence[Outcome], seconds: float) -> None:
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    console = Console(highlight=False)
+    console = make_console(highlight=False)
     table = Table("OUT", box=None, pad_edge=False, header_style="bold", show_edge=False)
     for name in ("weights", "removed", "seconds"):
         table.add_column(name, justify="right")
@@ -97,7 +107,7 @@ def _print(job: Job, outcomes: Sequence[Outcome], seconds: float) -> None:
             state.append(f": {outcome.error}", style="default")
         took = "" if outcome.state == "done before" else f"{outcome.seconds:.1f}"
         table.add_row(Text(outcome.out), weights, removed, took, state)
-    console.print(table)
+    console.print(Fitting(table, "seconds", "weights", "removed"))
     for outcome in outcomes:
         for note in outcome.notes:
             console.print(Text(f"{outcome.source}: {note}", style="yellow"), soft_wrap=True)

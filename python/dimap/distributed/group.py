@@ -37,9 +37,9 @@ class Group(Ranks):
     silence: seconds after which a rank that gives no sign of life is taken for gone, while they work
         apart.
 
-    A context: an error inside it is told to the others, which raise RuntimeError with its message;
+    A context: an error inside it reaches the others, which raise RuntimeError with its message;
     where there is none, all leave it together. A rank that is gone raises ConnectionError, also in
-    place of an error that cannot be told: what that rank removed may be the cause.
+    place of an error that cannot be passed on: what that rank removed may be the cause.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class Group(Ranks):
     @contextmanager
     def apart(self) -> Iterator[None]:
         # Every rank counts up a number of its own in the store, by a thread, so that one that is
-        # stopped or gone is told from one that works for long.
+        # stopped or gone differs from one that works for long.
         name, store = self.gather(secrets.token_hex(8))[0], _get_default_store()
         over = threading.Event()
 

@@ -151,7 +151,9 @@ def need(package: str, module: str | None = None) -> None:
         import_module(module or package)
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f"fine-tuning needs the package {package}: pip install 'dimap[finetune]'", name=package
+            f"fine-tuning needs the package {package}: pip install 'torch-dimap[finetune]', or "
+            "'.[finetune]' from a checkout",
+            name=package,
         ) from error
 
 
@@ -171,7 +173,7 @@ def joined(device: str | None) -> Iterator[tuple[Ranks, torch.device]]:
     place = torch.device(name if given else init_distributed_device_so(name)["device"])
     grouped = dist.is_available() and dist.is_initialized()
     # Not entered as a context: DistributedDataParallel has exchanges of its own, in which an error
-    # could not be told; the launcher ends the others.
+    # could not be passed on; the launcher ends the others.
     try:
         yield group_of() if grouped else Ranks(), place
     finally:

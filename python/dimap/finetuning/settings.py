@@ -14,6 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from .._timm import near
 
+STATE = "state.pt"  # in the folder of a run: what --resume needs
+
 POLICIES = (
     "rand",
     "augmix",

@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 from .._files import replacing, save_safetensors
+from .settings import STATE
 
-BEST, LAST, HISTORY, STATE = "best.safetensors", "last.safetensors", "history.json", "state.pt"
+BEST, LAST, HISTORY = "best.safetensors", "last.safetensors", "history.json"
 VERSION = 2
 
 

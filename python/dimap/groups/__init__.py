@@ -57,6 +57,7 @@ __all__ = [
     "group",
     "group_names",
     "is_parameter",
+    "kind_of",
     "named_tensors",
     "part_of",
     "part_shape",
@@ -66,6 +67,7 @@ __all__ = [
     "tied_in",
     "whole",
     "wholes",
+    "without_buffers",
 ]
 
 Model: TypeAlias = "nn.Module | Mapping[str, Tensor]"
@@ -166,7 +168,7 @@ def tied_in(model: Model) -> list[tuple[str, ...]]:
 def is_parameter(name: str, floating_point: bool) -> bool:
     """Whether an entry of a state dict is taken for a parameter, known buffers aside.
 
-    A weight of another type is one too: quantized weights are told apart from counters this way.
+    A weight of another type is one too: quantized weights differ from counters by this.
     """
     return floating_point or name.rpartition(".")[2] == "weight"
 
@@ -198,7 +200,7 @@ def group(
         in "aux" if any of its names is.
     """
     choice = choose(patterns)
-    seen = _without_buffers(shapes)
+    seen = without_buffers(shapes)
     if not seen:
         raise ValueError("model must have at least one parameter, got none")
     names = [(bare(name), name) for name in seen]
@@ -221,7 +223,7 @@ def group(
 
 def propose(shapes: Mapping[str, Sequence[int]]) -> tuple[Guess, Modules]:
     """What the words of any model's names say of its layers, however little; never an error."""
-    seen = _without_buffers(shapes)
+    seen = without_buffers(shapes)
     names = [(bare(name), name) for name in seen]
     guess = by_roles(names, seen)
     return guess, _in_towers(guess, seen)
@@ -230,7 +232,8 @@ def propose(shapes: Mapping[str, Sequence[int]]) -> tuple[Guess, Modules]:
 _BUFFER = re.compile("|".join(BUFFERS))
 
 
-def _without_buffers(shapes: Mapping[str, Sequence[int]]) -> dict[str, Shape]:
+def without_buffers(shapes: Mapping[str, Sequence[int]]) -> dict[str, Shape]:
+    """What of names and shapes is no buffer of `families.BUFFERS`."""
     return {name: tuple(s) for name, s in shapes.items() if not _BUFFER.fullmatch(bare(name))}
 
 
@@ -322,8 +325,8 @@ def _describe_unknown(families: Sequence[Family], shapes: Mapping[str, Shape]) -
     one = f"the family {families[0].name}" if len(families) == 1 else "a known family"
     matrices = sum(len(shape) > 1 for shape in shapes.values())
     return (
-        f"model must be of {one} (`dimap families` lists all), got other names: {len(shapes)} "
-        f"parameters, {matrices} of two or more dimensions:\n{kinds(shapes)}\n{_ways_out(shapes)}"
+        f"model must be of {one} (`dimap families` lists all), got other names.\n{_ways_out(shapes)}\n"
+        f"It has {len(shapes)} parameters, {matrices} of two or more dimensions:\n{kinds(shapes)}"
     )
 
 

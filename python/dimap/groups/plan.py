@@ -202,9 +202,11 @@ class Plan:
         given: dict[str, Any]
         if isinstance(sparsity, Mapping):
             if set(sparsity) != set(names):
+                lacks = f", none for {', '.join(n for n in names if n not in sparsity)}"
                 raise ValueError(
-                    f"sparsity must have one number for each of the modules {', '.join(names)}, "
-                    f"got {', '.join(map(str, sparsity)) or 'none'}"
+                    f"sparsity must have one number for each of the modules {', '.join(names)} (0 keeps a "
+                    f"module as it is), got {', '.join(map(str, sparsity)) or 'none'}"
+                    + (lacks if set(names) - set(sparsity) else "")
                 )
             given = {name: sparsity[name] for name in names}
         else:

@@ -72,7 +72,7 @@ def untie(
 ) -> dict[str, list[Layer]]:
     """The modules with each weight under one name: the first, or one that is never pruned.
 
-    What shares its storage with a weight that is never pruned, is never pruned itself. notes: is told.
+    What shares its storage with a weight that is never pruned, is never pruned itself; `notes` says so.
     """
     where = {whole(p): m for m, layers in modules.items() for x in layers for p in x.parameters}
     dropped, freed = set(), []

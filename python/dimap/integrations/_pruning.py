@@ -36,7 +36,7 @@ class TrainingPruner:
         **options: Any,
     ) -> None:
         if sparsity is None and masks is None:
-            raise ValueError("sparsity or masks must be given, got neither")
+            raise ValueError("give a sparsity, masks or both: there is nothing to prune by")
         super().__init__()
         self._sparsity, self._options = sparsity, options
         self._given = load_masks(masks) if isinstance(masks, (str, os.PathLike)) else masks

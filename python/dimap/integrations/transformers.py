@@ -64,7 +64,7 @@ class PruningCallback(TrainingPruner, TrainerCallback):
         masks = self._whole_masks()
         path = _checkpoint(args, state.global_step) / MASKS
         if args.should_save and path.parent.is_dir():
-            save_masks(path, masks)
+            save_masks(masks, path)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any

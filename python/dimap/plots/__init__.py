@@ -1,4 +1,4 @@
-"""Pictures of a pruning. They need matplotlib: ``pip install 'dimap[plot]'``.
+"""Pictures of a pruning. They need matplotlib: ``pip install 'torch-dimap[plot]'``.
 
 Every function returns a matplotlib Figure, and writes it where `path` is given, PNG or SVG by its
 ending. Nothing global is changed, and matplotlib is imported only when a picture is drawn.

@@ -60,7 +60,7 @@ def source_of(
 ) -> Source:
     """Make a Source of a Pruning, a checkpoint that is open, a model or a state dict.
 
-    masks: parameter name -> bool tensor of its shape, True = kept; may be read as it is asked for.
+    masks: as `fit_masks` takes them, under any spelling of the model; may be read as they are asked for.
         None: a Pruning has its own; elsewhere what is zero is pruned.
     patterns: as in `dimap.find_modules`; a Pruning knows its modules.
 
@@ -69,6 +69,8 @@ def source_of(
     if isinstance(model, Source):
         return model
     import torch
+
+    from ..masks import fit_shapes
 
     get: Callable[[str], Tensor]
     choice = choose(patterns)
@@ -92,11 +94,12 @@ def source_of(
         modules = group(shapes, choice, ties).modules
     layers = prunable(modules)
     known = {whole(parameter) for layer in layers for parameter in layer.parameters}
-    if odd := [name for name in masks or () if name not in known]:
-        more = f" and {len(odd) - 1} more" if len(odd) > 1 else ""
-        raise ValueError(
-            f"masks must be of this model's prunable weights, got one of {odd[0]}{more}"
-        )
+    try:
+        fitted = {name: same for same in fit_shapes(masks or {}, shapes) for name in same.names}
+    except ValueError as error:
+        raise ValueError(f"masks must be of this model's prunable weights: {error}") from error
+    if odd := [name for name in fitted if name not in known]:
+        raise ValueError(f"masks must be of this model's prunable weights, got one of {odd[0]}")
 
     def weight(name: str) -> Tensor:
         found = get(whole(name)).detach()
@@ -107,14 +110,9 @@ def source_of(
             return weight(name) != 0
         if isinstance(name, Slice):
             return mask(name.parameter)[name.at]
-        if name not in masks:  # of a pruning that left this layer out
+        if name not in fitted:  # of a pruning that left this layer out
             return torch.ones(shapes[name], dtype=torch.bool)
-        found, shape = masks[name], tuple(shapes[name])
-        if tuple(found.shape) != shape:
-            raise ValueError(
-                f"the mask of {name} must have the weight's shape {shape}, got {tuple(found.shape)}"
-            )
-        return found
+        return fitted[name].load()[name]
 
     family = None if choice else family_of(shapes)
     return Source(layers, weight, mask, family.name if family else None)

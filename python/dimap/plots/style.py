@@ -89,7 +89,9 @@ def check_path(path: str | os.PathLike[str] | None) -> None:
         import matplotlib  # noqa: F401
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            "pictures need the package matplotlib: pip install 'dimap[plot]'", name="matplotlib"
+            "pictures need the package matplotlib: pip install 'torch-dimap[plot]', or '.[plot]' from a "
+            "checkout",
+            name="matplotlib",
         ) from error
 
 

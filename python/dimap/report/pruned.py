@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
-from ..groups import AUX, whole, wholes
-from ..groups.identity import addresses, same_weights
+from ..groups import AUX, kind_of, whole
+from ..groups.identity import Address, addresses, same_weights
 from ..groups.plan import scope_names
 from .report import LayerReport, ModuleReport, Report
 
@@ -83,11 +83,15 @@ class Pruned:
         if self.nm:
             found["nm"] = json.dumps(self.nm)
         found |= {f"sparsity.{name}": repr(s) for name, s in self.sparsity.items()}
-        places: dict[str, list[Any]] = {}
+        return found | {"addresses": json.dumps(self.places())}
+
+    def places(self) -> dict[str, Address]:
+        """Where the layer of each pruned parameter stands; of one that stacks layers, the first of them."""
+        found: dict[str, Address] = {}
         for address, layer in addresses(self.modules).items():
-            for name in layer.parameters:  # of slices, the first one's: the others follow
-                places.setdefault(whole(name), list(address))
-        return found | {"addresses": json.dumps(places)}
+            for name in layer.parameters:
+                found.setdefault(whole(name), address)
+        return found
 
     def report(
         self,
@@ -98,10 +102,15 @@ class Pruned:
         return build_report(self, model, input_size)
 
 
+NO_MODEL = "weights alone do not tell them, the nn.Module does"
+
+
 def build_report(
     pruning: Pruned,
     model: nn.Module | Mapping[str, Tensor] | None = None,
     input_size: int | Sequence[int] | None = None,
+    *,
+    no_flops: str = NO_MODEL,
 ) -> Report:
     """Count what `pruning` removed.
 
@@ -111,13 +120,14 @@ def build_report(
             will do, on any device, the meta device too; a state dict has no FLOPs.
         input_size: as in `flops.count_flops`. Where it is None and the model does not say it, or
             the forward pass at the size it says fails, the report has no FLOPs and says why.
+        no_flops: why there is no `model`.
 
     Raises:
         ValueError: `model` is not the model that was pruned (names or shapes differ), or what was
             pruned is sharded (DTensor).
         RuntimeError: the forward pass at the given `input_size` failed.
     """
-    dense_flops, flops, notes = count_dense(pruning.modules, pruning.shapes, model, input_size)
+    dense_flops, flops, notes = count_dense(pruning, model, input_size, no_flops)
     # Of a pruning in memory each of these is counted when it is asked for: once.
     nonzero, smallest = pruning.nonzero, pruning.smallest
     weights = {name: math.prod(shape) for name, shape in pruning.shapes.items()}
@@ -164,9 +174,12 @@ def build_report(
         threshold = thresholds.pop() if shared else None
         sums = _sums(layers, 0 if flops else None)
         modules.append(ModuleReport(name, len(layers), threshold=threshold, **sums))
+    other = flops.total - sum(module.flops_dense or 0 for module in modules) if flops else None
+    if empty := [row.name for row in rows if row.weights and not row.kept]:
+        notes.append(f"{len(empty)} of {len(rows)} layers keep no weight, {empty[0]} is the first")
     if flops and (unused := [row.name for row in rows if row.weights and not row.flops_dense]):
         notes.append(f"no FLOPs were seen of {len(unused)} layers, {unused[0]} is the first")
-    sums = _sums(modules, flops.other if flops else None)
+    sums = _sums(modules, other)
     shares = {
         "flops": _share(sums.get("flops"), sums.get("flops_dense")),
         "nominal_flops": _share(sums.get("flops_nominal"), sums.get("flops_dense")),
@@ -181,7 +194,7 @@ def build_report(
         layers=tuple(rows),
         model=None if model is None or isinstance(model, Mapping) else type(model).__name__,
         input_size=flops.input_size if flops else None,
-        flops_other=flops.other if flops else None,
+        flops_other=other,
         notes=(*notes, *pruning.notes),
         asked=dict(pruning.asked),
         got={name: got for name, got in shares.items() if name in pruning.asked},
@@ -205,35 +218,30 @@ def _sums(parts: Sequence[LayerReport | ModuleReport], other: int | None) -> dic
 
 
 def count_dense(
-    modules: Mapping[str, Sequence[Layer]],
-    shapes: Mapping[str, tuple[int, ...]],
+    pruning: Pruned,
     model: nn.Module | Mapping[str, Tensor] | None,
     input_size: int | Sequence[int] | None,
+    no_flops: str = NO_MODEL,
 ) -> tuple[dict[str, int], Flops | None, list[str]]:
     """The multiply-adds of every parameter and slice before pruning, and of the whole model.
 
-    modules, shapes: as in `Pruned`. model, input_size, errors: as in `build_report`. Where there are
-    no FLOPs: none, None, and a note that says why.
+    pruning: of which modules and shapes count. model, input_size, errors: as in `build_report`. Where
+    there are no FLOPs: zeros, None, and a note that says why.
     """
-    names_in = _names_in(modules, shapes, model)
-    flops, notes = _flops(model, input_size)
-    every = [p for layers in modules.values() for x in layers for p in x.parameters]
+    names_in = _names_in(pruning, model)
+    flops, notes = _flops(model, input_size, no_flops)
+    every = [p for layers in pruning.modules.values() for x in layers for p in x.parameters]
     pieces = Counter(map(whole, every))  # slices of each parameter; 1 where it is whole
     counted = flops.parameters if flops else {}
-    return {p: counted.get(names_in[whole(p)], 0) // pieces[whole(p)] for p in every}, flops, notes
+    dense = {p: counted.get(names_in.get(whole(p), ""), 0) // pieces[whole(p)] for p in every}
+    return dense, flops, notes
 
 
-def _names_in(
-    modules: Mapping[str, Sequence[Layer]],
-    shapes: Mapping[str, tuple[int, ...]],
-    model: nn.Module | Mapping[str, Tensor] | None,
-) -> dict[str, str]:
-    """What the model that was pruned calls each of its parameters."""
-    every = (p for layers in modules.values() for x in layers for p in x.parameters)
-    known = wholes(every)
+def _names_in(pruning: Pruned, model: nn.Module | Mapping[str, Tensor] | None) -> dict[str, str]:
+    """What the model that was pruned calls its parameters; what is never pruned it may lack."""
     if model is None:
-        return {name: name for name in known}
-    shapes = {name: tuple(shapes[name]) for name in known}
+        return {}
+    shapes = {name: tuple(shape) for name, shape in pruning.shapes.items() if whole(name) == name}
     tensors: Mapping[str, Tensor] = (
         model
         if isinstance(model, Mapping)
@@ -242,26 +250,35 @@ def _names_in(
     )
     there = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     names = {name: name for name, shape in shapes.items() if there.get(name) == shape}
-    if len(names) < len(shapes) and not there.keys() & shapes.keys():  # another spelling
-        with suppress(ValueError):  # what it lacks is said below
-            for given, wanted in same_weights(shapes, there):
-                if len(given) == len(wanted) == 1 and shapes[given[0]] == there[wanted[0]]:
-                    names[given[0]] = wanted[0]
+    places = pruning.places()
+    pruned = {name: shapes[name] for name in places}
+    for given in (pruned if there.keys() & shapes.keys() else shapes, pruned):
+        if pruned.keys() <= names.keys():
+            break
+        with suppress(ValueError):  # another spelling; what it lacks is said below
+            for ours, theirs in same_weights(given, there, places):
+                if len(ours) == len(theirs) == 1 and shapes[ours[0]] == there[theirs[0]]:
+                    names[ours[0]] = theirs[0]
+    claim = "model must be the one that was pruned"
     for name, shape in shapes.items():
-        if name not in names:
+        if name not in names and (name in there or name in pruned):
             got = there.get(name, "no such parameter")
-            raise ValueError(
-                f"model must be the one that was pruned: {name} must have shape {shape}, got {got}"
-            )
+            raise ValueError(f"{claim}: {name} must have shape {shape}, got {got}")
+    known, found = {kind_of(names[name]) for name in pruned}, set(names.values())
+    for name in there:
+        if name not in found and kind_of(name) in known:  # of a block that was not there
+            raise ValueError(f"{claim}: it has {name}, of which nothing is known")
     return names
 
 
 def _flops(
-    model: nn.Module | Mapping[str, Tensor] | None, input_size: int | Sequence[int] | None
+    model: nn.Module | Mapping[str, Tensor] | None,
+    input_size: int | Sequence[int] | None,
+    no_flops: str,
 ) -> tuple[Flops | None, list[str]]:
     """FLOPs, or a note that says why there are none."""
     if model is None or isinstance(model, Mapping):
-        return None, ["no FLOPs: weights alone do not tell them, the nn.Module does"]
+        return None, [f"no FLOPs: {no_flops}"]
     from ..flops import count_flops
 
     if input_size is not None:

@@ -18,11 +18,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..groups import position
 from ..groups.nm import in_layers
-from .text import Column, names_in_blocks, plain, short, table, tiny
+from .text import Column, Fitting, make_console, names_in_blocks, plain, short, table, tiny
 
 if TYPE_CHECKING:
     from rich.console import Group
-    from rich.table import Table
 
 SCHEMA = "dimap.report"
 VERSION = 1
@@ -143,7 +142,7 @@ class Report(_Counts):
         modules: the prunable modules in their order, then "aux".
         layers: the prunable layers, module by module.
         model: class name of the model, None for a state dict.
-        input_size: (channels, height, width) at which FLOPs were counted.
+        input_size: (channels, height, width) at which FLOPs were counted; (tokens,) of a model of text.
         flops_dense, flops_nominal, flops: multiply-adds at batch 1 (see `LayerReport`) of the whole
             model, what is never pruned included in full; None where they were not counted.
         flops_other: multiply-adds of no parameter (attention's products), part of the three above.
@@ -236,13 +235,13 @@ class Report(_Counts):
         modules = table(columns(names, MODULES), self.parts())
         modules.rows[-1].style = "bold"
         modules.rows[-2].end_section = True
-        lines = [Text(line, no_wrap=True, overflow="ellipsis") for line in summary_lines(self)]
+        lines = [Text(line) for line in summary_lines(self)]
         lines[0].stylize("bold")
         style = dict.fromkeys(self.notes, "yellow")
         notes = [Text(line, style=style.get(line, "dim")) for line in note_lines(self)]
-        return Group(*lines, modules, *notes)
+        return Group(*lines, Fitting(modules, *LOST), *notes)
 
-    def layer_table(self) -> Table:
+    def layer_table(self) -> Fitting:
         """For rich: one line for each prunable layer, block after block, with a bar of its density."""
         layers = sorted(self.layers, key=position)
         names = names_in_blocks(layers)
@@ -260,15 +259,14 @@ class Report(_Counts):
         made = table([block, *columns(Column("layer", name, left=True), titles)], layers)
         for line, (layer, after) in zip(made.rows, pairwise(layers), strict=False):
             line.end_section = layer.stage != after.stage
-        return made
+        return Fitting(made, *LOST)
 
     def print(self, *, layers: bool = False) -> None:
         """Print the summary, and one line for each layer where asked."""
-        import rich
-
-        rich.print(self)
+        console = make_console()
+        console.print(self)
         if layers:
-            rich.print(self.layer_table())
+            console.print(self.layer_table())
 
 
 def check_schema(what: str, data: Mapping[str, Any], schema: str, version: int) -> None:
@@ -334,8 +332,9 @@ def note_lines(report: Report) -> list[str]:
     if report.input_size is None:
         return list(report.notes)
     size = " x ".join(map(str, report.input_size))
+    one = f"one {size} input" if len(report.input_size) > 1 else f"{size} tokens"
     return [
-        f"FLOPs are multiply-adds of one {size} input. dense: before pruning;",
+        f"FLOPs are multiply-adds of {one}. dense: before pruning;",
         "FLOPs: nonzero weights x tokens; nominal: the module's ratio, in all its layers.",
         *report.notes,
     ]
@@ -343,6 +342,8 @@ def note_lines(report: Report) -> list[str]:
 
 MODULES = ("layers", "weights", "kept", "removed", "threshold", "dense", "FLOPs", "nominal")
 LAYERS = ("weights", "density", "", "min |w|", "FLOPs")
+# Where there is no room for all of them, those that go, one after the other.
+LOST = ("", "threshold", "min |w|", "nominal", "layers", "dense", "kept", "FLOPs", "weights")
 
 
 def columns(

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
+from copy import copy
+from dataclasses import replace
 from functools import partial
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -11,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ..groups import Located, position
 
 if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions
     from rich.table import Table
 
 BAR = 10  # cells
@@ -90,11 +94,39 @@ def table(columns: Sequence[Column], rows: Sequence[Any]) -> Table:
     return table
 
 
-def plain(renderable: Any) -> str:
-    """What rich draws, as text of 80 columns; lines are drawn with ASCII characters."""
+def make_console(**options: Any) -> Console:
+    """rich's console; where NO_COLOR is set, without bold and dim, too."""
     from rich.console import Console
 
+    if os.environ.get("NO_COLOR"):
+        options["color_system"] = None
+    return Console(**options)
+
+
+class Fitting:
+    """A table that, where there is no room for it, loses columns: never digits of a number.
+
+    dropped: the titles of the columns that it can do without, the first one goes first.
+    """
+
+    def __init__(self, table: Table, *dropped: str) -> None:
+        self.table, self.dropped = table, dropped
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Table]:
+        shown = copy(self.table)
+        wide = options.update(max_width=10_000)
+        for title in self.dropped:
+            drawn = (console.render_lines(shown, room, pad=False) for room in (options, wide))
+            if next(drawn) == next(drawn):
+                break
+            left = (column for column in shown.columns if column.header != title)
+            shown.columns = [replace(column, _index=at) for at, column in enumerate(left)]
+        yield shown
+
+
+def plain(renderable: Any) -> str:
+    """What rich draws, as text of 80 columns; lines are drawn with ASCII characters."""
     drawn = io.StringIO()
-    Console(file=drawn, width=80, color_system=None, force_jupyter=False).print(renderable)
+    make_console(file=drawn, width=80, no_color=True, force_jupyter=False).print(renderable)
     lines = drawn.getvalue().replace("─", "-").splitlines()
     return "\n".join(line.rstrip() for line in lines)

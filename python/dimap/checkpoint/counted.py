@@ -1,0 +1,122 @@
+"""The model whose FLOPs are counted: its build without weights, by a name or by what a checkpoint says of it.
+
+Imports torch, and the library that builds the model: timm, torchvision or transformers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from .. import _timm
+from . import HUB, TIMM
+from .base import Checkpoint
+
+if TYPE_CHECKING:
+    from torch import nn
+
+TORCHVISION = "torchvision:"
+
+
+def model_of(
+    checkpoint: Checkpoint,
+    names: Sequence[str],
+    named: str | None,
+    input_size: int | Sequence[int] | None,
+) -> nn.Module:
+    """The model in a checkpoint, on the meta device.
+
+    names: of all its parameters. named: "timm:NAME" or NAME, "torchvision:NAME", "hf:ORG/NAME" or a folder
+        with the config.json of transformers; None asks the checkpoint.
+
+    Raises ValueError where the checkpoint does not say it, or is not of the model that is named;
+    ModuleNotFoundError where the library is missing; and whatever a library raises that cannot build it.
+    """
+    place = str(checkpoint.place)
+    if named is None:
+        if described := _timm.described(place, checkpoint.metadata):
+            return _timm_model(checkpoint, names, *described, input_size)
+        if _of_transformers(Path(place)):
+            return _transformers_model(place)
+        raise ValueError(
+            "IN does not say which model it is; --model says it, as timm:NAME, torchvision:NAME, "
+            "hf:ORG/NAME or a folder with the config.json of transformers"
+        )
+    if named.startswith(TORCHVISION):
+        return _torchvision_model(checkpoint, named.removeprefix(TORCHVISION))
+    if named.startswith(HUB) or _of_transformers(Path(named)):
+        return _transformers_model(named.removeprefix(HUB))
+    return _timm_model(checkpoint, names, named.removeprefix(TIMM), {}, input_size)
+
+
+def _timm_model(
+    checkpoint: Checkpoint,
+    names: Sequence[str],
+    architecture: str,
+    config: dict[str, Any],
+    input_size: int | Sequence[int] | None,
+) -> nn.Module:
+    state = {name: checkpoint.tensors[name].meta() for name in names}
+    try:
+        return _timm.with_weights(architecture, config, state)
+    except ValueError:  # built for images of another size, it may be
+        if input_size is None:
+            raise
+        sides = (input_size,) * 2 if isinstance(input_size, int) else tuple(input_size)[-2:]
+        return _timm.with_weights(architecture, {**config, "img_size": sides}, state)
+
+
+def _torchvision_model(checkpoint: Checkpoint, name: str) -> nn.Module:
+    import torch
+
+    models = _import("torchvision.models", "torchvision")
+    if name not in (known := models.list_models(module=models)):
+        raise ValueError(f"torchvision must know the model, got {name!r}{_timm.near(name, known)}")
+    with torch.device("meta"):
+        model = models.get_model(name, weights=None)
+        given = checkpoint.shapes()
+        own = {name: tuple(p.shape) for name, p in model.named_parameters() if name in given}
+        classes = {given[n][0] for n, s in own.items() if given[n] != s and given[n][1:] == s[1:]}
+        if len(classes) == 1:  # a classifier of another size
+            model = models.get_model(name, weights=None, num_classes=classes.pop())
+    return cast("nn.Module", model)
+
+
+def _of_transformers(folder: Path) -> bool:
+    try:
+        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(found, dict) and isinstance(found.get("model_type"), str)
+
+
+def _transformers_model(source: str) -> nn.Module:
+    """source: a folder, or a name of the hub. Code that a repository brings is not run."""
+    import torch
+
+    library = _import("transformers")
+    verbosity = library.logging.get_verbosity()
+    library.logging.set_verbosity_error()
+    try:
+        config = library.AutoConfig.from_pretrained(source, trust_remote_code=False)
+        config._attn_implementation = "eager"  # what every model has
+        kinds = (getattr(library, name, None) for name in config.architectures or ())
+        kind = next(filter(None, kinds), None)
+        with torch.device("meta"):
+            model = kind(config) if kind else library.AutoModel.from_config(config)
+    finally:
+        library.logging.set_verbosity(verbosity)
+    return cast("nn.Module", model)
+
+
+def _import(module: str, package: str | None = None) -> Any:
+    package = package or module
+    try:
+        return import_module(module)
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"the model needs the package {package}: pip install {package}", name=package
+        ) from error
