@@ -260,7 +260,7 @@ def test_sparsities_of_some_modules_and_auto() -> None:
         ({"params": 0.5, "nm": "2:4"}, ValueError, "nm must be given without budgets and limits, got params"),
         ({"sparsity": 0.5, "scope": "row", "min_keep": 0.1}, ValueError, "scope='row' must be given without .* got min_keep"),
         ({"size": 1000}, ValueError, "size is for a safetensors checkpoint written as bitmask"),
-        ({"sparsity": "auto"}, TypeError, "must be a number where no budget finds it, got auto"),
+        ({"sparsity": "auto"}, TypeError, "must be a number where no budget shares it out, got auto"),
         ({"sparsity": "auto", "params": 0.5, "scope": "global"}, ValueError, "a scope holds several modules, got auto"),
         ({"sparsity": {"nix": 0.5}, "params": 0.5}, ValueError, "for the modules qkv, proj, mlp, got nix"),
     ],
