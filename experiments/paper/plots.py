@@ -24,8 +24,8 @@ NAMES = {
 SCOPED: dict[tuple[str, str], tuple[str, str, str, Any]] = {
     ("dimap", "type"): ("type", style.GREY, "x", (0, (2.5, 1.5))),
     ("dimap", "block"): ("block", style.SKY, "P", (0, (1, 1))),
-    ("dimap", "stage"): ("stage", style.INK, "*", (0, (6, 1, 1, 1, 1, 1))),
-    ("global_magnitude", "module"): ("magnitude, module", style.INK, "h", (0, (3, 1))),
+    ("dimap", "stage"): ("stage", style.GREY, "d", (0, (6, 1, 1, 1, 1, 1))),
+    ("global_magnitude", "module"): ("magnitude, module", style.GREY, "h", "-"),
 }
 
 

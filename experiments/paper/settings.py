@@ -77,7 +77,7 @@ class Features:
     )
     calibration: int = 24
     tune_ratios: tuple[float, ...] = (0.50, 0.70)
-    tune_methods: tuple[str, ...] = WITHOUT_DATA
+    tune_methods: tuple[str, ...] = ("dimap", "uniform")
     tune_steps: int = 200
     tune_size: int = 112
     tune_batch: int = 4

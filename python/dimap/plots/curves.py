@@ -29,10 +29,11 @@ METHODS: dict[str, Look] = {
     "uniform": (style.GREEN, "^", (0, (1, 1))),
     "global_magnitude": (style.ORANGE, "D", (0, (4, 1, 1, 1))),
     "taylor": (style.PURPLE, "v", (0, (6, 1, 1, 1, 1, 1))),
+    "wanda": (style.INK, "*", (0, (3, 1))),
     "snip": (style.SKY, "P", (0, (2.5, 1.5))),
     "random": (style.GREY, "x", (0, (1, 2))),
 }
-SPARE = ((style.INK, "*", "-"), (style.INK, "h", (0, (3, 1))), (style.GREY, "d", "-"))
+SPARE = ((style.INK, "p", "-"), (style.INK, "h", (0, (3, 1))), (style.GREY, "d", "-"))
 
 
 class Point(NamedTuple):
