@@ -18,7 +18,7 @@ Progress = Callable[[str, int, int], None]
 Piece = Callable[[int, int, memoryview], None]
 
 class NonFiniteError(ValueError):
-    """A NaN or an infinity: args are (tensor, flat index, "nan" or "inf")."""
+    """A NaN or an infinity: args are (tensor, flat index, "nan", "inf" or "-inf")."""
 
 class ChangedError(ValueError):
     """A file changed between two readings: args are (tensor,)."""
@@ -109,6 +109,58 @@ def decide_shards(
     where it holds none or another rank counts them. size: how many ranks. totals: weights of each
     layer in all ranks together. A quota says how many of the weights that tie with the threshold are kept.
     """
+
+def survey(
+    files: Sequence[tuple[int, str]],
+    tensors: Sequence[tuple[int, int, int, int, int]],
+    windows: Buffer,
+    bins: int,
+    *,
+    threads: int = 0,
+    rank: int = 0,
+    size: int = 1,
+    exchange: Exchange | None = None,
+    progress: Progress | None = None,
+) -> bytes:
+    """`dimap.ops.survey` of weights in files, of all ranks: int64 [layers, 22 + 3 * bins] as bytes.
+
+    files, tensors, rank, size, exchange: as in `Pruning`. windows: int64 [layers, 7].
+    """
+
+class Counts:
+    """How many weights of each part of a network a pruning keeps, for any `keep`, from surveys.
+
+    parts: (set, weights) of each, in order of position; the parts of a set are neighbours. sets:
+    (layer, least, most): how many weights of it are kept at least and at most. modules: of each
+    layer. granularities: low zero bits of every key of a layer. first, last: the keys of the first windows.
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[tuple[int, int]],
+        sets: Sequence[tuple[int, int, int]],
+        modules: Sequence[int],
+        granularities: Sequence[int],
+        *,
+        bins: int,
+        first: int,
+        last: int,
+    ) -> None: ...
+    def windows(self) -> tuple[list[int], bytes]:
+        """The parts to survey next, and the window of each: int64 [parts, 7] as bytes."""
+    def take(self, rows: Buffer) -> None:
+        """The table of these parts, as `survey` gives it."""
+    def kept(
+        self, keep: Sequence[int]
+    ) -> tuple[list[tuple[int, int]], list[tuple[int, int]], list[tuple[int, int]], list[float]]:
+        """What is kept if each module keeps so many weights: (at least, at most) of each set, of each
+        part, and of the nonzero weights of each part; and the thresholds of the modules: nan where
+        more surveys are needed, infinity where each set keeps its least.
+        """
+    def close_in(self, keep_least: Sequence[int], keep_most: Sequence[int]) -> bool:
+        """Set the windows to where every keep between the two is decided. False: nothing is closer."""
+    def curve(self, part: int) -> list[tuple[int, float]]:
+        """From the smallest magnitudes up: weights of the part, and the mean of the squares of such."""
 
 def count_nonzero(
     files: Sequence[tuple[int, str]],

@@ -24,16 +24,18 @@ from ._installed import stranger
 if TYPE_CHECKING:
     from . import methods, ops, reference, saliency
     from .bitmask import load_file, save_file
+    from .budgets import Budgets
     from .finetuning import finetune
     from .groups import Layer, find_modules
     from .holding import Holding, hold_masks
     from .masks import apply_masks, load_masks, save_masks
-    from .pruning import Pruning, prune, score, select
+    from .pruning import Pruning, measure_sensitivity, prune, score, select
     from .schedule import CubicSchedule, GradualPruning
     from .semi_structured import to_semi_structured
     from .stream import prune_checkpoint
 
 __all__ = [
+    "Budgets",
     "CubicSchedule",
     "GradualPruning",
     "Holding",
@@ -47,6 +49,7 @@ __all__ = [
     "hold_masks",
     "load_file",
     "load_masks",
+    "measure_sensitivity",
     "methods",
     "ops",
     "prune",
@@ -63,11 +66,12 @@ __all__ = [
 # Where each name is, and the modules that are attributes of dimap.
 _NAMES = {
     "bitmask": ("load_file", "save_file"),
+    "budgets": ("Budgets",),
     "finetuning": ("finetune",),
     "groups": ("Layer", "find_modules"),
     "holding": ("Holding", "hold_masks"),
     "masks": ("apply_masks", "load_masks", "save_masks"),
-    "pruning": ("Pruning", "prune", "score", "select"),
+    "pruning": ("Pruning", "measure_sensitivity", "prune", "score", "select"),
     "schedule": ("CubicSchedule", "GradualPruning"),
     "semi_structured": ("to_semi_structured",),
     "stream": ("prune_checkpoint",),

@@ -147,8 +147,8 @@ def _raise_non_finite(weights: Sequence[Tensor]) -> None:
         bad = ~torch.isfinite(w).flatten()
         if bool(bad.any()):
             index = int(bad.int().argmax())
-            kind = "nan" if bool(torch.isnan(w.flatten()[index])) else "inf"
-            raise RuntimeError(f"weights[{i}] must be finite, got {kind} at flat index {index}")
+            got = float(w.detach().flatten()[index])
+            raise RuntimeError(f"weights[{i}] must be finite, got {got} at flat index {index}")
     raise RuntimeError("the CUDA operator did not decide: please report this with the weights")
 
 
@@ -194,19 +194,22 @@ def nm_(weights: Sequence[Tensor], n: int, m: int, dim: int = -1) -> None:
 NOTHING_KNOWN = (1 << 31, 0, 0x3FF0000000000000, 0)
 
 
+# Low bits that are zero in every key of a type.
+ZERO_BITS = {torch.float32: 0, torch.bfloat16: 16, torch.float16: 13}
+
+
 def first_windows(dtypes: Sequence[torch.dtype], bins: int) -> Tensor:
     """The windows of a first `survey`: over all magnitudes, ``dtypes[l]`` being the type of layer l.
 
     For a layer of mixed types, name the one with the most digits: float32 before float16 before
     bfloat16. bins: at least 256; 4096 decides float32 layers in about three surveys.
     """
-    zero_bits = {torch.float32: 0, torch.bfloat16: 16, torch.float16: 13}
     rows = []
     for dtype in dtypes:
-        if dtype not in zero_bits:
+        if dtype not in ZERO_BITS:
             raise TypeError(f"dtypes must be float32, bfloat16 or float16, got {dtype}")
-        shift = max(zero_bits[dtype], min(23, 31 - (bins.bit_length() - 1)))
-        rows.append([0, shift, zero_bits[dtype], *NOTHING_KNOWN])
+        shift = max(ZERO_BITS[dtype], min(23, 31 - (bins.bit_length() - 1)))
+        rows.append([0, shift, ZERO_BITS[dtype], *NOTHING_KNOWN])
     return torch.tensor(rows, dtype=torch.int64).reshape(-1, 7)
 
 

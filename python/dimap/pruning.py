@@ -6,12 +6,14 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from . import ops
+from .budgets import Budgets, Weights, costs_of, solve
 from .distributed import check_whole, is_sharded
 from .groups import (
     AUX,
@@ -25,12 +27,18 @@ from .groups import (
     part_shape,
 )
 from .groups.nm import LARGEST, NM
-from .groups.plan import Normalize, Plan, Scope, check_choice, renamed
+from .groups.plan import Normalize, Plan, Scope, Sparsity, check_choice, renamed
 from .masks import save_masks
 from .methods import METHODS
 from .report import Pruned
 from .rows import select_rows
 from .saliency import Batches, Loss
+from .sensitivity import Sensitivity, measure
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from .budgets import Wanted
 
 __all__ = ["Normalize", "Pruning", "Scope", "prune", "score", "select"]
 
@@ -63,7 +71,7 @@ def score(
 
 def select(
     model: Model,
-    sparsity: float | Mapping[str, float] | None = None,
+    sparsity: Sparsity = None,
     *,
     nm: str | None = None,
     method: str = "dimap",
@@ -75,6 +83,8 @@ def select(
     patterns: Patterns | Choice | None = None,
     family: str | None = None,
     ignore: str | Sequence[str] | None = None,
+    input_size: int | Sequence[int] | None = None,
+    **budgets: Unpack[Wanted],
 ) -> dict[str, Tensor]:
     """Return the masks that prune a model, without changing it.
 
@@ -103,6 +113,12 @@ def select(
         What it says of other parameters is left out.
     data, loss: batches and loss for the methods that need them, as in `dimap.saliency.taylor`.
     patterns, family, ignore: see `find_modules`.
+    budgets: flops, nominal_flops, params, min_keep, max_keep and limits, as in `dimap.Budgets`. With one
+        of the first three the smallest sparsity is found that meets it; `sparsity` then says nothing, or
+        that of some modules, or "auto": then the modules have sparsities of their own, such that a
+        weight more removed would add as much to the distortion of any of them (docs/guide.md).
+        Limits move nothing from scope to scope: what they take from one layer the others get.
+    input_size: for a budget of FLOPs, as in `dimap.flops.count_flops`.
 
     A model may be sharded: parameters that are DTensors (FSDP2). Then all processes of its mesh call
     this together, no weight is gathered, and the masks are DTensors with the same placements; the
@@ -114,13 +130,13 @@ def select(
     flat index. Parameters of "aux" are not in it.
     """
     choice = choose(patterns, family, ignore)
-    pruning = _decide(model, sparsity, nm, method, scope, normalize, saliency, data, loss, choice)
-    return pruning.masks
+    given = saliency, data, loss, choice, Budgets.of("select", budgets), input_size
+    return decide(model, sparsity, nm, method, scope, normalize, *given).masks
 
 
 def prune(
     model: Model,
-    sparsity: float | Mapping[str, float] | None = None,
+    sparsity: Sparsity = None,
     *,
     nm: str | None = None,
     method: str = "dimap",
@@ -132,22 +148,46 @@ def prune(
     patterns: Patterns | Choice | None = None,
     family: str | None = None,
     ignore: str | Sequence[str] | None = None,
+    input_size: int | Sequence[int] | None = None,
+    **budgets: Unpack[Wanted],
 ) -> Pruning:
     """Prune a model in place: what `select` drops becomes zero. Arguments as in `select`.
 
     Nothing is changed when an error is raised.
     """
     choice = choose(patterns, family, ignore)
-    pruning = _decide(model, sparsity, nm, method, scope, normalize, saliency, data, loss, choice)
-    weights = [pruning.parameters[name].detach() for name in pruning.masks]
-    with renamed(list(pruning.masks)):
-        ops.apply_(weights, list(pruning.masks.values()))
+    given = saliency, data, loss, choice, Budgets.of("prune", budgets), input_size
+    pruning = decide(model, sparsity, nm, method, scope, normalize, *given)
+    zero(pruning)
     return pruning
 
 
-def _decide(
+def measure_sensitivity(
     model: Model,
-    sparsity: float | Mapping[str, float] | None,
+    *,
+    patterns: Patterns | Choice | None = None,
+    family: str | None = None,
+    ignore: str | Sequence[str] | None = None,
+) -> Sensitivity:
+    """What each module and each layer loses if it alone is pruned, at all sparsities, without data.
+
+    model: as in `prune`. patterns, family, ignore: see `find_modules`.
+    """
+    plan = Plan.of(model, "module", "layer", choose(patterns, family, ignore))
+    _check_dense(plan)
+    return measure(surveyed_tensors(plan, plan.tensors, plan.names))
+
+
+def zero(pruning: Pruning) -> None:
+    """Set to zero what the masks drop."""
+    weights = [pruning.parameters[name].detach() for name in pruning.masks]
+    with renamed(list(pruning.masks)):
+        ops.apply_(weights, list(pruning.masks.values()))
+
+
+def decide(
+    model: Model,
+    sparsity: Sparsity,
     nm: str | None,
     method: str,
     scope: Scope | None,
@@ -156,8 +196,14 @@ def _decide(
     data: Batches | None,
     loss: Loss | None,
     choice: Choice,
+    budgets: Budgets,
+    input_size: int | Sequence[int] | None,
+    counted: nn.Module | None = None,
 ) -> Pruning:
-    """The masks and cuts of a pruning; the model is as it was, all checked before data are read."""
+    """The masks and cuts of a pruning; the model is as it was, all checked before data are read.
+
+    counted: the model whose FLOPs a budget bounds, where `model` is a state dict.
+    """
     check_choice("method", method, tuple(METHODS))
     chosen = METHODS[method]
     if chosen.needs_data:
@@ -180,12 +226,17 @@ def _decide(
     scope = scope or chosen.scope
     # A saliency of the caller's own is an order already: it is normalised only on request.
     normalize = normalize or ("scope" if saliency is not None else chosen.normalize)
+    if groups is not None or scope == "row":
+        budgets.refuse(scope)
     plan = Plan.of(model, scope, normalize, choice, groups)
     _check_dense(plan)
     parameters = named_tensors(model)
     if data is not None:
         check_whole(parameters.values(), "data")
-    keep = plan.keep(ratio)
+    shapes = {name: tuple(tensor.shape) for name, tensor in parameters.items()}
+    costs = costs_of(budgets, plan, shapes, counted or model, input_size)
+    if not costs:
+        plan.keep(ratio)  # a wrong one is told before data are read
     source, tensors, labels = "magnitude", plan.tensors, plan.names
     if chosen.saliency is not None:
         source, saliency = method, chosen.saliency(model, data, loss, patterns=choice)
@@ -199,37 +250,62 @@ def _decide(
 
         if saliency is not None:
             tensors = [_dtensor.placed(t, w) for t, w in zip(tensors, plan.tensors, strict=True)]
-    thresholds, counts = {}, {}
+    surveyed = partial(surveyed_tensors, plan, tensors, labels, source != "magnitude")
+    solved = solve(plan, ratio, budgets, costs, surveyed)
+    thresholds: dict[str, float] = {}
+    counts: dict[str, int] = {}
     if scope == "row":
         check_whole(plan.tensors, "scope='row'")
         shares = plan.of_rows(plan.ratios(ratio))
         each = zip(labels, tensors, plan.axes, shares, strict=True)
         masks = [select_rows(*given) for given in each]
     elif groups is None or groups.n is None:
+        numbers = solved.plan.layers, solved.plan.scopes, solved.keep
         if sharded:
-            masks, cuts = _dtensor.select_cuts(
-                labels, tensors, plan.layers, plan.scopes, keep, signed=saliency is None
-            )
+            masks, cuts = _dtensor.select_cuts(labels, tensors, *numbers, signed=saliency is None)
         else:
             with renamed(labels):
-                masks, cuts = ops.select_cuts(tensors, plan.layers, plan.scopes, keep)
-        thresholds = dict(zip(plan.scope_names, cuts.tolist(), strict=True))
+                masks, cuts = ops.select_cuts(tensors, *numbers)
+        found = dict(zip(solved.plan.scope_names, cuts.tolist(), strict=True))
+        thresholds = solved.thresholds or found
     if groups is not None:
         kept = [_count_kept(mask) for mask in masks] if groups.n is None else []
         counts, thresholds = plan.counts(kept), {}
-        masks = _select_groups(plan, tensors, labels, plan.of_tensors(counts), saliency is None)
+        masks = _select_groups(plan, tensors, labels, plan.by_tensor(counts), saliency is None)
     return Pruning(
         modules=plan.modules,
         thresholds=thresholds,
         scope=scope,
         normalize=normalize,
-        sparsity=plan.ratios(ratio),
+        sparsity=solved.sparsity,
         saliency=source,
         nm={name: f"{n}:{groups.m}" for name, n in counts.items()} if groups else {},
         masks=plan.merged(masks),
         parameters=parameters,
-        notes=list(plan.notes),
+        notes=[*plan.notes, *solved.notes],
+        asked=budgets.settings(),
     )
+
+
+def surveyed_tensors(
+    plan: Plan, tensors: Sequence[Tensor], labels: Sequence[str], dense: bool = False
+) -> Weights:
+    """Tensors in the memory of this process, or of several, for budgets and limits."""
+    bits = [ops.ZERO_BITS.get(tensor.dtype, 0) for tensor in tensors]
+    if is_sharded(tensors):
+        from .distributed import _dtensor
+
+        return Weights(plan, bits, _dtensor.surveyor(labels, tensors), dense)
+
+    def survey(rows: Mapping[int, int], windows: bytes, bins: int) -> memoryview:
+        weights = [tensors[i] for i in rows]
+        views = torch.frombuffer(bytearray(windows), dtype=torch.int64).reshape(-1, 7)
+        device = weights[0].device if weights else "cpu"
+        with renamed([labels[i] for i in rows]):
+            table = ops.survey(weights, list(rows.values()), views.to(device), bins)
+        return table.cpu().numpy().data
+
+    return Weights(plan, bits, survey, dense)
 
 
 def _count_kept(mask: Tensor) -> int:

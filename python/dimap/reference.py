@@ -129,3 +129,47 @@ def select_rows(values: Tensor, sparsity: float) -> Tensor:
     keep = [len(row) - round(sparsity * len(row)) for row in rows]
     masks = select_by(rows, range(len(rows)), keep)
     return torch.stack(masks) if masks else torch.empty(values.shape, dtype=torch.bool)
+
+
+def select_limited(
+    weights: Sequence[Tensor],
+    layers: Sequence[int],
+    modules: Sequence[int],
+    keep: Sequence[int],
+    sets: Sequence[int],
+    limits: Sequence[tuple[int, int]],
+) -> list[Tensor]:
+    """`select`, where the tensors of a set together keep at least and at most so many of their weights.
+
+    sets: the set of each tensor, of one module. The weights of a module are taken in their order,
+    best first, and each set counts its own; a set that has counted fewer than its least gets the
+    least, one that has counted more than its most the most. The walk ends where these add up to
+    `keep`; of each set its own best weights are kept. Raises ValueError where they never do.
+    """
+    scores = score64(weights, layers)
+    masks = [torch.zeros(w.shape, dtype=torch.bool) for w in weights]
+    for module, count in enumerate(keep):
+        members = [i for i, number in enumerate(modules) if number == module]
+        flat = torch.cat([torch.empty(0).double(), *(scores[i].flatten() for i in members)])
+        owner = [sets[i] for i in members for _ in range(weights[i].numel())]
+        order = torch.sort(flat, descending=True, stable=True).indices.tolist()
+        counted = dict.fromkeys((sets[i] for i in members), 0)
+
+        def clipped(counted: dict[int, int]) -> dict[int, int]:
+            return {s: min(max(n, limits[s][0]), limits[s][1]) for s, n in counted.items()}
+
+        walk = iter(order)
+        while (got := sum(clipped(counted).values())) != count:
+            following = next(walk, None)
+            if got > count or following is None:
+                raise ValueError(f"keep[{module}] must be in what the limits allow, got {count}")
+            counted[owner[following]] += 1
+        left = clipped(counted)
+        kept = torch.zeros(flat.shape, dtype=torch.bool)
+        for position in order:
+            if left[owner[position]] > 0:
+                left[owner[position]] -= 1
+                kept[position] = True
+        for i, part in zip(members, kept.split([weights[i].numel() for i in members]), strict=True):
+            masks[i] = part.view(weights[i].shape)
+    return masks

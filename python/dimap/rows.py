@@ -36,8 +36,8 @@ def select_rows(name: str, values: Tensor, axis: int, sparsity: float) -> Tensor
         if not math.isfinite(part.amax()):
             bad = ~values.detach().isfinite().flatten()
             at = int(bad.int().argmax())
-            kind = "nan" if math.isnan(values.flatten()[at]) else "inf"
-            raise ValueError(f"{name} must be finite, got {kind} at flat index {at}")
+            got = float(values.detach().flatten()[at])
+            raise ValueError(f"{name} must be finite, got {got} at flat index {at}")
         parts.append(_largest(part, keep))
     mask = torch.cat(parts)
     return mask.t().contiguous() if flip else mask.view(values.shape)

@@ -148,7 +148,7 @@ def test_wanda(tmp_path, dtype, ending) -> None:
     """By magnitudes times the norms of inputs, whose groups are those of the magnitudes."""
     state = vit(dtype, step=0.01)
     prunable = [name for name in state if name.startswith("blocks.") and state[name].ndim == 2]
-    norms = {name: torch.rand(state[name].shape[1]) + 0.1 for name in prunable}
+    norms = {name: torch.rand(1, state[name].shape[1]) + 0.1 for name in prunable}
     save_file(norms, tmp_path / "norms")
     source, out = tmp_path / f"in.{ending}", tmp_path / f"out.{ending}"
     (save_file if ending == "safetensors" else torch.save)(state, source)

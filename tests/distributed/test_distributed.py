@@ -171,6 +171,36 @@ def test_bit_identical_to_one_process(group, tmp_path, form, step):
         assert list(got.values()) == list(want.values())
 
 
+BUDGETS = [
+    {"params": 0.6, "min_keep": 0.49},
+    {"params": 0.6, "sparsity": "auto", "masks": True},
+    {"sparsity": 0.5, "scope": "global", "limits": {"mlp": (0.3, 0.4), "blocks.0.*": (0.6, 1)}},
+    {"size": 42_000, "format": "bitmask", "sparsity": {"qkv": 0.2}},
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=str)
+def test_budgets_and_limits_are_those_of_one_process(group, tmp_path, dtype):
+    source = shards(tmp_path / "in", vit(dtype, step=0.01))
+    jobs = []
+    for number, options in enumerate(BUDGETS):
+        if dtype == torch.float32 and "size" in options:
+            options = options | {"size": 72_000}
+        one, out = options.copy(), options.copy()
+        for name, given in (("one", one), ("out", out)):
+            if "masks" in given:
+                given["masks"] = tmp_path / f"{name} {number}.masks"
+        prune_checkpoint(source, tmp_path / f"one {number}", **one)
+        jobs.append(((source, tmp_path / f"out {number}"), out))
+    for result in group(prune_each, jobs)[0]:
+        assert result.report().asked
+    for number, options in enumerate(BUDGETS):
+        assert content(tmp_path / f"out {number}") == content(tmp_path / f"one {number}")
+        if "masks" in options:
+            masks = [(tmp_path / f"{name} {number}.masks").read_bytes() for name in ("one", "out")]
+            assert masks[0] == masks[1]
+
+
 def check(group, source, out, sparsity=0.55, **options):
     one_out = out.with_name(f"one{out.suffix}")
     one = prune_checkpoint(source, one_out, sparsity)

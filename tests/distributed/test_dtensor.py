@@ -76,6 +76,8 @@ OPTIONS = [
     {"sparsity": 0.7, "scope": "layer"},
     {"sparsity": 0.9, "normalize": "block"},
     {"sparsity": {"qkv": 0.0, "proj": 1.0, "mlp": 0.5}},
+    {"sparsity": 0.5, "min_keep": 0.49, "limits": {"blocks.0.*": (0.5, 1)}},
+    {"sparsity": "auto", "params": 0.6, "max_keep": 0.8},
 ]
 
 

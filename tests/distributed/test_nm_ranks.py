@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(
 CASES = [
     ({"nm": "2:4"}, "dense"),
     ({"nm": "3:8"}, "bitmask"),
-    ({"sparsity": 0.5, "nm": "auto"}, "compact"),
+    ({"sparsity": 0.5, "nm": "auto"}, "bitmask"),
 ]
 
 

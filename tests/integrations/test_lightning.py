@@ -8,6 +8,7 @@ import dimap
 import pytest
 import torch
 import torch.nn.functional as F
+from ranks import Group
 from torch import nn
 
 try:
@@ -60,8 +61,9 @@ def loader():
 
 def fit(folder, *callbacks, module=None, ckpt_path=None, steps=6, **options):
     trainer = lightning.Trainer(
-        default_root_dir=folder, max_steps=steps, accelerator="cpu", devices=1, logger=False,
-        enable_progress_bar=False, enable_model_summary=False, callbacks=list(callbacks), **options,
+        default_root_dir=folder, max_steps=steps, accelerator="cpu", logger=False,
+        enable_progress_bar=False, enable_model_summary=False, callbacks=list(callbacks),
+        **{"devices": 1} | options,
     )  # fmt: skip
     module = module or Module()
     trainer.fit(module, loader(), ckpt_path=ckpt_path)
@@ -172,3 +174,20 @@ def test_two_trainings_with_one_callback(tmp_path):
     masks = copy.deepcopy(dict(callback.masks))
     fit(tmp_path, callback, module=module, steps=2)
     assert_held(module, masks, 0.5)
+
+
+def on_two_ranks(folder):
+    callback = PruningCallback(0.6, patterns=PATTERNS)
+    options = {"strategy": "ddp", "devices": 2, "accumulate_grad_batches": 2}
+    module = fit(folder, callback, every_step(folder), **options)
+    want = dimap.select(Module(), 0.6, patterns=PATTERNS)
+    assert all(torch.equal(callback.masks[name], mask) for name, mask in want.items())
+    assert_held(module, want, 0.6)
+    return {name: p.detach().numpy() for name, p in module.named_parameters()}
+
+
+def test_data_parallel_training(tmp_path):
+    group = Group(2)
+    first, second = group(on_two_ranks, tmp_path)
+    group.close()
+    assert all((first[name] == second[name]).all() for name in first)

@@ -8,6 +8,7 @@ import shutil
 import dimap
 import pytest
 import torch
+from ranks import Group
 from torch import nn
 
 transformers = pytest.importorskip("transformers")
@@ -207,3 +208,24 @@ def test_lora_with_the_masks_of_the_base_model(tmp_path):
 def test_something_must_be_given():
     with pytest.raises(ValueError, match="give a sparsity, masks or both"):
         PruningCallback()
+
+
+def on_two_ranks(folder):
+    callback = PruningCallback(0.6)
+    run = trainer(folder, callback, ddp_backend="gloo", save_steps=3, gradient_accumulation_steps=2)
+    run.train()
+    want = dimap.select(llama(), 0.6)
+    assert run.args.world_size == 2
+    assert all(torch.equal(callback.masks[name], mask) for name, mask in want.items())
+    assert_held(dict(run.model.named_parameters()), want, 0.6)
+    assert all(
+        torch.equal(dimap.load_masks(folder / "checkpoint-3" / MASKS)[n], want[n]) for n in want
+    )
+    return {name: p.detach().numpy() for name, p in run.model.named_parameters()}
+
+
+def test_data_parallel_training(tmp_path):
+    group = Group(2)
+    first, second = group(on_two_ranks, tmp_path)
+    group.close()
+    assert all((first[name] == second[name]).all() for name in first)

@@ -11,6 +11,7 @@
 #include <iterator>
 #include <numeric>
 #include <random>
+#include <string>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -262,11 +263,12 @@ void check_non_finite(const std::vector<float>& weights, size_t place, float val
   std::vector<std::vector<float>> scores;
   for (const auto& tensor : data) masks.emplace_back(tensor.size()), scores.emplace_back(tensor.size());
   const auto before = data;
+  const char* name = std::isnan(value) ? "nan" : kType == DType::kFloat16 || value < 0 ? "-inf" : "inf";
   const auto found = [&](auto&& run) {
     try {
       run();
     } catch (const NonFinite& e) {
-      return e.tensor == 1 && e.index == static_cast<int64_t>(place) && e.nan == std::isnan(value);
+      return e.tensor == 1 && e.index == static_cast<int64_t>(place) && std::string(e.name) == name;
     }
     return false;
   };

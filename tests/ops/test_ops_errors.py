@@ -41,7 +41,7 @@ def test_bad_arguments(call, message: str, device: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(
-    ("bad", "said"), [(float("nan"), "nan"), (float("inf"), "inf"), (float("-inf"), "inf")]
+    ("bad", "said"), [(float("nan"), "nan"), (float("inf"), "inf"), (float("-inf"), "-inf")]
 )
 @pytest.mark.parametrize("place", [0, 40, 99_999])
 def test_non_finite_weights_are_named_and_nothing_is_changed(

@@ -13,13 +13,14 @@ import time
 import traceback
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
 from .. import __version__
 from .._errors import sentence
 from .._files import remove
+from ..budgets import Budgets
 from .inputs import ENDINGS, Item
 from .manifest import Manifest, Record, files_of, same_files, same_stamps
 from .prune import prune_checkpoint
@@ -84,8 +85,10 @@ def check_job(job: Job, items: Sequence[Item]) -> None:
     """Refuse what would fail for every checkpoint, and outputs that would have the same place."""
     shares = {"sparsity": job.settings.get("sparsity"), **job.settings.get("shares", {})}
     for name, share in shares.items():
-        if share is not None and not 0 <= share <= 1:
+        if isinstance(share, float) and not 0 <= share <= 1:
             raise ValueError(f"{name} must be in [0, 1], got {share}")
+    names = {each.name for each in fields(Budgets)}
+    Budgets(**{name: value for name, value in job.settings.items() if name in names})
     ins = {item.path.resolve(): item.source for item in items if item.path}
     outs = {Manifest(job.out_dir).path.resolve(): "the manifest"}
     for item in items:

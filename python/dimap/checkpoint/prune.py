@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from .._errors import first_line
 from .._files import SUFFIX, naming, open_safetensors, replacing
+from ..budgets import Budgets, costs_of, solve
 from ..distributed.launch import group_of
 from ..distributed.ranks import Ranks
 from ..groups import AUX, Choice, Patterns, Slice, choose, part_shape, whole, wholes
 from ..groups.nm import NM
-from ..groups.plan import Normalize, Plan, Scope, check_choice
+from ..groups.plan import Normalize, Plan, Scope, Sparsity, check_choice
 from ..methods import METHODS
 from ..plots import report_output
 from ..report import Report, build_report
@@ -31,12 +32,14 @@ from .card import add_card_section
 from .counted import model_of
 from .native import Told
 from .shards import Shards
-from .streaming import ENGINE_DTYPES, Stream, StreamPruning, check_agreement, nan_notes
+from .streaming import Stream, StreamPruning, check_agreement, check_dtypes, nan_notes
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
     from torch.distributed import ProcessGroup
+    from typing_extensions import Unpack
 
+    from ..budgets import Wanted
     from .state_dict import StateDict
 
 __all__ = ["Progress", "StreamPruning", "prune_checkpoint", "pruning_checkpoint"]
@@ -49,7 +52,7 @@ T = TypeVar("T")
 def pruning_checkpoint(
     source: str | os.PathLike[str] | Checkpoint,
     target: str | os.PathLike[str],
-    sparsity: float | Mapping[str, float] | None = None,
+    sparsity: Sparsity = None,
     *,
     nm: str | None = None,
     shares: Mapping[str, float] | None = None,
@@ -71,6 +74,7 @@ def pruning_checkpoint(
     force: bool = False,
     progress: Progress | None = None,
     group: ProcessGroup | Ranks | None = None,
+    **budgets: Unpack[Wanted],
 ) -> Iterator[StreamPruning]:
     """Prune a checkpoint into another, exactly as `dimap.prune` does it with the loaded weights.
 
@@ -99,6 +103,8 @@ def pruning_checkpoint(
     group: several processes do it together, each its part of the bytes: all of them call this with
         the same arguments and see the same files. The first one creates the outputs and returns
         when they are there, as do the others.
+    budgets: as in `dimap.select`, and `size`: bytes of the files of weights, with format
+        "bitmask".
 
     Returns what was done, in counts; the weights were not loaded, where they streamed by.
 
@@ -128,6 +134,7 @@ def pruning_checkpoint(
                 "method='wanda' (--method wanda) and the norms of the inputs (--input-norms) need each "
                 f"other, got method={method!r} and input_norms={input_norms!r}"
             )
+        wanted = Budgets.of("prune_checkpoint", budgets)
         groups = NM.parse(nm)
         exact = groups is not None and groups.n is not None
         if groups is not None:
@@ -139,6 +146,8 @@ def pruning_checkpoint(
                 f"{checkpoint.path} must be dense, got one stored as bits and values: "
                 "`dimap expand` makes it dense"
             )
+        if groups is not None or scope == "row":
+            wanted.refuse(scope)
         checkpoint.choice = choose(patterns, family, ignore) or checkpoint.choice
         shapes = checkpoint.shapes()
         plan = Plan.of_shapes(
@@ -146,9 +155,12 @@ def pruning_checkpoint(
         )
         if groups is not None and groups.n is not None:
             sparsity = 1 - groups.n / groups.m
-        given = _join(sparsity, shares or {}, [name for name in plan.modules if name != AUX])
-        keep, ratios = plan.keep(given), plan.ratios(given)
+        modules = [name for name in plan.modules if name != AUX]
+        given = _join(sparsity, shares or {}, modules, partly=bool(wanted.asked))
+        if not wanted.asked:
+            plan.keep(given)  # a wrong one is told before any work
         _check(checkpoint, plan, out, format, masks is not None, ranks)
+        progress = progress if progress is not None and first else Silent()
         norms = None
         if input_norms is not None:
             with open_safetensors(Path(input_norms)) as file:
@@ -165,21 +177,25 @@ def pruning_checkpoint(
                 raise ValueError(
                     f"method='wanda' needs scope 'row' for safetensors, got {scope}: dimap.prune takes others"
                 )
-            stream = Stream(checkpoint, plan, keep, format, ranks)
-            settings = (keep, ratios, scope, normalize, masks is None, format, nm)
+            stream = Stream(checkpoint, plan, ranks, Told(progress))
+            settings = (given, wanted.settings(), scope, normalize, masks is None, format, nm)
             check_agreement(checkpoint, plan, settings, ranks)
         parts = [p for layers in plan.modules.values() for x in layers for p in x.parameters]
         names = wholes(parts)
+        counted = None
+        if wanted.flops is not None or wanted.nominal_flops is not None:
+            counted = model_of(checkpoint, names, model, input_size)
         parts = list(dict.fromkeys([*names, *parts]))
         result = StreamPruning(
             modules=plan.modules,
             thresholds={},
             scope=scope,
             normalize=normalize,
-            sparsity=ratios,
+            sparsity={} if wanted.asked else plan.ratios(given),
             shapes={name: part_shape(shapes, name) for name in parts},
             dtypes={name: checkpoint.tensors[whole(name)].dtype.name for name in parts},
             notes=list(plan.notes),
+            asked=wanted.settings(),
             saliency="magnitude" if input_norms is None else method,
         )
 
@@ -218,9 +234,13 @@ def pruning_checkpoint(
         stack.enter_context(naming(out, home))
 
         # The work. All ranks fill the files.
-        progress = progress if progress is not None and first else Silent()
         if stream is not None:
-            stream.fill(files, packed, result, Told(progress))
+            packing = stream.packed_size if format == "bitmask" else None
+            costs = costs_of(wanted, plan, shapes, counted, input_size, packing)
+            solved = solve(plan, given, wanted, costs, stream.weights)
+            result.sparsity = solved.sparsity
+            result.notes += solved.notes
+            stream.fill(solved, format, files, packed, result)
         elif isinstance(checkpoint, Shards):
             from .by_rows import fill_by_rows
 
@@ -233,6 +253,9 @@ def pruning_checkpoint(
                 None if exact else given,
                 nm,
                 norms,
+                wanted,
+                input_size,
+                counted,
                 files,
                 ending,
                 packed,
@@ -240,6 +263,8 @@ def pruning_checkpoint(
                 result,
                 progress,
             )
+        if wanted.size is not None:
+            result.size = sum(file.stat().st_size for file in files)
         result.notes += checkpoint.notes
         if first and all_copies and checkpoint.others and packed is not None:
             from .copies import mask_others
@@ -292,24 +317,24 @@ prune_checkpoint = _completed(pruning_checkpoint, "prune_checkpoint")
 
 
 def _join(
-    sparsity: float | Mapping[str, float] | None,
-    shares: Mapping[str, float],
-    modules: Sequence[str],
-) -> float | Mapping[str, float]:
-    """One sparsity, or one for each of the modules."""
-    if sparsity is not None and not shares:
+    sparsity: Sparsity, shares: Mapping[str, float], modules: Sequence[str], *, partly: bool
+) -> Sparsity:
+    """One sparsity, or one for each of the modules; partly: those that are not given are sought."""
+    if not shares and (sparsity is not None or partly):
         return sparsity
-    named: dict[str, float] = {}
+    named: dict[str, Any] = {}
     # "qkv" is the module of every tower; "text.qkv" says more of one.
     for name, share in sorted(shares.items(), key=lambda item: item[0] in modules):
         here = [name] if name in modules else [m for m in modules if m.endswith(f".{name}")]
         if not here:
             raise ValueError(f"--module must name one of {', '.join(modules)}, got {name}")
         named |= dict.fromkeys(here, share)
-    given = dict(sparsity) if isinstance(sparsity, Mapping) else {}
+    given: dict[str, Any] = dict(sparsity) if isinstance(sparsity, Mapping) else {}
     if sparsity is not None and not isinstance(sparsity, Mapping):
         given = dict.fromkeys(modules, sparsity)
     given |= named
+    if partly:
+        return given
     if missing := [name for name in modules if name not in given]:
         raise ValueError(f"give --sparsity, or --module NAME=SHARE for {' and '.join(missing)} too")
     return given
@@ -335,10 +360,7 @@ def _check(
         and (checkpoint.is_folder or out.suffix.lower() != ".safetensors")
     ):
         raise ValueError(f"the output must end in .safetensors with --format {form}, got {out}")
-    for name in wholes(plan.names):
-        dtype = checkpoint.tensors[name].dtype
-        if dtype.code not in ENGINE_DTYPES:
-            raise ValueError(f"{name} must be float32, bfloat16 or float16, got {dtype.name}")
+    check_dtypes(checkpoint, plan)
     if not streamed or not (form == "bitmask" or masks):
         return
     for name, size in zip(plan.names, plan.sizes, strict=True):
@@ -351,9 +373,12 @@ def _check(
 
 def _prune_state(
     checkpoint: StateDict,
-    sparsity: float | Mapping[str, float] | None,
+    sparsity: Sparsity,
     nm: str | None,
     norms: Mapping[str, Tensor] | None,
+    budgets: Budgets,
+    input_size: int | Sequence[int] | None,
+    model: nn.Module | None,
     targets: list[Path],
     ending: str,
     masks: Path | None,
@@ -362,24 +387,27 @@ def _prune_state(
     progress: Progress,
 ) -> None:
     """Prune what is in memory, write it, and complete the result."""
-    from ..pruning import prune
+    from ..pruning import decide, zero
 
     progress.step("pruning")
     state = {name: checkpoint.get(name) for name in wholes(result.shapes)}
-    ranking: dict[str, Any] = {"scope": result.scope, "normalize": result.normalize}
-    if nm is not None and sparsity is None:
-        ranking = {}
+    exact = nm is not None and sparsity is None
+    scope, normalize = (None, None) if exact else (result.scope, result.normalize)
+    saliency = None
     if norms is not None:
         from ..saliency import by_norms
 
-        ranking["saliency"] = by_norms(state, norms, patterns=checkpoint.choice)
-    pruning = prune(state, sparsity, nm=nm, patterns=checkpoint.choice, **ranking)
+        saliency = by_norms(state, norms, patterns=checkpoint.choice)
+    given = saliency, None, None, checkpoint.choice, budgets, input_size, model
+    pruning = decide(state, sparsity, nm, "dimap", scope, normalize, *given)
+    zero(pruning)
     checkpoint.mask_copies(pruning.masks)
     progress.step("writing")
     checkpoint.save(targets, safetensors=ending == ".safetensors", pack=pruning.masks, form=form)
     if masks is not None:
         pruning.save_masks(masks)
     result.thresholds, result.kept = pruning.thresholds, pruning.kept
+    result.sparsity, result.notes = pruning.sparsity, pruning.notes
     result.nonzero, result.smallest, result.nm = pruning.nonzero, pruning.smallest, pruning.nm
     others = [n for n, x in checkpoint.tensors.items() if x.dtype.most and n not in pruning.masks]
     result.notes += nan_notes([n for n in others if bool(checkpoint.get(n).float().isnan().any())])

@@ -9,25 +9,28 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from .. import _C
 from .._files import naming
+from ..budgets import Solved, Weights
 from ..distributed.ranks import Ranks
 from ..groups import AUX, Slice, whole, wholes
 from ..groups.plan import Plan
 from ..report import Pruned, Report
-from .bitmask import Format, Layout, compact_file, lay_out
+from .base import Checkpoint
+from .bitmask import Format, Layout, compact_file, lay_out, size_at_most
 from .compact import Writer
 from .header import DTYPES, Entry, Header, make_header
 from .native import FILL, READ, Told, begin, elements, opened
 from .shards import Shards, packed_index
 
 ENGINE_DTYPES = {"F32": 0, "BF16": 1, "F16": 2}  # as `_C` numbers them
+ZERO_BITS = {"F32": 0, "BF16": 16, "F16": 13}  # low bits that are zero in every key
 ASIDE = 1 << 25  # numbers that may be set aside while the cuts are sought: 128 MiB
 
 
@@ -58,6 +61,18 @@ class StreamPruning(Pruned):
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"summarize": None}  # which holds the checkpoint
+
+
+def check_dtypes(checkpoint: Checkpoint, plan: Plan) -> None:
+    """Refuse weights that the engine cannot read."""
+    if isinstance(checkpoint, Shards) and checkpoint.packed:
+        raise ValueError(
+            f"{checkpoint.path} must be dense, got a bitmask file: `dimap expand` makes it dense"
+        )
+    for name in wholes(plan.names):
+        dtype = checkpoint.tensors[name].dtype
+        if dtype.code not in ENGINE_DTYPES:
+            raise ValueError(f"{name} must be float32, bfloat16 or float16, got {dtype.name}")
 
 
 def nan_notes(names: Sequence[str]) -> list[str]:
@@ -102,11 +117,8 @@ def _skipped(name: str, size: int) -> int:
 class Stream:
     """One pruning from files to files, by one rank or by several."""
 
-    def __init__(
-        self, checkpoint: Shards, plan: Plan, keep: list[int], form: Format, ranks: Ranks
-    ) -> None:
-        self.checkpoint, self.plan, self.keep = checkpoint, plan, keep
-        self.form, self.ranks = form, ranks
+    def __init__(self, checkpoint: Shards, plan: Plan, ranks: Ranks, told: Told) -> None:
+        self.checkpoint, self.plan, self.ranks, self.told = checkpoint, plan, ranks, told
         self.shards = checkpoint.shards
         located = {
             e.name: (file, e) for file, s in enumerate(self.shards) for e in s.header.entries
@@ -117,102 +129,131 @@ class Stream:
         self.others = list(located.values())  # alike on all ranks
         # Of each tensor: values of its parameter before its own.
         self.before = [0] * len(plan.names)
+        self.surveys = 0
+
+    def weights(self) -> Weights:
+        """The weights of all ranks, for budgets and limits."""
+        codes = [entry.dtype.code for _, entry in self.tensors]
+        return Weights(self.plan, [ZERO_BITS[code] for code in codes], self._survey)
+
+    def _survey(self, rows: Mapping[int, int], windows: bytes, bins: int) -> bytes:
+        self.surveys += 1
+        with opened(self.checkpoint.files, READ) as files, self._naming(list(rows)):
+            return _C.survey(
+                files,
+                [(*self._place(i), row) for i, row in rows.items()],
+                windows,
+                bins,
+                rank=self.ranks.rank,
+                size=self.ranks.size,
+                exchange=self.ranks.exchange if self.ranks.size > 1 else None,
+                progress=self.told,
+            )
+
+    def _place(self, tensor: int) -> tuple[int, int, int, int]:
+        """What the engine is told of a tensor: file, offset, weights, dtype."""
+        file, entry = self.tensors[tensor]
+        return file, entry.begin, entry.numel(), ENGINE_DTYPES[entry.dtype.code]
+
+    @contextmanager
+    def _naming(self, numbers: Sequence[int]) -> Iterator[None]:
+        """Say the names of tensors where the engine's errors say their numbers."""
+        try:
+            yield
+        except _C.NonFiniteError as error:
+            number, index, kind = error.args
+            name = self.plan.names[numbers[number]]
+            raise ValueError(f"{name} must be finite, got {kind} at flat index {index}") from error
+        except _C.ChangedError as error:
+            file, entry = self.tensors[numbers[error.args[0]]]
+            raise ValueError(
+                f"{self.shards[file].path}: {entry.name} must not change while it is read"
+            ) from error
 
     def fill(
-        self, targets: list[Path], masks: Path | None, result: StreamPruning, told: Told
+        self,
+        solved: Solved,
+        form: Format,
+        targets: list[Path],
+        masks: Path | None,
+        result: StreamPruning,
     ) -> None:
         """Decide and write this rank's part, and complete the result with the counts of all ranks."""
-        plan, ranks = self.plan, self.ranks
-        with ExitStack() as files:
+        plan, ranks = solved.plan, self.ranks
+        with ExitStack() as files, self._naming(range(len(self.tensors))):
             inputs = files.enter_context(opened(self.checkpoint.files, READ))
-            try:
-                engine = self._decide(inputs, result, told)
-                layouts = self._lay_out(engine)
-                outputs: list[tuple[int, str]] = []
-                writers: list[Writer] = []
-                takes: list[tuple[int, str]] | _C.Piece
-                if self.form == "compact":
-                    for target, shard in zip(targets, self.shards, strict=True):
-                        writer = compact_file(target, shard.header, str(shard.path))
-                        writers.append(files.enter_context(writer))
+            engine, keep = self._decide(inputs, solved, result)
+            layouts = self._lay_out(engine, form)
+            outputs: list[tuple[int, str]] = []
+            writers: list[Writer] = []
+            takes: list[tuple[int, str]] | _C.Piece
+            if form == "compact":
+                for target, shard in zip(targets, self.shards, strict=True):
+                    writer = compact_file(target, shard.header, str(shard.path))
+                    writers.append(files.enter_context(writer))
 
-                    def takes(file: int, at: int, data: memoryview) -> None:
-                        writers[file].put(at, data)
+                def takes(file: int, at: int, data: memoryview) -> None:
+                    writers[file].put(at, data)
 
-                else:
-                    takes = outputs = files.enter_context(opened(targets, FILL))
-                    for output, layout in zip(outputs, layouts, strict=True):
-                        begin(output, layout.header, first=ranks.rank == 0)
-                masks_at = None
-                if masks is not None:
-                    (output,) = files.enter_context(opened([masks], FILL))
-                    header = masks_header(plan, result)
-                    begin(output, header, first=ranks.rank == 0)
-                    begins = {entry.name: entry.begin for entry in header.entries}
-                    sizes = zip(plan.names, plan.sizes, strict=True)
-                    masks_at = (
-                        *output,
-                        [begins[whole(n)] + _skipped(n, size) for n, size in sizes],
-                    )
-                    outputs = [*outputs, output]
-                nonzero_others = engine.write(
-                    takes,
-                    [
-                        place_of(layouts[file], entry, before)
-                        for (file, entry), before in zip(self.tensors, self.before, strict=True)
-                    ],
-                    [
-                        (
-                            file,
-                            *elements(e),
-                            layouts[file].places[e.name].values.begin,
-                            e.dtype.most,
-                        )
-                        for file, e in self.others
-                    ],
-                    masks=masks_at,
+            else:
+                takes = outputs = files.enter_context(opened(targets, FILL))
+                for output, layout in zip(outputs, layouts, strict=True):
+                    begin(output, layout.header, first=ranks.rank == 0)
+            masks_at = None
+            if masks is not None:
+                (output,) = files.enter_context(opened([masks], FILL))
+                header = masks_header(plan, result)
+                begin(output, header, first=ranks.rank == 0)
+                begins = {entry.name: entry.begin for entry in header.entries}
+                sizes = zip(plan.names, plan.sizes, strict=True)
+                masks_at = (
+                    *output,
+                    [begins[whole(n)] + _skipped(n, size) for n, size in sizes],
                 )
-            except _C.NonFiniteError as error:
-                number, index, kind = error.args
-                raise ValueError(
-                    f"{plan.names[number]} must be finite, got {kind} at flat index {index}"
-                ) from error
-            except _C.ChangedError as error:
-                file, entry = self.tensors[error.args[0]]
-                raise ValueError(
-                    f"{self.shards[file].path}: {entry.name} must not change while it is read"
-                ) from error
+                outputs = [*outputs, output]
+            nonzero_others = engine.write(
+                takes,
+                [
+                    place_of(layouts[file], entry, before)
+                    for (file, entry), before in zip(self.tensors, self.before, strict=True)
+                ],
+                [
+                    (file, *elements(e), layouts[file].places[e.name].values.begin, e.dtype.most)
+                    for file, e in self.others
+                ],
+                masks=masks_at,
+            )
             headers = [writer.finish() for writer in writers] or [x.header for x in layouts]
-            told.finish()
+            self.told.finish()
             if ranks.rank > 0:  # what rank 0 brings to the disk need not be what others wrote
                 for descriptor, path in outputs:
                     with naming(Path(path)):
                         os.fsync(descriptor)
-        self._add_up(engine, nonzero_others, result)
-        if self.form != "dense" and self.checkpoint.index is not None and ranks.rank == 0:
+        self._add_up(engine, nonzero_others, solved, keep, result)
+        if form != "dense" and self.checkpoint.index is not None and ranks.rank == 0:
             named = {s.path.name: header for s, header in zip(self.shards, headers, strict=True)}
             self.checkpoint.write_index(targets, packed_index(self.checkpoint.index, named))
 
     def _decide(
-        self, inputs: list[tuple[int, str]], result: StreamPruning, told: Told
-    ) -> _C.Pruning:
-        """The engine, once it knows what is kept; with groups, the result is told which N they have."""
-        plan, ranks = self.plan, self.ranks
+        self, inputs: list[tuple[int, str]], solved: Solved, result: StreamPruning
+    ) -> tuple[_C.Pruning, list[int]]:
+        """The engine, once it knows what is kept, and how many of each scope.
+
+        With groups, the result is told which N they have.
+        """
+        plan, ranks = solved.plan, self.ranks
         module_of = dict(zip(plan.layers, plan.scopes, strict=True))
 
         def decide(patterns: Sequence[tuple[int, int, int]] = ()) -> _C.Pruning:
             engine = _C.Pruning(
                 inputs,
-                [
-                    (file, e.begin, e.numel(), ENGINE_DTYPES[e.dtype.code], layer)
-                    for (file, e), layer in zip(self.tensors, plan.layers, strict=True)
-                ],
+                [(*self._place(i), layer) for i, layer in enumerate(plan.layers)],
                 [module_of[layer] for layer in range(len(module_of))],
-                self.keep,
+                solved.keep,
                 rank=ranks.rank,
                 size=ranks.size,
                 exchange=ranks.exchange if ranks.size > 1 else None,
-                progress=told,
+                progress=self.told,
                 aside=ASIDE,
                 patterns=patterns,
             )
@@ -220,18 +261,26 @@ class Stream:
             return engine
 
         if plan.nm is None:
-            return decide()
+            return decide(), solved.keep
         counts = plan.counts(decide().kept if plan.nm.n is None else ())
-        m, kept = plan.nm.m, plan.of_tensors(counts)
+        m, kept = plan.nm.m, plan.by_tensor(counts)
         result.nm = {name: f"{n}:{m}" for name, n in counts.items()}
-        self.keep = [0] * len(self.keep)
+        keep = [0] * len(solved.keep)
         for n, size, scope in zip(kept, plan.sizes, plan.scopes, strict=True):
-            self.keep[scope] += size // m * n
-        return decide([(n, m, max(inner, 1)) for n, inner in zip(kept, plan.inners, strict=True)])
+            keep[scope] += size // m * n
+        patterns = [(n, m, max(inner, 1)) for n, inner in zip(kept, plan.inners, strict=True)]
+        return decide(patterns), keep
 
-    def _lay_out(self, engine: _C.Pruning) -> list[Layout]:
+    def packed_size(self, values: Mapping[str, int]) -> int:
+        """Bytes of the bitmask files, if the pruned parameters have so many values at most."""
+        return sum(
+            size_at_most(s.header, {n: values[n] for n in s.entries if n in values}, str(s.path))
+            for s in self.shards
+        )
+
+    def _lay_out(self, engine: _C.Pruning, form: Format) -> list[Layout]:
         """What goes where in the outputs."""
-        if self.form != "bitmask":
+        if form != "bitmask":
             return [shard.layout for shard in self.shards]
         packed: dict[str, int] = {}
         for i, (name, count) in enumerate(zip(self.plan.names, engine.count_packed(), strict=True)):
@@ -242,17 +291,25 @@ class Stream:
             for s in self.shards
         ]
 
-    def _add_up(self, engine: _C.Pruning, nonzero_others: list[int], result: StreamPruning) -> None:
+    def _add_up(
+        self,
+        engine: _C.Pruning,
+        nonzero_others: list[int],
+        solved: Solved,
+        keep: list[int],
+        result: StreamPruning,
+    ) -> None:
         """Complete the result, once it is sure that exactly what was asked for is kept."""
-        plan = self.plan
-        result.readings = engine.readings
+        plan = solved.plan
+        result.readings = self.surveys + engine.readings
         if plan.nm is None:
-            result.thresholds = dict(zip(plan.scope_names, engine.thresholds, strict=True))
+            thresholds = dict(zip(plan.scope_names, engine.thresholds, strict=True))
+            result.thresholds = solved.thresholds or thresholds
         result.kept = dict(zip(plan.names, engine.kept, strict=True))
-        kept = [0] * len(self.keep)
+        kept = [0] * len(keep)
         for scope, count in zip(plan.scopes, engine.kept, strict=True):
             kept[scope] += count
-        for name, want, got in zip(plan.scope_names, self.keep, kept, strict=True):
+        for name, want, got in zip(plan.scope_names, keep, kept, strict=True):
             if want != got:
                 raise ValueError(f"{name} must keep {want} weights, got {got}")
         parts = self.ranks.gather((engine.nonzero, nonzero_others, engine.smallest, engine.nan))

@@ -15,7 +15,9 @@ from .._errors import sentence, unwind_on_signals
 
 COMMANDS = {  # what `dimap --help` says of them
     "prune": "Set the least important weights of checkpoints to zero.",
+    "recipe": "Print the options of a pruning as a file, to repeat it.",
     "families": "List the models whose parameter names are known, and how others are pruned.",
+    "sensitivity": "Show what each module of a checkpoint loses if it alone is pruned.",
     "inspect": "Show the modules of a checkpoint, their layers and weights, and how sparse they are.",
     "expand": "Write the dense checkpoint that a bitmask one stands for.",
     "plot": "Draw a picture of a pruned checkpoint or of results.",

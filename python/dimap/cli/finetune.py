@@ -19,28 +19,33 @@ def _numbers(text: str) -> tuple[float, ...]:
     return tuple(float(part) for part in text.split(","))
 
 
-def _with_settings(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command one option for each field of `Settings`, beside its own parameters."""
-    own = inspect.signature(command, eval_str=True).parameters.values()
-    parameters = [p for p in own if p.kind is not p.VAR_KEYWORD]
-    for name, field in Settings.model_fields.items():
-        details: dict[str, Any] = {"help": field.description}
-        details["rich_help_panel"] = field.json_schema_extra["panel"]  # type: ignore[index]
-        kind: Any = field.annotation
-        if name in ("mean", "std"):
-            kind = str | None
-            details |= {"parser": _numbers, "metavar": "N,N,N"}
-        option = Annotated[kind, typer.Option(**details)]
-        parameters.append(
-            inspect.Parameter(
-                name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=option
+def with_settings(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command one option for each field of `Settings`, or for those named, beside its own."""
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        own = inspect.signature(command, eval_str=True).parameters.values()
+        parameters = [p for p in own if p.kind is not p.VAR_KEYWORD]
+        for name in names or Settings.model_fields:
+            field = Settings.model_fields[name]
+            details: dict[str, Any] = {"help": field.description}
+            details["rich_help_panel"] = field.json_schema_extra["panel"]  # type: ignore[index]
+            kind: Any = field.annotation
+            if name in ("mean", "std"):
+                kind = str | None
+                details |= {"parser": _numbers, "metavar": "N,N,N"}
+            option = Annotated[kind, typer.Option(**details)]
+            parameters.append(
+                inspect.Parameter(
+                    name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=option
+                )
             )
-        )
-    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    return command
+        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        return command
+
+    return decorate
 
 
-@_with_settings
+@with_settings()
 @grouped
 def finetune(
     *,

@@ -64,25 +64,31 @@ OPTIONS = {
 }
 
 
-def grouped(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command `OPTIONS`; it is called with what they say as its argument `grouping`."""
-    own = inspect.signature(command, eval_str=True)
-    kept = [p for p in own.parameters.values() if p.name != "grouping"]
-    rest = [p for p in kept if p.kind is p.VAR_KEYWORD]
-    added = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind)
-        for name, kind in OPTIONS.items()
-    ]
+def adding(
+    options: Mapping[str, Any], name: str, parse: Callable[..., Any]
+) -> Callable[[Any], Any]:
+    """Give a command these options; it is called with what `parse` makes of them as one argument."""
 
-    # No functools.wraps: typer would read the annotations of what is wrapped.
-    def run(*arguments: Any, **named: Any) -> None:
-        given = {name: named.pop(name, None) for name in OPTIONS}
-        command(*arguments, **named, grouping=parse(**given))
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        own = inspect.signature(command, eval_str=True)
+        kept = [p for p in own.parameters.values() if p.name != name]
+        rest = [p for p in kept if p.kind is p.VAR_KEYWORD]
+        added = [
+            inspect.Parameter(option, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind)
+            for option, kind in options.items()
+        ]
 
-    run.__doc__, run.__name__ = command.__doc__, command.__name__
-    parameters = [*(p for p in kept if p not in rest), *added, *rest]
-    run.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
-    return run
+        # No functools.wraps: typer would read the annotations of what is wrapped.
+        def run(*arguments: Any, **named: Any) -> None:
+            given = {option: named.pop(option, None) for option in options}
+            command(*arguments, **named, **{name: parse(**given)})
+
+        run.__doc__, run.__name__ = command.__doc__, command.__name__
+        parameters = [*(p for p in kept if p not in rest), *added, *rest]
+        run.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
+        return run
+
+    return decorate
 
 
 def parse(
@@ -113,14 +119,11 @@ def parse(
     return found
 
 
+grouped = adding(OPTIONS, "grouping", parse)
+
+
 def _read(file: Path) -> Mapping[str, Any]:
-    toml: Any = import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
-    try:
-        found: dict[str, Any] = toml.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise typer.BadParameter(f"--patterns: {file}: {error.strerror}") from None
-    except ValueError as error:  # of TOML, or of bytes that are no text
-        raise typer.BadParameter(f"--patterns must be a TOML file, got {file}: {error}") from None
+    found = read_toml(file, "--patterns")
     for name, rows in found.items():
         if not isinstance(rows, (str, list)):
             raise typer.BadParameter(
@@ -128,4 +131,16 @@ def _read(file: Path) -> Mapping[str, Any]:
             )
     if not found:
         raise typer.BadParameter(f"--patterns must name a module, got none in {file}")
+    return found
+
+
+def read_toml(file: Path, option: str) -> dict[str, Any]:
+    """What a TOML file says; the option that names it is told in errors."""
+    toml: Any = import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
+    try:
+        found: dict[str, Any] = toml.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise typer.BadParameter(f"{option}: {file}: {error.strerror}") from None
+    except ValueError as error:  # of TOML, or of bytes that are no text
+        raise typer.BadParameter(f"{option} must be a TOML file, got {file}: {error}") from None
     return found

@@ -10,6 +10,7 @@ import typer
 
 from ..groups.plan import Normalize, Scope
 from ..report.text import make_console
+from .budgets import BUDGETS, budgeted, parse_sparsity
 from .common import (
     IN_HELP,
     Debug,
@@ -25,6 +26,7 @@ from .common import (
 )
 from .grouping import Grouping, grouped
 from .progress import Bar
+from .recipes import Recipe, told_by_recipes, write_recipe
 
 PATHS_HELP = f"""{IN_HELP} OUT is a file where IN is a file, a folder where it is a folder.
 
@@ -34,15 +36,25 @@ checkpoint; any other folder stands for the checkpoints directly in it; a quoted
 folders that its wildcards matched, too."""
 
 
+@told_by_recipes
 @grouped
+@budgeted
 def prune(
+    ctx: typer.Context,
     paths: Annotated[
         list[str],
         typer.Argument(metavar="IN... [OUT]", help=PATHS_HELP, show_default=False),
     ],
     sparsity: Annotated[
-        float | None,
-        typer.Option("--sparsity", "-s", help="Share of the weights to drop, 0 to 1."),
+        str | None,
+        typer.Option(
+            "--sparsity",
+            "-s",
+            parser=parse_sparsity,
+            metavar="SHARE|auto",
+            help="Share of the weights to drop, as 0.55 or 55%; auto shares a budget among the modules "
+            "by what they lose.",
+        ),
     ] = None,
     nm: Annotated[
         str | None,
@@ -157,10 +169,12 @@ def prune(
             "the model's.",
         ),
     ] = None,
+    recipe: Recipe = None,
     layers: Layers = False,
     as_json: Json = False,
     debug: Debug = False,
     *,
+    budgets: dict[str, Any],
     grouping: Grouping,
 ) -> None:
     """Set the least important weights of a checkpoint to zero and write the result to OUT.
@@ -176,9 +190,10 @@ def prune(
     """
     shares, size = parse_shares(module or []), parse_input_size(input_size)
     exact = nm is not None and not nm.startswith("auto")
-    if sparsity is None and not shares and not exact:
+    if sparsity is None and not shares and not exact and not budgets.keys() & BUDGETS:
         raise typer.BadParameter(
-            "give --sparsity, or --module NAME=SHARE for every module, or --nm N:M"
+            "give --sparsity, or --module NAME=SHARE for every module, or --nm N:M, or a budget as "
+            "--flops 60%"
         )
     if out_dir is None and len(paths) != 2:
         raise typer.BadParameter("give IN and OUT, or any number of IN and --out-dir DIR")
@@ -200,6 +215,7 @@ def prune(
             "format": None if form == "dense" else form,
             "key": key,
             "all_copies": all_copies,
+            **budgets,
             **grouping,
         }
         settings = {
@@ -221,6 +237,9 @@ def prune(
             more |= {"masks": masks, "report": report, "force": force}
             done = prune_checkpoint(source, out, **settings, **more, progress=bar, group=ranks)
             built = done.summary()
+        if ranks.rank == 0:
+            found = {"sparsity": built.sparsity, **({"got": built.got} if built.got else {})}
+            write_recipe(Path(out), ctx, found)
     if ranks.rank > 0:
         return  # the first one tells
     seconds = time.monotonic() - start

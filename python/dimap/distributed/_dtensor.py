@@ -10,7 +10,7 @@ torch.ops.dimap.apply_ and prune_ take DTensors by the rules here.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
@@ -353,25 +353,52 @@ def _decide_on_devices(
 ) -> Decided:
     """The same where some are on GPUs: these survey them, and the tables are added up there."""
     dtype_of: dict[int, int] = {}  # of each layer, the one with the most digits
-    on: dict[torch.device, list[Local]] = {}  # those that this rank surveys
     for local in held:
         known = dtype_of.get(local.layer, local.dtype)
         dtype_of[local.layer] = min(known, local.dtype, key=DIGITS.index)
-        if local.counts:
-            on.setdefault(local.weights.device, []).append(local)
     here = held[0].weights.device if held else torch.device("cpu")
     windows = ops.first_windows([DTYPES[dtype_of[layer]] for layer in range(len(sizes))], BINS).to(
         here
     )
     quota = torch.tensor([-1])
     while (quota < 0).any():
-        table = ops.survey([], [], windows, BINS)
-        for device, mine in on.items():
-            weights, layers = [local.weights for local in mine], [local.layer for local in mine]
-            with _named(mine):
-                table += ops.survey(weights, layers, windows.to(device), BINS).to(here)
-        cuts, quota, thresholds, windows = ops.solve(ranks.sum(table), windows, module_of, keep)
+        table = _survey(held, [local.layer for local in held], windows, BINS, ranks)
+        cuts, quota, thresholds, windows = ops.solve(table, windows, module_of, keep)
     return [(first, tie) for first, tie in cuts.tolist()], quota.tolist(), thresholds.tolist()
+
+
+def _survey(
+    held: Sequence[Local], rows: Sequence[int], windows: Tensor, bins: int, ranks: Ranks
+) -> Tensor:
+    """`dimap.ops.survey` of the weights of all ranks. rows: of each tensor, its row of the table."""
+    on: dict[torch.device, list[tuple[Local, int]]] = {}  # those that this rank surveys
+    for local, row in zip(held, rows, strict=True):
+        if local.counts:
+            on.setdefault(local.weights.device, []).append((local, row))
+    table = ops.survey([], [], windows, bins)
+    for device, mine in on.items():
+        weights, numbers = [local.weights for local, _ in mine], [row for _, row in mine]
+        with _named([local for local, _ in mine]):
+            table += ops.survey(weights, numbers, windows.to(device), bins).to(table.device)
+    return ranks.sum(table)
+
+
+def surveyor(
+    names: Sequence[str], tensors: Sequence[Tensor]
+) -> Callable[[Mapping[int, int], bytes, int], memoryview]:
+    """A function that surveys the weights of all ranks (see `dimap.budgets`); all ranks call it."""
+
+    def survey(rows: Mapping[int, int], windows: bytes, bins: int) -> memoryview:
+        with _ranks_of(tensors) as ranks:
+            held = [local_of(names[i], tensors[i], 0, 0) for i in rows]
+            share_out(held, ranks)
+            here = held[0].weights.device if held else torch.device("cpu")
+            views = torch.frombuffer(bytearray(windows), dtype=torch.int64).reshape(-1, 7)
+            return (
+                _survey(held, list(rows.values()), views.to(here), bins, ranks).cpu().numpy().data
+            )
+
+    return survey
 
 
 @contextmanager
@@ -381,7 +408,7 @@ def _named(held: Sequence[Local]) -> Iterator[None]:
         yield
     except RuntimeError as error:
         told = re.search(
-            r"weights\[(\d+)\] must be finite, got (\w+) at flat index (\d+)", str(error)
+            r"weights\[(\d+)\] must be finite, got (\S+) at flat index (\d+)", str(error)
         )
         if told is None:
             raise

@@ -94,9 +94,9 @@ def finetune(
     """
     settings = Settings(**options)
     for package in ("timm", "torchvision", "tqdm"):
-        _need(package)
+        need(package)
     if tensorboard:
-        _need("tensorboard", "torch.utils.tensorboard")
+        need("tensorboard", "torch.utils.tensorboard")
     folder = Folder(Path(out), resume=resume, force=force)
     train_images, validation_images, known = open_images(data, settings)
     if settings.reset_head and known is None:
@@ -116,7 +116,7 @@ def finetune(
         if (theirs := outputs_of(teaching, given["input_size"])) != classes:
             raise ValueError(f"teacher must have {classes} outputs as the model has, got {theirs}")
         taught = teaching.model
-    with _joined(device) as (ranks, place):
+    with joined(device) as (ranks, place):
         identity = {
             **settings.model_dump(mode="json"),
             "processes": ranks.size,
@@ -146,7 +146,7 @@ def finetune(
     return Finetuned(folder.path / BEST, folder.path / LAST, best["epoch"], best["top1"], history)
 
 
-def _need(package: str, module: str | None = None) -> None:
+def need(package: str, module: str | None = None) -> None:
     try:
         import_module(module or package)
     except ModuleNotFoundError as error:
@@ -158,7 +158,7 @@ def _need(package: str, module: str | None = None) -> None:
 
 
 @contextmanager
-def _joined(device: str | None) -> Iterator[tuple[Ranks, torch.device]]:
+def joined(device: str | None) -> Iterator[tuple[Ranks, torch.device]]:
     """The processes of torchrun, or this one alone; and the device of this process."""
     from timm.utils.distributed import init_distributed_device_so
 
@@ -171,13 +171,13 @@ def _joined(device: str | None) -> Iterator[tuple[Ranks, torch.device]]:
         raise ValueError(f"device {name} needs a GPU, and torch sees none")
     given = dist.is_available() and dist.is_initialized()  # the caller's group stays
     place = torch.device(name if given else init_distributed_device_so(name)["device"])
-    joined = dist.is_available() and dist.is_initialized()
+    grouped = dist.is_available() and dist.is_initialized()
     # Not entered as a context: DistributedDataParallel has exchanges of its own, in which an error
     # could not be passed on; the launcher ends the others.
     try:
-        yield group_of() if joined else Ranks(), place
+        yield group_of() if grouped else Ranks(), place
     finally:
-        if joined and not given:
+        if grouped and not given:
             dist.destroy_process_group()
 
 

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 from . import (
     AUX,
@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 
 Scope = Literal["module", "global", "layer", "type", "block", "stage", "row"]
 Normalize = Literal["layer", "block", "stage", "module", "scope"]
+# One share of weights to drop, one for each module, or how it is found: "auto", or none where a budget
+# says it.
+Sparsity: TypeAlias = "float | Mapping[str, float] | str | None"
 
 
 @dataclass
@@ -93,7 +96,7 @@ class Plan:
         of_layer = scope_names(modules, scope)
         groups: dict[tuple[str, ...], int] = {}
         scopes: dict[str, int] = {}
-        for module, layer in ((m, x) for m, xs in modules.items() if m != AUX for x in xs):
+        for module, layer in plan.prunable():
             name = of_layer[layer.name]
             if name not in scopes:
                 scopes[name] = len(scopes)
@@ -145,6 +148,14 @@ class Plan:
                 raise ValueError(f"{name} must hold weights, got a tensor on the meta device")
         return plan
 
+    def prunable(self) -> list[tuple[str, Layer]]:
+        """The layers that are pruned, each with its module."""
+        return [(m, layer) for m, layers in self.modules.items() if m != AUX for layer in layers]
+
+    def layer_of_tensors(self) -> list[tuple[str, Layer]]:
+        """The module and the layer of each tensor."""
+        return [(m, layer) for m, layer in self.prunable() for _ in layer.parameters]
+
     def merged(self, values: Sequence[Tensor]) -> dict[str, Tensor]:
         """What was computed for each tensor, by parameter: slices are stacked again."""
         import torch
@@ -155,7 +166,7 @@ class Plan:
         stacked = {name.parameter for name in self.names if isinstance(name, Slice)}
         return {n: torch.stack(p) if n in stacked else p[0] for n, p in parts.items()}
 
-    def keep(self, sparsity: float | Mapping[str, float] | None) -> list[int]:
+    def keep(self, sparsity: Sparsity) -> list[int]:
         """How many weights each scope keeps."""
         if isinstance(sparsity, Mapping) and None in self.scope_modules:
             raise ValueError(
@@ -183,9 +194,11 @@ class Plan:
         """The ratio of each tensor's rows, with scope "row"."""
         return [ratios[self.scope_modules[scope] or ""] for scope in self.scopes]
 
-    def ratios(self, sparsity: float | Mapping[str, float] | None) -> dict[str, float]:
+    def ratios(self, sparsity: Sparsity) -> dict[str, float]:
         """The ratio of each prunable module, checked; None is what the caller forgot."""
         names = [name for name in self.modules if name != AUX]
+        if sparsity == "auto":
+            raise TypeError("sparsity must be a number where no budget shares it out, got auto")
         given: dict[str, Any]
         if isinstance(sparsity, Mapping):
             if set(sparsity) != set(names):
@@ -212,7 +225,7 @@ class Plan:
         kept: for nm "auto", how many weights `select` keeps of each tensor.
         """
         assert self.nm is not None
-        layers = [x for module, found in self.modules.items() if module != AUX for x in found]
+        layers = [layer for _, layer in self.prunable()]
         if self.nm.n is not None:
             return dict.fromkeys((x.name for x in layers), self.nm.n)
         of = {name: i for i, name in enumerate(self.names)}
@@ -227,7 +240,7 @@ class Plan:
             counts |= zip((x.name for x in here), rounded, strict=True)
         return counts
 
-    def of_tensors(self, counts: Mapping[str, int]) -> list[int]:
+    def by_tensor(self, counts: Mapping[str, int]) -> list[int]:
         """What is said of layers by name, of each tensor."""
         layers = (x for found in self.modules.values() for x in found)
         said = {p: counts[x.name] for x in layers if x.name in counts for p in x.parameters}

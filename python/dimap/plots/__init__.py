@@ -7,6 +7,7 @@ ending. Nothing global is changed, and matplotlib is imported only when a pictur
 >>> plots.weight_histograms(model, "weights.png", masks=masks)
 >>> plots.mask_picture(pruning, "layers.2.blocks.5.attn.qkv", "mask.png")
 >>> plots.write_report(pruning, "report/")
+>>> plots.sensitivity_curves(dimap.measure_sensitivity(model), "sensitivity.png")
 >>> plots.accuracy_curves(rows, "accuracy.svg")
 >>> plots.bench_times(dimap.bench.bench(quick=True), "times.png")
 """
@@ -18,6 +19,7 @@ from .histograms import weight_histograms
 from .kept import kept_ratios
 from .mask import mask_picture
 from .report_folder import report_output, write_report
+from .sensitivity import sensitivity_curves
 from .style import check_path
 from .timings import bench_times
 
@@ -29,6 +31,7 @@ __all__ = [
     "load_rows",
     "mask_picture",
     "report_output",
+    "sensitivity_curves",
     "weight_histograms",
     "write_report",
 ]

@@ -37,6 +37,8 @@ class Pruned:
         sparsity: module name -> the ratio asked for.
         notes: what the user should know, of the grouping say, one sentence each.
         saliency: what was ranked: "magnitude", "given", or the method's name ("taylor", "snip").
+        asked: the budgets and limits that were given, as in `dimap.Budgets`.
+        size: bytes of the output's files of weights, where there is a budget of them.
         nm: with groups, layer name -> "2:4", say; then there are no thresholds.
 
     A subclass has, as attributes or properties, by parameter name:
@@ -56,6 +58,8 @@ class Pruned:
     sparsity: dict[str, float]
     saliency: str = "magnitude"
     notes: list[str] = field(default_factory=list)
+    asked: dict[str, Any] = field(default_factory=dict)
+    size: int | None = None
     nm: dict[str, str] = field(default_factory=dict)
 
     if TYPE_CHECKING:  # a dataclass would take a property of its base for a field's default
@@ -74,6 +78,8 @@ class Pruned:
         found: dict[str, str] = {"scope": self.scope, "normalize": self.normalize}
         if self.saliency != "magnitude":
             found["saliency"] = self.saliency
+        if self.asked:
+            found["asked"] = json.dumps(self.asked)
         if self.nm:
             found["nm"] = json.dumps(self.nm)
         found |= {f"sparsity.{name}": repr(s) for name, s in self.sparsity.items()}
@@ -96,12 +102,15 @@ class Pruned:
         return build_report(self, model, input_size)
 
 
+NO_MODEL = "weights alone do not tell them, the nn.Module does"
+
+
 def build_report(
     pruning: Pruned,
     model: nn.Module | Mapping[str, Tensor] | None = None,
     input_size: int | Sequence[int] | None = None,
     *,
-    no_flops: str = "weights alone do not tell them, the nn.Module does",
+    no_flops: str = NO_MODEL,
 ) -> Report:
     """Count what `pruning` removed.
 
@@ -118,24 +127,17 @@ def build_report(
             pruned is sharded (DTensor).
         RuntimeError: the forward pass at the given `input_size` failed.
     """
-    names_in = _names_in(pruning, model)
-    flops, notes = _flops(model, input_size, no_flops)
+    dense_flops, flops, notes = count_dense(pruning, model, input_size, no_flops)
     # Of a pruning in memory each of these is counted when it is asked for: once.
     nonzero, smallest = pruning.nonzero, pruning.smallest
     weights = {name: math.prod(shape) for name, shape in pruning.shapes.items()}
     kept = {**weights, **pruning.kept}
     scopes = scope_names(pruning.modules, pruning.scope)
-    every = (p for layers in pruning.modules.values() for x in layers for p in x.parameters)
-    pieces = Counter(map(whole, every))  # slices of each parameter; 1 where it is whole
 
     def count(layer: Layer, density: Fraction) -> LayerReport:
         """density: kept share of the layer's module."""
         names = layer.parameters
-        dense = (
-            [flops.parameters.get(names_in.get(p, ""), 0) // pieces[p] for p in map(whole, names)]
-            if flops
-            else []
-        )
+        dense = [dense_flops[p] for p in names] if flops else []
         left = dense
         if layer.module != AUX:
             # Every weight of a matrix or a kernel meets equally many tokens: count / weights.
@@ -177,6 +179,13 @@ def build_report(
         notes.append(f"{len(empty)} of {len(rows)} layers keep no weight, {empty[0]} is the first")
     if flops and (unused := [row.name for row in rows if row.weights and not row.flops_dense]):
         notes.append(f"no FLOPs were seen of {len(unused)} layers, {unused[0]} is the first")
+    sums = _sums(modules, other)
+    shares = {
+        "flops": _share(sums.get("flops"), sums.get("flops_dense")),
+        "nominal_flops": _share(sums.get("flops_nominal"), sums.get("flops_dense")),
+        "params": _share(sums["kept"], sums["weights"]),
+        "size": pruning.size,
+    }
     return Report(
         scope=pruning.scope,
         normalize=pruning.normalize,
@@ -187,8 +196,14 @@ def build_report(
         input_size=flops.input_size if flops else None,
         flops_other=other,
         notes=(*notes, *pruning.notes),
-        **_sums(modules, other),
+        asked=dict(pruning.asked),
+        got={name: got for name, got in shares.items() if name in pruning.asked},
+        **sums,
     )
+
+
+def _share(left: int | None, all_of_it: int | None) -> float | None:
+    return left / all_of_it if left is not None and all_of_it else None
 
 
 def _sums(parts: Sequence[LayerReport | ModuleReport], other: int | None) -> dict[str, Any]:
@@ -200,6 +215,26 @@ def _sums(parts: Sequence[LayerReport | ModuleReport], other: int | None) -> dic
         for name in ("flops_dense", "flops_nominal", "flops"):
             sums[name] = other + sum(getattr(part, name) for part in parts)
     return sums
+
+
+def count_dense(
+    pruning: Pruned,
+    model: nn.Module | Mapping[str, Tensor] | None,
+    input_size: int | Sequence[int] | None,
+    no_flops: str = NO_MODEL,
+) -> tuple[dict[str, int], Flops | None, list[str]]:
+    """The multiply-adds of every parameter and slice before pruning, and of the whole model.
+
+    pruning: of which modules and shapes count. model, input_size, errors: as in `build_report`. Where
+    there are no FLOPs: zeros, None, and a note that says why.
+    """
+    names_in = _names_in(pruning, model)
+    flops, notes = _flops(model, input_size, no_flops)
+    every = [p for layers in pruning.modules.values() for x in layers for p in x.parameters]
+    pieces = Counter(map(whole, every))  # slices of each parameter; 1 where it is whole
+    counted = flops.parameters if flops else {}
+    dense = {p: counted.get(names_in.get(whole(p), ""), 0) // pieces[whole(p)] for p in every}
+    return dense, flops, notes
 
 
 def _names_in(pruning: Pruned, model: nn.Module | Mapping[str, Tensor] | None) -> dict[str, str]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, field, fields
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -147,6 +147,8 @@ class Report(_Counts):
             model, what is never pruned included in full; None where they were not counted.
         flops_other: multiply-adds of no parameter (attention's products), part of the three above.
         notes: what the reader should know, for example why FLOPs are missing.
+        asked: the budgets and limits that were given, as in `dimap.Budgets`.
+        got: what is left of that which each budget bounds, in its unit; None where it was not counted.
     """
 
     scope: str
@@ -164,6 +166,8 @@ class Report(_Counts):
     flops: int | None = None
     flops_other: int | None = None
     notes: tuple[str, ...] = ()
+    asked: dict[str, Any] = field(default_factory=dict)
+    got: dict[str, float | None] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists, strings and numbers, in a stable order (schema: see the module)."""
@@ -278,12 +282,12 @@ def check_schema(what: str, data: Mapping[str, Any], schema: str, version: int) 
 def _build(kind: type[_Built], data: Mapping[str, Any], **ready: Any) -> _Built:
     """`kind` from the entries of `data` that it has a field for; lists become tuples."""
     values: dict[str, Any] = {}
-    for field in fields(kind):  # type: ignore[arg-type]
-        if field.name in data:
-            value = ready.get(field.name, data[field.name])
-            values[field.name] = tuple(value) if isinstance(value, list) else value
-        elif field.default is MISSING:
-            raise ValueError(f"{kind.__name__} must have a field {field.name!r}, got {list(data)}")
+    for each in fields(kind):  # type: ignore[arg-type]
+        if each.name in data:
+            value = ready.get(each.name, data[each.name])
+            values[each.name] = tuple(value) if isinstance(value, list) else value
+        elif each.default is MISSING and each.default_factory is MISSING:
+            raise ValueError(f"{kind.__name__} must have a field {each.name!r}, got {list(data)}")
     return kind(**values)
 
 
@@ -300,6 +304,7 @@ def summary_lines(report: Report) -> list[str]:
     lines = [
         *([groups] if groups else []),
         f"sparsity {', '.join(asked)}; scope {report.scope}; normalize {report.normalize}",
+        *(_budget_line(name, report.asked[name], got) for name, got in report.got.items()),
         f"parameters     {report.weights:,} -> {report.kept:,}, "
         f"{report.removed_percent:.2f} % removed",
         f"not zero       {report.nonzero:,}",
@@ -313,6 +318,13 @@ def summary_lines(report: Report) -> list[str]:
                 f"{name} {short(report.flops_dense)} -> {short(flops)}, {percent:.2f} % removed"
             )
     return lines
+
+
+def _budget_line(name: str, asked: float, got: float | None) -> str:
+    said = [f"{asked:,} bytes" if name == "size" else f"{100 * asked:g} %", "not counted"]
+    if got is not None:
+        said[1] = f"{got:,} bytes" if name == "size" else f"{100 * got:.4f} %"
+    return f"{name.replace('_', ' '):<14} asked for at most {said[0]}, got {said[1]}"
 
 
 def note_lines(report: Report) -> list[str]:

@@ -1,0 +1,133 @@
+"""`dimap sensitivity`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .budgets import parse_share
+from .common import (
+    Debug,
+    Json,
+    Key,
+    Layers,
+    RandomInit,
+    Source,
+    print_json,
+    print_wrote,
+    report_errors,
+)
+from .finetune import with_settings
+from .grouping import Grouping, grouped
+from .progress import Bar
+
+# What `Settings` says of an evaluation.
+JUDGING = (
+    "timm_model", "val_split", "class_map", "input_size", "mean", "std", "crop_pct", "pad", "batch_size",
+    "workers", "amp",
+)  # fmt: skip
+SHOWN = (10, 30, 50, 70, 80, 90)  # percent, in the table
+
+
+@with_settings(*JUDGING)
+@grouped
+def sensitivity(
+    source: Source,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DATA",
+            help="Measure accuracy, too, with each module alone pruned: a folder with val/, or a data "
+            "set of timm's factory, as in torch/fashion_mnist:FOLDER.",
+        ),
+    ] = None,
+    at: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="SHARE", help="With --data: a sparsity to measure at. Default: 50%, 70%, 90%."
+        ),
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw the curves, .png or .svg.")
+    ] = None,
+    key: Key = None,
+    random_init: RandomInit = False,
+    layers: Layers = False,
+    as_json: Json = False,
+    debug: Debug = False,
+    *,
+    grouping: Grouping,
+    **options: Any,
+) -> None:
+    """Show what each module, and each layer, loses if it alone is pruned, at every sparsity.
+
+    That is the relative Frobenius distortion |W - W'| / |W|, from one reading of the weights.
+    """
+    shares = [parse_share(text) for text in at or ("50%", "70%", "90%")]
+    with report_errors(debug):
+        from ..checkpoint import open_checkpoint
+        from ..checkpoint.sensitivity import measure_checkpoint
+        from ..groups import choose
+
+        if plot is not None:
+            from ..plots import check_path
+
+            check_path(plot)
+        choice = choose(**grouping)
+        with (
+            Bar("opening") as bar,
+            open_checkpoint(source, key=key, random_init=random_init) as checkpoint,
+        ):
+            checkpoint.choice = choice
+            found = measure_checkpoint(checkpoint, bar)
+        if data is not None:
+            from ..finetuning.sensitivity import accuracy_alone
+
+            found = replace(
+                found, accuracy=accuracy_alone(source, data, shares, choice=choice, **options)
+            )
+        if plot is not None:
+            from ..plots import sensitivity_curves
+
+            sensitivity_curves(found, plot)
+    if as_json:
+        print_json(found.to_dict())
+    else:
+        _print(found, layers=layers)
+    if plot is not None and not as_json:
+        print_wrote(str(plot))
+
+
+def _print(found: Any, *, layers: bool) -> None:
+    """A line for each module, with `layers` for each layer, and what was measured."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console()
+    table = Table("", "weights", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.title, table.title_justify = "distortion in percent, by the share removed", "left"
+    for share in SHOWN:
+        table.add_column(f"{share} %")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for curves in (found.modules, found.layers if layers else ()):
+        for curve in curves:
+            values = (f"{100 * curve.distortion[share]:.2f}" for share in SHOWN)
+            table.add_row(Text(curve.name), f"{curve.weights:,}", *values)
+        table.add_section()
+    console.print(table)
+    if found.accuracy:
+        table = Table("", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        table.title = f"top-1 in percent, one module pruned; {found.accuracy['dense']:.2f} dense"
+        for share in found.accuracy["sparsities"]:
+            table.add_column(f"{100 * share:g} %", justify="right")
+        for name, values in found.accuracy["modules"].items():
+            table.add_row(Text(name), *(f"{value:.2f}" for value in values))
+        console.print(table)
+    for note in found.notes:
+        console.print(Text(note, style="yellow"), soft_wrap=True)
