@@ -278,7 +278,8 @@ def pruning_checkpoint(
             why = "the first rank counts them"
             if first:
                 try:
-                    counted = model_of(checkpoint, names, model, input_size)
+                    asked = report is not None or input_size is not None
+                    counted = model_of(checkpoint, names, model, input_size, asked=asked)
                     return build_report(result, counted, input_size)
                 except Exception as error:  # of the library that builds it, too: a note, no end
                     why = first_line(error)
