@@ -388,7 +388,7 @@ def _prune_state(
     progress: Progress,
 ) -> None:
     """Prune what is in memory, write it, and complete the result."""
-    from ..pruning import decide, zero
+    from ..pruning import decide, has_nan, zero
 
     progress.step("pruning")
     state = {name: checkpoint.get(name) for name in wholes(result.shapes)}
@@ -411,4 +411,4 @@ def _prune_state(
     result.sparsity, result.notes = pruning.sparsity, pruning.notes
     result.nonzero, result.smallest, result.nm = pruning.nonzero, pruning.smallest, pruning.nm
     others = [n for n, x in checkpoint.tensors.items() if x.dtype.most and n not in pruning.masks]
-    result.notes += nan_notes([n for n in others if bool(checkpoint.get(n).float().isnan().any())])
+    result.notes += nan_notes([n for n in others if has_nan(checkpoint.get(n))])
