@@ -38,7 +38,8 @@ def draw(run: Run, folder: Path) -> list[Path]:
         return made
     if run.name == "large":
         made = [folder / "paper-large.png"]
-        accuracy_curves(accuracy_rows(run), made[0], title="A larger Swin on Fashion-MNIST")
+        rows = [row for row in accuracy_rows(run) if row["panel"] == "one shot"]
+        accuracy_curves(rows, made[0], title="A larger Swin on Fashion-MNIST, one shot")
         return made
     made = [folder / "paper-accuracy.png", folder / "paper-scopes.png"]
     accuracy_curves(accuracy_rows(run), made[0], title="A small Swin on Fashion-MNIST, three seeds")
