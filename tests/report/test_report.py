@@ -274,7 +274,7 @@ class TestJson:
         assert set(data["modules"][0]) == counts | {"name", "layers", "threshold"}
         assert set(data["layers"][0]) == counts | {
             "name", "module", "stage", "block", "tower", "parameters", "threshold",
-            "smallest_kept",
+            "smallest_kept", "nm",
         }  # fmt: skip
         assert (data["schema"], data["version"]) == ("dimap.report", VERSION)
 

@@ -26,7 +26,7 @@ else:
 __all__ = ["PruningCallback"]
 
 
-class PruningCallback(TrainingPruner, Callback):  # type: ignore[misc]
+class PruningCallback(TrainingPruner, Callback):
     """Prunes the Trainer's model, and holds what is pruned at zero while it trains.
 
     sparsity: the share of weights to drop when training begins, as in `dimap.prune`; or a
