@@ -402,18 +402,27 @@ def count_nonzero(tensor: Tensor) -> int:
     """
     if tensor.dtype is torch.float4_e2m1fn_x2:
         return 2 * tensor.numel()
-    if tensor.is_quantized:
-        tensor = tensor.dequantize()
-    elif tensor.layout is torch.sparse_coo:
-        tensor = tensor.coalesce().values()
-    elif tensor.layout is not torch.strided:
-        tensor = tensor.values()
+    tensor = _stored(tensor)
     # What torch cannot count.
     if tensor.is_floating_point() and tensor.itemsize == 1:
         tensor = tensor.float()
     elif tensor.dtype in (torch.uint16, torch.uint32, torch.uint64):
         tensor = tensor.view(getattr(torch, f"int{8 * tensor.itemsize}"))
     return int(tensor.count_nonzero())
+
+
+def has_nan(tensor: Tensor) -> bool:
+    """Whether a value of a tensor of floats of any layout is a NaN."""
+    return bool(_stored(tensor).float().isnan().any())
+
+
+def _stored(tensor: Tensor) -> Tensor:
+    """The values that a tensor of any layout stores."""
+    if tensor.is_quantized:
+        return tensor.dequantize()
+    if tensor.layout is torch.sparse_coo:
+        return tensor.coalesce().values()
+    return tensor if tensor.layout is torch.strided else tensor.values()
 
 
 def most_in_groups(tensor: Tensor, axis: int) -> list[int]:

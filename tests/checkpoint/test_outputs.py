@@ -62,7 +62,7 @@ def test_names_as_long_as_they_may_be(source, length, folder):
     name = "x" * (length - 12) + ".safetensors"
     if folder:
         shards(Path("in"), vit())
-        source = "in"
+        source, name = "in", "x" * length
     prune_checkpoint(source, name, 0.5, masks="m" * length)
     Path(f"{'m' * length}").unlink()
     left = [p for p in os.listdir() if p.endswith("dimap-tmp")]

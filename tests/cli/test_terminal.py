@@ -187,7 +187,10 @@ def test_a_stranger_of_the_same_name_is_told(tmp_path, overwritten):
     if overwritten:
         (there / "__init__.py").unlink()
         (there / "__init__.py").write_text("")
-    program = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from dimap.__main__ import main; main()"
+    program = (  # an editable install goes before all folders
+        "import sys; sys.meta_path = [f for f in sys.meta_path if 'ScikitBuild' not in type(f).__name__]; "
+        f"sys.path.insert(0, {str(tmp_path)!r}); from dimap.__main__ import main; main()"
+    )
     command = [sys.executable, "-c", program, "families"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert "another project's dimap is installed" in done.stderr

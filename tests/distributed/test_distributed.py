@@ -399,7 +399,16 @@ def test_torchrun(tmp_path):
     prune_checkpoint(source, tmp_path / "one", 0.55, masks=tmp_path / "one masks")
     assert content(tmp_path / "out") == content(tmp_path / "one")
     assert (tmp_path / "masks.safetensors").read_bytes() == (tmp_path / "one masks").read_bytes()
-    nothing_but(tmp_path, "in", "out", "one", "masks.safetensors", "one masks", "report.json")
+    nothing_but(
+        tmp_path,
+        "in",
+        "out",
+        "one",
+        "masks.safetensors",
+        "one masks",
+        "report.json",
+        "out.recipe.toml",
+    )
 
 
 def test_alone_where_nothing_was_launched():

@@ -445,7 +445,8 @@ def test_unknown_model_is_described():
     with pytest.raises(ValueError, match="known family") as error:
         find_modules(model)
     text = str(error.value)
-    assert "got other names: 8 parameters, 3 of two or more dimensions" in text
+    assert "It has 8 parameters, 3 of two or more dimensions" in text
+    assert text.index("--pattern") < text.index("3 x *.weight")  # what to do comes first
     assert "1 x *.weight" not in text
     assert "3 x *.weight (8, 3, 3, 3)" in text
     assert "patterns={" in text

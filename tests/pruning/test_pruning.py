@@ -158,10 +158,10 @@ def test_non_contiguous_parameters(model: nn.Module) -> None:
         ({"sparsity": float("nan")}, ValueError, r"sparsity must be in \[0, 1\], got nan"),
         ({"sparsity": "0.5"}, TypeError, "sparsity must be a number, got str"),
         ({"sparsity": True}, TypeError, "sparsity must be a number, got bool"),
-        ({"sparsity": {"qkv": 0.5}}, ValueError, "one number for each of the modules qkv, proj, mlp, got qkv"),
+        ({"sparsity": {"qkv": 0.5}}, ValueError, r"one number for each of the modules qkv, proj, mlp \(0 keeps a module as it is\), got qkv"),
         ({"sparsity": {"qkv": -1, "proj": 0, "mlp": 0}}, ValueError, r"sparsity\['qkv'\] must be in \[0, 1\], got -1"),
         ({"sparsity": {"qkv": 0, "proj": 0, "mlp": 0}, "scope": "global"}, ValueError, "one number where a scope holds several modules"),
-        ({"sparsity": 0.5, "scope": "head"}, ValueError, "scope must be one of module, global, layer, type, block, stage, got 'head'"),
+        ({"sparsity": 0.5, "scope": "head"}, ValueError, "scope must be one of module, global, layer, type, block, stage, row, got 'head'"),
         ({"sparsity": 0.5, "normalize": "x"}, ValueError, "normalize must be one of layer, block, stage, module"),
     ],
 )  # fmt: skip

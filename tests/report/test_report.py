@@ -269,7 +269,7 @@ class TestJson:
         data = json.loads(report.to_json())
         assert set(data) == counts | {
             "schema", "version", "flops_unit", "scope", "normalize", "sparsity", "modules",
-            "layers", "model", "input_size", "flops_other", "notes",
+            "layers", "model", "input_size", "flops_other", "notes", "asked", "got",
         }  # fmt: skip
         assert set(data["modules"][0]) == counts | {"name", "layers", "threshold"}
         assert set(data["layers"][0]) == counts | {

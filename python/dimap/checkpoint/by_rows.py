@@ -41,7 +41,7 @@ def fill_by_rows(
     progress: Progress,
 ) -> None:
     """Write the outputs and complete the result. norms: of the inputs, or None for magnitudes."""
-    from ..pruning import count_nonzero
+    from ..pruning import count_nonzero, has_nan
 
     if plan.nm is not None:
         result.nm = {name: f"{n}:{plan.nm.m}" for name, n in plan.counts().items()}
@@ -98,7 +98,7 @@ def fill_by_rows(
                     else:
                         if entry.name in result.shapes:
                             nonzero[entry.name] = count_nonzero(tensor)
-                        if entry.dtype.most and bool(tensor.float().isnan().any()):
+                        if entry.dtype.most and has_nan(tensor):
                             nans.append(entry.name)
                     file.write(raw_bytes(tensor))
                     progress.advance(entry.nbytes)

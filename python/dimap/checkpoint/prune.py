@@ -278,7 +278,8 @@ def pruning_checkpoint(
             why = "the first rank counts them"
             if first:
                 try:
-                    counted = model_of(checkpoint, names, model, input_size)
+                    asked = report is not None or input_size is not None
+                    counted = model_of(checkpoint, names, model, input_size, asked=asked)
                     return build_report(result, counted, input_size)
                 except Exception as error:  # of the library that builds it, too: a note, no end
                     why = first_line(error)
@@ -387,7 +388,7 @@ def _prune_state(
     progress: Progress,
 ) -> None:
     """Prune what is in memory, write it, and complete the result."""
-    from ..pruning import decide, zero
+    from ..pruning import decide, has_nan, zero
 
     progress.step("pruning")
     state = {name: checkpoint.get(name) for name in wholes(result.shapes)}
@@ -410,4 +411,4 @@ def _prune_state(
     result.sparsity, result.notes = pruning.sparsity, pruning.notes
     result.nonzero, result.smallest, result.nm = pruning.nonzero, pruning.smallest, pruning.nm
     others = [n for n, x in checkpoint.tensors.items() if x.dtype.most and n not in pruning.masks]
-    result.notes += nan_notes([n for n in others if bool(checkpoint.get(n).float().isnan().any())])
+    result.notes += nan_notes([n for n in others if has_nan(checkpoint.get(n))])

@@ -79,6 +79,8 @@ def nan_notes(names: Sequence[str]) -> list[str]:
     """What is said of tensors that are never pruned and hold a NaN: a model with one computes nothing."""
     if not names:
         return []
+    if len(names) == 1:
+        return [f"{names[0]}, which is never pruned, holds a NaN"]
     return [f"{len(names)} tensors that are never pruned hold a NaN, {names[0]} is the first"]
 
 

@@ -90,7 +90,7 @@ def _serve(connection: Connection, threads: int) -> None:
     os.environ["OMP_NUM_THREADS"] = str(threads)
     unwind_on_signals()
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    with suppress(EOFError):
+    with suppress(EOFError, ConnectionError):
         while True:
             connection.send(prune_one(*connection.recv()))
 
