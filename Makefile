@@ -32,7 +32,7 @@ $(VENV)/.dimap: $(VENV)/.torch $(SOURCES)
 
 $(VENV)/.test: $(VENV)/.dimap
 	@echo "== test dependencies"
-	@$(PIP) install pytest pytest-xdist hypothesis transformers peft accelerate lightning matplotlib tensorboard onnx onnxscript tqdm "pillow<13"
+	@$(PIP) install pytest pytest-xdist hypothesis transformers peft accelerate lightning monai einops matplotlib tensorboard onnx onnxscript tqdm "pillow<13"
 	@touch $@
 
 $(VENV)/.lint: $(VENV)/.torch

@@ -141,10 +141,13 @@ def select_limited(
 ) -> list[Tensor]:
     """`select`, where the tensors of a set together keep at least and at most so many of their weights.
 
-    sets: the set of each tensor, of one module. The weights of a module are taken in their order,
-    best first, and each set counts its own; a set that has counted fewer than its least gets the
-    least, one that has counted more than its most the most. The walk ends where these add up to
-    `keep`; of each set its own best weights are kept. Raises ValueError where they never do.
+    The weights of a module are taken in their order, best first, and each set counts its own; a set
+    that has counted fewer than its least gets the least, one that has counted more than its most the
+    most. The walk ends where these add up to `keep`; of each set its own best weights are kept.
+
+    sets: the set of each tensor, of one module. limits: of each set, the least and the most.
+
+    Raises ValueError where they never add up.
     """
     scores = score64(weights, layers)
     masks = [torch.zeros(w.shape, dtype=torch.bool) for w in weights]

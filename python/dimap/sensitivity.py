@@ -16,7 +16,7 @@ BINS = 1 << 14  # 64 to a factor of two: within one, weights hardly differ
 
 @dataclass(frozen=True)
 class Curve:
-    """Relative Frobenius distortion |W - W'| / |W|, in [0, 1], at each of the sparsities.
+    """Relative Frobenius distortion ``|W - W'| / |W|``, in [0, 1], at each of the sparsities.
 
     Of a layer its smallest weights are removed; of a module those that DIMAP ranks lowest, and W is all
     of its layers together.

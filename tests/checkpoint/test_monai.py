@@ -1,0 +1,31 @@
+"""MONAI's SwinUNETR, a Swin for volumes inside a segmenter: pruned by the command, reloaded, and run."""
+
+from __future__ import annotations
+
+import dimap
+import pytest
+import torch
+from commands import runner
+
+pytest.importorskip("einops")
+nets = pytest.importorskip("monai.networks.nets")
+
+
+def test_swin_unetr_is_pruned_reloaded_and_run(capsys, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    model = nets.SwinUNETR(in_channels=1, out_channels=2, feature_size=12)
+    torch.save(model.state_dict(), "in.pt")
+    code, out, err = runner(capsys)("prune", "in.pt", "out.pt", "-s", 0.55)
+    assert code == 0, err
+    assert "never pruned, being outside the blocks of monai_swin" in " ".join(out.split())
+    pruning = dimap.prune(model, 0.55)
+    assert {name: len(layers) for name, layers in pruning.modules.items() if name != "aux"} == {
+        "qkv": 8, "proj": 8, "mlp": 16,
+    }  # fmt: skip
+    again = nets.SwinUNETR(in_channels=1, out_channels=2, feature_size=12)
+    again.load_state_dict(torch.load("out.pt", weights_only=True))
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name
+    with torch.no_grad():
+        assert again.eval()(torch.randn(1, 1, 32, 32, 32)).isfinite().all()
