@@ -161,8 +161,10 @@ __device__ void mark(const GroupArgs& a, const Part& p) {
   if (!kZero && largest >= kInfinity) *a.bad = kBadWeights;  // whoever writes writes the same
 }
 
+// Sixteen keys and their ranks at a time take more registers.
 template <int kM, bool kZero>
-__global__ void __launch_bounds__(kThreads, kOccupancy.blocks) mark_kernel(const __grid_constant__ GroupArgs a) {
+__global__ void __launch_bounds__(kThreads, kM == 16 ? kOccupancy.read_blocks : kOccupancy.blocks)
+    mark_kernel(const __grid_constant__ GroupArgs a) {
   if (kZero && *a.bad != 0) return;
   for (int64_t piece = blockIdx.x; piece < a.pieces; piece += gridDim.x) {
     const Part p = part_of(a, piece);
