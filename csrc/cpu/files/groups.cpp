@@ -7,6 +7,7 @@
 #include <deque>
 
 #include "cpu/files/io.h"
+#include "cpu/sizes.h"
 
 namespace dimap::cpu {
 namespace {
@@ -48,19 +49,7 @@ uint8_t* load_flags(const File& file, const Grid3& t, int64_t begin, int64_t n, 
   }
   char* memory = worker.bytes.room(n * t.size);
   read_fully(file, memory, n * t.size, t.offset + begin * t.size);
-  switch (t.size) {
-    case 1:
-      flags_of<uint8_t>(memory, n, static_cast<uint8_t>(t.mask), flags);
-      break;
-    case 2:
-      flags_of<uint16_t>(memory, n, static_cast<uint16_t>(t.mask), flags);
-      break;
-    case 4:
-      flags_of<uint32_t>(memory, n, static_cast<uint32_t>(t.mask), flags);
-      break;
-    default:
-      flags_of<uint64_t>(memory, n, t.mask, flags);
-  }
+  for_size(t.size, [&]<typename T>(T) { flags_of<T>(memory, n, static_cast<T>(t.mask), flags); });
   return flags;
 }
 

@@ -4,6 +4,8 @@
 #include <bit>
 #include <cstring>
 
+#include "cpu/sizes.h"
+
 namespace dimap::cpu {
 namespace {
 
@@ -97,20 +99,10 @@ template uint32_t* pack_chunk(const uint32_t*, int64_t, uint8_t*, uint32_t*, con
 template uint64_t* pack_chunk(const uint64_t*, int64_t, uint8_t*, uint64_t*, const uint64_t*);
 
 void unpack_chunk(const uint8_t* bits, const void* values, int64_t count, void* weights, int64_t n, int64_t size) {
-  const auto unpack = [&]<typename T>(T) {
+  for_size(size, [&]<typename T>(T) {
     const T* in = static_cast<const T*>(values);
     unpack_chunk(bits, in, in + count, static_cast<T*>(weights), n);
-  };
-  switch (size) {
-    case 1:
-      return unpack(uint8_t{});
-    case 2:
-      return unpack(uint16_t{});
-    case 4:
-      return unpack(uint32_t{});
-    default:
-      return unpack(uint64_t{});
-  }
+  });
 }
 
 void pack_bits(const uint8_t* mask, int64_t n, uint8_t* bits) {

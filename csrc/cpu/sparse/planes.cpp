@@ -4,25 +4,12 @@
 #include <bit>
 #include <cstring>
 
+#include "cpu/sizes.h"
+
 namespace dimap::cpu {
 namespace {
 
 constexpr int64_t kStep = 4096;  // elements: they fit in the fastest cache; a multiple of 8
-
-// Calls body(T{}) with the integer that holds an element.
-template <typename Body>
-void for_size(int64_t size, Body&& body) {
-  switch (size) {
-    case 1:
-      return body(uint8_t{});
-    case 2:
-      return body(uint16_t{});
-    case 4:
-      return body(uint32_t{});
-    default:
-      return body(uint64_t{});
-  }
-}
 
 template <typename T>
 constexpr int64_t kSize = sizeof(T);
