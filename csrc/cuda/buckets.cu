@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(kThreads, 2) histogram_kernel(const __grid_con
 
 __device__ inline solver::Layer intervals_of(const BucketArgs& a, int32_t l) {
   solver::Layer layer{};
-  layer.row = a.table + l * (kHead + 3 * int64_t{kBucketBins});
+  layer.row = a.table + l * columns_of(kBucketBins);
   layer.view = a.layers[l].view;
   layer.granularity = a.plan.layers[l].granularity;
   layer.ratio = 1;
@@ -480,7 +480,7 @@ cudaError_t launch_sorters(Kernel kernel, int64_t work, cudaStream_t stream, con
 
 cudaError_t score_by_buckets(const BucketArgs& args, cudaStream_t stream) {
   const Plan& plan = args.plan;
-  const size_t words = static_cast<size_t>(plan.layer_count) * (kHead + 3 * size_t{kBucketBins});
+  const auto words = static_cast<size_t>(plan.layer_count * columns_of(kBucketBins));
   int64_t most = 1;
   cudaError_t error = cudaMemsetAsync(args.table, 0, words * sizeof(Word), stream);
   if (error == cudaSuccess) error = cudaMemsetAsync(args.list, 0, sizeof(uint32_t), stream);

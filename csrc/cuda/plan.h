@@ -111,7 +111,6 @@ struct Plan {
 // A window over keys: `bins` bins of 2^shift keys from `base` on; see dimap::Window for the two bounds.
 struct View {
   uint32_t base, shift, bins, below_end, above_first;
-  uint32_t proven;  // nonzero: an exact solve placed it, so what lies above is kept and what lies below is dropped
   DIMAP_HD uint32_t end() const { return base + (bins << shift); }  // at most 2^31
 };
 
@@ -126,6 +125,7 @@ struct Bracket {
 
 struct LayerState {
   View view;
+  double least, most;  // scores above the view are at least the one, those below it at most the other
   Bracket bracket;
   uint32_t keep_from;  // keys from here on are kept;
   uint32_t tie;        // those equal to this share the module's quota
@@ -177,15 +177,17 @@ struct Slot {
   }
 };
 
-// Why nothing was decided: a negative threshold.
+// Why nothing was decided. The first two: a negative threshold.
 constexpr int32_t kBadWeights = 1;  // an infinity or a NaN
 constexpr int32_t kBadSolve = 2;    // too many rounds: a defect
+constexpr int32_t kBadRows = 3;     // windows, cuts or keep that a stage does not take
 constexpr double kThresholdOfBadWeights = -1.0;
 constexpr double kThresholdOfBadSolve = -2.0;
 
 // Columns of a table's row, as in core/wire.h: weights, weights above, their energy in words of 32 bits, then bins.
 constexpr int kWords = 20;
 constexpr int kHead = 2 + kWords;
+DIMAP_HD constexpr int64_t columns_of(int bins) { return kHead + 3 * static_cast<int64_t>(bins); }
 
 // The narrowest window of at most `bins` bins over the keys [first, last], with bins no finer than `granularity`.
 DIMAP_HD View view_over(uint32_t first, uint32_t last, int bins, int granularity) {
@@ -196,7 +198,7 @@ DIMAP_HD View view_over(uint32_t first, uint32_t last, int bins, int granularity
   const uint32_t base = first >> shift << shift;
   uint32_t used = ((last - base) >> shift) + 1;
   if (used > static_cast<uint32_t>(bins)) used = static_cast<uint32_t>(bins);
-  return {base, shift, used, kKeyEnd, 0, 0};
+  return {base, shift, used, kKeyEnd, 0};
 }
 
 // Sends value · 2^bit to a sum of 32-bit words as terms below 2^32, so that 2^32 terms fit a word: add(word, term).

@@ -116,7 +116,7 @@ __global__ void __launch_bounds__(kThreads, kOccupancy.read_blocks) read_kernel(
   const int64_t first = a.plan.chunks * blockIdx.x / gridDim.x, last = a.plan.chunks * (blockIdx.x + 1) / gridDim.x;
   clear_bins(s);
   if (first >= last) return;
-  const int64_t columns = kHead + 3 * static_cast<int64_t>(a.bins);
+  const int64_t columns = columns_of(a.bins);
   Above t;
   t.largest = 0;
   int32_t tensor = tensor_of(a.plan, first), layer = -1;

@@ -176,7 +176,6 @@ def _build(flags: tuple[str, ...], tuning: str, kernels: tuple[Path, ...]) -> Em
             *cuda,
             EMULATOR / "dynamic_shared.cpp",
             EMULATOR / "schemas.cpp",
-            SOURCES / "core" / "solve.cpp",
         ]
         sources += sorted((SOURCES / "bindings").glob("cuda_*.cpp"))
     with ThreadPoolExecutor(2) as pool:
