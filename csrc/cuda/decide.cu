@@ -80,7 +80,7 @@ __device__ void survey_aside(const DecideArgs& a) {
     }
     const auto see = [&](uint32_t key) {
       if (key >= t.end) {
-        see_above(key, t, row);
+        see_above(key, t, [&](uint32_t large) { add_words(row + 2, square(large), 2 * scale(large)); });  // few
       } else if (key >= t.base) {
         Word* bin = row + kHead + 3 * static_cast<int64_t>((key - t.base) >> t.shift);
         const uint64_t energy = square(key);

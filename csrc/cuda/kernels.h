@@ -125,6 +125,8 @@ struct BucketArgs {
   int32_t* bad;             // raised where a weight is not finite; must be 0 before
 };
 cudaError_t score_by_buckets(const BucketArgs& args, cudaStream_t stream);
+// ... its last two launches, where the buckets are filled (sorted.cu).
+cudaError_t score_buckets(const BucketArgs& args, cudaStream_t stream);
 constexpr int64_t kMostPlaces = int64_t{1} << 33;  // chunks of a layer, times weights of a chunk
 
 // Scores of layers of at most kBucketSize weights.

@@ -24,6 +24,8 @@ struct Tuning {
   int sorters = 512;            // threads of a block that sorts a bucket of scores, and
   int sorted = 13;              // keys of each, an odd number
   int most_buckets = 960;       // of a layer
+  int table_threads = 1024;     // of a block that scores by a table
+  int most_blocks = 2048;       // of a launch: where there is more work, each does more than one piece
 };
 #if defined(DIMAP_TUNING)
 constexpr Tuning kTuning = DIMAP_TUNING;  // of tests: small pieces, so that small problems take every path
@@ -63,6 +65,7 @@ constexpr int kLeastBins = 256;                                // one window ove
 constexpr int kBucketBins = 2048;                              // of the window that buckets of scores are told apart by
 constexpr int kBucketSize = kTuning.sorters * kTuning.sorted;  // weights that a block sorts
 constexpr int kMostBuckets = kTuning.most_buckets;
+constexpr int64_t kMostBlocks = kTuning.most_blocks;
 static_assert(kTuning.most_bins >= kLeastBins);
 constexpr int kMostRatio = kChunk / 32;  // a run in a chunk
 static_assert(kTuning.sample_ratio <= kMostRatio);

@@ -29,7 +29,7 @@ ARCHITECTURE = "sm_90"
 # Small pieces, samples and slots: problems of a few thousand weights take every path.
 TUNING = (
     "{.chunk = 1 << 10, .sample_ratio = 8, .sample_least = 256, .least_aside = 32, .most_aside = 768, "
-    ".aside_budget = 1 << 17, .sorters = 256, .sorted = 3, .most_buckets = 24}"
+    ".aside_budget = 1 << 17, .sorters = 256, .sorted = 3, .most_buckets = 24, .table_threads = 256}"
 )
 KERNEL = re.compile(r"^([0-9a-f]+) [tTwW] (\S*\d[a-z_]+_kernel\S*)$", re.M)
 
