@@ -74,9 +74,20 @@ class Emulated:
                 missing.discard(key)
         assert not missing, f"PTX without a kernel of the host: {missing}"
 
+    def _counter(self, name: str) -> ctypes.c_int:
+        return ctypes.c_int.in_dll(self.library, f"dimap_emulated_{name}")
+
     @property
     def host_calls(self) -> int:
-        return ctypes.c_int.in_dll(self.library, "dimap_emulated_host_calls").value
+        return self._counter("host_calls").value
+
+    @property
+    def host_bytes(self) -> int:
+        return self._counter("host_bytes").value
+
+    def give_shared(self, most: int) -> None:
+        """Let a block ask for so many bytes of shared memory."""
+        self._counter("shared").value = most
 
     def run_ptx(self, on: bool, preempts: bool = False) -> None:
         """Run kernels as PTX, or as their sources; let other threads run at any access to memory."""
