@@ -90,9 +90,9 @@ if(_build)
   set(_kernels ${CMAKE_CURRENT_SOURCE_DIR}/csrc/cuda)
   set(_bindings ${CMAKE_CURRENT_SOURCE_DIR}/csrc/bindings)
   add_library(dimap_cuda MODULE ${_bindings}/cuda_ops.cpp ${_bindings}/cuda_score.cpp ${_bindings}/cuda_stages.cpp
-                                ${CMAKE_CURRENT_SOURCE_DIR}/csrc/core/solve.cpp  # on the host, for the stages
                                 ${_kernels}/buckets.cu ${_kernels}/decide.cu ${_kernels}/emit.cu
-                                ${_kernels}/nm.cu ${_kernels}/read.cu ${_kernels}/tables.cu ${_kernels}/upload.cu)
+                                ${_kernels}/nm.cu ${_kernels}/read.cu ${_kernels}/sorted.cu ${_kernels}/stages.cu
+                                ${_kernels}/tables.cu ${_kernels}/upload.cu)
   target_include_directories(dimap_cuda PRIVATE ${CMAKE_CURRENT_SOURCE_DIR}/csrc)
   # USE_CUDA: torch's stable interface declares the current CUDA stream under it.
   target_compile_definitions(dimap_cuda PRIVATE $<$<COMPILE_LANGUAGE:CXX>:${DIMAP_TORCH_DEFINITIONS};USE_CUDA>)

@@ -1,7 +1,6 @@
 // survey, solve and emit as operators: what streams and shards are built from.
 #include <torch/csrc/stable/library.h>
 
-#include <algorithm>
 #include <tuple>
 #include <utility>
 
@@ -19,12 +18,6 @@ Tensor empty_cpu(std::vector<int64_t> sizes, ScalarType type) {
   return torch::stable::empty(sizes, type, std::nullopt, torch::stable::Device(torch::headeronly::DeviceType::CPU));
 }
 
-Tensor tensor_of(const std::vector<int64_t>& values, std::vector<int64_t> sizes) {
-  Tensor t = empty_cpu(std::move(sizes), ScalarType::Long);
-  std::copy(values.begin(), values.end(), static_cast<int64_t*>(t.mutable_data_ptr()));
-  return t;
-}
-
 // A contiguous int64 matrix, checked.
 struct Matrix : Rows {
   Matrix(const Tensor& t, const char* name, int64_t columns) : tensor(t) {
@@ -39,11 +32,12 @@ struct Matrix : Rows {
 Tensor survey_op(std::vector<Tensor> weights, Ints layers, Tensor windows, int64_t bins) {
   check_bins(bins);
   const Matrix matrix(windows, "windows", kWindowColumns);
-  const std::vector<WireWindow> wire = read_windows(matrix);
+  check_windows(matrix);
   const std::vector<Tensor> inputs = contiguous(weights);
-  const Problem problem = survey_problem(inputs, layers, wire);
+  const Problem problem = survey_problem(inputs, layers, matrix.rows);
+  check_granularities(inputs, problem, matrix);
   std::vector<Window> views;
-  for (const WireWindow& w : wire) views.push_back(w.window);
+  for (int64_t l = 0; l < matrix.rows; ++l) views.push_back(read_window(matrix.row(l)).window);
   const TorchPool pool;
   Loader loader(problem, pool.workers());
   const Survey seen = guarded([&] { return survey(problem, views, bins, {}, loader, pool); });
@@ -55,13 +49,46 @@ Tensor survey_op(std::vector<Tensor> weights, Ints layers, Tensor windows, int64
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> solve_op(Tensor table, Tensor windows, Ints modules, Ints keep) {
+  const int bins = check_solve(table, windows, modules, keep, "cpu");
   const Matrix rows(table, "table", -1), views(windows, "windows", kWindowColumns);
-  const Solved solved = solve_rows(rows, views, modules, keep);
-  const auto count = static_cast<int64_t>(keep.size());
-  Tensor thresholds = empty_cpu({count}, ScalarType::Double);
-  std::copy(solved.thresholds.begin(), solved.thresholds.end(), static_cast<double*>(thresholds.mutable_data_ptr()));
-  return {tensor_of(solved.cuts, {rows.rows, 2}), tensor_of(solved.quota, {count}), std::move(thresholds),
-          tensor_of(solved.next, {rows.rows, kWindowColumns})};
+  check_windows(views);
+  check_keep(rows, modules, keep);
+  const int64_t count = rows.rows, stride = bins + 2;
+  const auto parts = static_cast<int64_t>(keep.size());
+  Tensor cuts = empty_cpu({count, 2}, ScalarType::Long), quota = empty_cpu({parts}, ScalarType::Long);
+  Tensor thresholds = empty_cpu({parts}, ScalarType::Double), next = empty_cpu({count, views.cols}, ScalarType::Long);
+
+  std::vector<cuda::LayerEntry> entries;
+  std::vector<int32_t> layer_module;
+  for (const int64_t m : modules) {
+    layer_module.push_back(static_cast<int32_t>(m));
+    entries.push_back({0, layer_module.back(), 0});
+  }
+  std::vector<cuda::ModuleEntry> totals;
+  for (const int64_t k : keep) totals.push_back({k, 0, 0, 0, 0, 0});
+  const std::vector<int32_t> order = cuda::order_layers(layer_module, totals);
+  std::vector<cuda::LayerState> layers(entries.size());
+  std::vector<cuda::ModuleState> states(totals.size());
+  std::vector<cuda::Word> copy(rows.data, rows.data + count * rows.cols);
+  std::vector<double> low(static_cast<size_t>(count * stride)), high(low.size());
+  std::vector<int64_t> seen(low.size());
+  std::vector<uint32_t> begin(entries.size()), end(entries.size());
+  const cuda::SolveArgs solve{
+      {nullptr, entries.data(), totals.data(), order.data(), 0, static_cast<int32_t>(count),
+       static_cast<int32_t>(parts), 0},
+      layers.data(),
+      states.data(),
+      copy.data(),
+      {low.data(), high.data(), seen.data(), begin.data(), end.data(), stride, nullptr, nullptr, nullptr},
+      bins,
+      1,
+      0,
+      cuda::Goal::kDecide};
+  cuda::solve_rows({solve, entries.data(), totals.data(), views.data, static_cast<int64_t*>(cuts.mutable_data_ptr()),
+                    static_cast<int64_t*>(quota.mutable_data_ptr()),
+                    static_cast<double*>(thresholds.mutable_data_ptr()),
+                    static_cast<int64_t*>(next.mutable_data_ptr())});
+  return {std::move(cuts), std::move(quota), std::move(thresholds), std::move(next)};
 }
 
 std::tuple<std::vector<Tensor>, Tensor> emit_op(std::vector<Tensor> weights, Ints layers, Ints modules, Tensor cuts,
@@ -70,9 +97,15 @@ std::tuple<std::vector<Tensor>, Tensor> emit_op(std::vector<Tensor> weights, Int
   const std::vector<Tensor> inputs = contiguous(weights);
   check_quota(quota, "cpu");
   Tensor left = torch::stable::clone(torch::stable::contiguous(quota));
-  const auto [problem, found] = emit_problem(inputs, layers, modules, matrix, left.numel());
+  const Problem problem = emit_problem(inputs, layers, modules, matrix.rows, left.numel());
+  check_cuts(matrix);
+  std::vector<Cut> found;
+  for (int64_t l = 0; l < matrix.rows; ++l) {
+    const int64_t* cut = matrix.row(l);
+    found.push_back({static_cast<uint32_t>(cut[0]), cut[1] < 0 ? Cut::kNoTie : static_cast<uint32_t>(cut[1])});
+  }
   std::vector<Tensor> masks = empty_like(inputs, ScalarType::Bool);
-  guarded([&, &problem = problem, &found = found] {
+  guarded([&] {
     emit(problem, found, {static_cast<int64_t*>(left.mutable_data_ptr()), static_cast<size_t>(left.numel())},
          pointers<uint8_t>(masks), nullptr, {}, TorchPool());
   });

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "bindings/inputs.h"
+#include "cuda/host.h"
 #include "cuda/kernels.h"
 
 namespace dimap::cuda {
@@ -58,15 +59,6 @@ class Device {
     copy_to_host(values.data(), whole.const_data_ptr(), values.size() * sizeof(T));
     return values;
   }
-  template <typename T>
-  Tensor from_host(const std::vector<T>& values, std::vector<int64_t> sizes, ScalarType type) const {
-    Tensor t = empty(std::move(sizes), type);
-    check(cudaMemcpyAsync(t.mutable_data_ptr(), values.data(), values.size() * sizeof(T), cudaMemcpyHostToDevice,
-                          stream));
-    check(cudaStreamSynchronize(stream));
-    return t;
-  }
-
   int32_t index;
   cudaStream_t stream;
 
@@ -104,6 +96,19 @@ class Workspace {
   int64_t used_ = 0;
 };
 
+// Room for the solver; stride: bins and two.
+inline Scratch take_scratch(Workspace& space, int64_t layers, int64_t modules, int64_t stride) {
+  return {space.take<double>(layers * stride),
+          space.take<double>(layers * stride),
+          space.take<int64_t>(layers * stride),
+          space.take<uint32_t>(layers),
+          space.take<uint32_t>(layers),
+          stride,
+          space.take<Search>(modules),
+          space.take<Word>(modules * 2 * kProbes),
+          space.take<int32_t>(2)};
+}
+
 inline std::vector<void*> pointers(const std::vector<Tensor>& tensors) {
   std::vector<void*> out;
   for (const Tensor& t : tensors) out.push_back(t.mutable_data_ptr());
@@ -118,10 +123,8 @@ class HostPlan {
     std::vector<ModuleEntry> modules(problem.modules());
     for (size_t m = 0; m < modules.size(); ++m) modules[m] = {problem.keep[m], problem.module_total[m], 0, 0, 0, 0};
     std::vector<LayerEntry> layers(problem.layers());
-    for (size_t l = 0; l < layers.size(); ++l) {
+    for (size_t l = 0; l < layers.size(); ++l)
       layers[l] = {problem.layer_total[l], problem.layer_module[l], problem.layer_granularity[l]};
-      ++modules[static_cast<size_t>(problem.layer_module[l])].layers;
-    }
     std::vector<TensorEntry> tensors(problem.tensors.size() + 1);
     for (size_t t = 0; t < problem.tensors.size(); ++t) {
       const TensorView& view = problem.tensors[t];
@@ -134,13 +137,7 @@ class HostPlan {
       if (count) module.last_chunk = chunks_;
     }
     tensors.back() = {nullptr, nullptr, 0, chunks_, 0, 0};
-    std::vector<int32_t> order(problem.layers());
-    int32_t place = 0;
-    for (ModuleEntry& m : modules) m.first_layer = std::exchange(place, place + m.layers);
-    std::vector<int32_t> next;
-    for (const ModuleEntry& m : modules) next.push_back(m.first_layer);
-    for (size_t l = 0; l < layers.size(); ++l)
-      order[static_cast<size_t>(next[static_cast<size_t>(problem.layer_module[l])]++)] = static_cast<int32_t>(l);
+    const std::vector<int32_t> order = order_layers(problem.layer_module, modules);
     counts_ = {static_cast<int32_t>(problem.tensors.size()), static_cast<int32_t>(layers.size()),
                static_cast<int32_t>(modules.size())};
     at_ = {append(tensors), append(layers), append(modules), append(order)};

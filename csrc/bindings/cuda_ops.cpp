@@ -43,7 +43,6 @@ void run(const Device& device, const Problem& problem, const std::function<std::
   HostPlan host(problem, {});
   const auto layers = static_cast<int64_t>(problem.layers()), modules = static_cast<int64_t>(problem.modules());
   const int bins = bins_for(layers);
-  const int64_t stride = bins + 2;
   Workspace space;
   DecideArgs args{};
   EmitArgs emit_args{};
@@ -55,16 +54,8 @@ void run(const Device& device, const Problem& problem, const std::function<std::
     blob = space.take<char>(host.bytes());
     s.layers = space.take<LayerState>(layers);
     s.modules = space.take<ModuleState>(modules);
-    s.table = space.take<Word>(layers * (kHead + 3 * bins));
-    s.scratch = {space.take<double>(layers * stride),
-                 space.take<double>(layers * stride),
-                 space.take<int64_t>(layers * stride),
-                 space.take<uint32_t>(layers),
-                 space.take<uint32_t>(layers),
-                 stride,
-                 space.take<Search>(modules),
-                 space.take<Word>(modules * 2 * kProbes),
-                 space.take<int32_t>(2)};
+    s.table = space.take<Word>(layers * columns_of(bins));
+    s.scratch = take_scratch(space, layers, modules, bins + 2);
     args.heads = space.take<Word>(layers * kHead);
     args.bad = space.take<int32_t>(1);
     args.quota = space.take<int64_t>(modules);

@@ -77,7 +77,7 @@ void score_buckets(const Device& device, const Problem& part, std::span<void* co
     blob = space.take<char>(host.bytes());
     there = space.take<int64_t>(count + 1);
     args.layers = space.take<LayerState>(count);
-    args.table = space.take<Word>(count * (kHead + 3 * kBucketBins));
+    args.table = space.take<Word>(count * columns_of(kBucketBins));
     args.bucket_of = space.take<uint16_t>(count * (kBucketBins + 2));
     args.buckets = space.take<Bucket>(count * kMostBuckets);
     args.list = space.take<uint32_t>(1 + count * kMostBuckets);

@@ -1,7 +1,7 @@
 // survey, solve and emit on CUDA: the tables that streams, shards and devices add up stay on the device.
 //
-// Unlike select and prune_ these wait for the device: windows, tables and cuts are small, are checked and solved on the
-// host, and a survey says at once whether a weight is not finite.
+// Windows, tables and cuts stay on the device. Unlike select and prune_ these wait for it, for one word: whether they
+// can be used, and of a survey whether a weight is not finite.
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>
@@ -12,13 +12,10 @@
 namespace dimap::cuda {
 namespace {
 
-// A contiguous int64 matrix, checked and copied to the host.
+// A matrix that the device has refused, on the host, to say why.
 struct Matrix : Rows {
-  Matrix(const Device& device, const Tensor& t, const char* name, int64_t columns) {
-    check_matrix(t, name, columns, device_of(device.like()));
-    rows = t.size(0), cols = t.size(1);
-    copy = device.to_host<int64_t>(t);
-    data = copy.data();
+  Matrix(const Device& device, const Tensor& t) : copy(device.to_host<int64_t>(t)) {
+    data = copy.data(), rows = t.size(0), cols = t.size(1);
   }
   std::vector<int64_t> copy;
 };
@@ -45,22 +42,25 @@ struct Matrix : Rows {
   __builtin_unreachable();
 }
 
+// Whether a stage was refused its rows, or found what is not finite. Waits for the device.
+int32_t fault_of_stage(const Device& device, const int32_t* bad) {
+  int32_t found = 0;
+  device.copy_to_host(&found, bad, sizeof found);
+  return found;
+}
+
 Tensor survey_op(std::vector<Tensor> weights, Ints layers, Tensor windows, int64_t bins) {
   check_bins(bins);
   const Device device = weights.empty() ? Device(windows) : device_of_all(weights);
-  const Matrix matrix(device, windows, "windows", kWindowColumns);
-  const std::vector<WireWindow> wire = read_windows(matrix);
+  check_matrix(windows, "windows", kWindowColumns, device_of(device.like()));
+  const int64_t count = windows.size(0);
+  const Tensor rows = torch::stable::contiguous(windows);
   const std::vector<Tensor> inputs = contiguous(weights);
-  const Problem problem = survey_problem(inputs, layers, wire);
-  const int64_t columns = wire_columns(bins);
-  Tensor table = device.empty({matrix.rows, columns}, ScalarType::Long);
-  auto* rows = static_cast<Word*>(table.mutable_data_ptr());
-  check(cudaMemsetAsync(rows, 0, static_cast<size_t>(matrix.rows * columns) * sizeof(Word), device.stream));
+  const Problem problem = survey_problem(inputs, layers, count);
   const HostPlan host(problem, {});
-  if (host.chunks() == 0) return table;
-
-  // Shared memory holds most_bins of a window: wider ones are read in parts, the highest of which sums what is above.
-  const int64_t parts = (bins + kTuning.most_bins - 1) / kTuning.most_bins;
+  Tensor table = device.empty({count, wire_columns(bins)}, ScalarType::Long);
+  auto* words = static_cast<Word*>(table.mutable_data_ptr());
+  check(cudaMemsetAsync(words, 0, static_cast<size_t>(table.numel()) * sizeof(Word), device.stream));
   Workspace space;
   char* blob = nullptr;
   LayerState* states = nullptr;
@@ -68,76 +68,99 @@ Tensor survey_op(std::vector<Tensor> weights, Ints layers, Tensor windows, int64
   for (int pass = 0; pass < 2; ++pass) {
     if (pass) space.allocate(device);
     blob = space.take<char>(host.bytes());
-    states = space.take<LayerState>(matrix.rows);
+    states = space.take<LayerState>(count);
     bad = space.take<int32_t>(1);
   }
-  const Plan plan = host.send(blob, device.stream);
   check(cudaMemsetAsync(bad, 0, sizeof(int32_t), device.stream));
-  for (int64_t part = 0; part < parts; ++part) {
-    const int64_t first = part * kTuning.most_bins;
-    std::vector<LayerState> views(wire.size());
-    for (size_t l = 0; l < wire.size(); ++l) {
-      const Window& window = wire[l].window;
-      const int64_t base = std::min<int64_t>(window.base + (first << window.shift), kKeyEnd);
-      const int64_t fit = (kKeyEnd - base) >> window.shift;  // bins beyond hold no key
-      const int64_t used = std::min({fit, bins - first, int64_t{kTuning.most_bins}});
-      views[l].view = {
-          static_cast<uint32_t>(base), static_cast<uint32_t>(window.shift), static_cast<uint32_t>(used), kKeyEnd, 0, 0};
-    }
-    check(upload(states, views.data(), static_cast<int64_t>(views.size() * sizeof(LayerState)), device.stream));
-    check(survey(plan, states, rows, static_cast<int>(bins), static_cast<int>(first), part == parts - 1, bad,
-                 device.stream));
+  check(survey(host.send(blob, device.stream), static_cast<const int64_t*>(rows.const_data_ptr()), states, words,
+               static_cast<int>(bins), bad, device.stream));
+  if (const int32_t fault = fault_of_stage(device, bad); fault == kBadRows) {
+    const Matrix matrix(device, windows);
+    check_windows(matrix);
+    check_granularities(inputs, problem, matrix);
+  } else if (fault) {
+    raise_non_finite(device, problem);
   }
-  int32_t found = 0;
-  device.copy_to_host(&found, bad, sizeof found);
-  if (found) raise_non_finite(device, problem);
   return table;
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> solve_op(Tensor table, Tensor windows, Ints modules, Ints keep) {
   const Device device(table);
-  const Matrix rows(device, table, "table", -1), views(device, windows, "windows", kWindowColumns);
-  const Solved solved = solve_rows(rows, views, modules, keep);
-  const auto count = static_cast<int64_t>(keep.size());
-  return {device.from_host<int64_t>(solved.cuts, {rows.rows, 2}, ScalarType::Long),
-          device.from_host<int64_t>(solved.quota, {count}, ScalarType::Long),
-          device.from_host<double>(solved.thresholds, {count}, ScalarType::Double),
-          device.from_host<int64_t>(solved.next, {rows.rows, kWindowColumns}, ScalarType::Long)};
+  const int bins = check_solve(table, windows, modules, keep, device_of(table));
+  const auto layers = static_cast<int64_t>(modules.size()), parts = static_cast<int64_t>(keep.size());
+  const Tensor copy = torch::stable::clone(torch::stable::contiguous(table));  // exact scores change it
+  const Tensor views = torch::stable::contiguous(windows);
+  Tensor cuts = device.empty({layers, 2}, ScalarType::Long), quota = device.empty({parts}, ScalarType::Long);
+  Tensor thresholds = device.empty({parts}, ScalarType::Double);
+  Tensor next = device.empty({layers, kWindowColumns}, ScalarType::Long);
+  Problem problem;
+  problem.layer_module.assign(modules.begin(), modules.end());
+  problem.keep = keep;
+  problem.count();
+  const HostPlan host(problem, {});
+  Workspace space;
+  RowArgs args{};
+  SolveArgs& s = args.solve;
+  char* blob = nullptr;
+  int32_t* bad = nullptr;
+  for (int pass = 0; pass < 2; ++pass) {
+    if (pass) space.allocate(device);
+    blob = space.take<char>(host.bytes());
+    s.layers = space.take<LayerState>(layers);
+    s.modules = space.take<ModuleState>(parts);
+    s.scratch = take_scratch(space, layers, parts, bins + 2);
+    bad = space.take<int32_t>(1);
+  }
+  check(cudaMemsetAsync(bad, 0, sizeof(int32_t), device.stream));
+  s.plan = host.send(blob, device.stream);
+  s.table = static_cast<Word*>(copy.mutable_data_ptr());
+  s.bins = bins;
+  s.sample_ratio = 1;
+  s.goal = Goal::kDecide;
+  args.layers = const_cast<LayerEntry*>(s.plan.layers);  // of this call's workspace
+  args.modules = const_cast<ModuleEntry*>(s.plan.modules);
+  args.windows = static_cast<const int64_t*>(views.const_data_ptr());
+  args.cuts = static_cast<int64_t*>(cuts.mutable_data_ptr());
+  args.quota = static_cast<int64_t*>(quota.mutable_data_ptr());
+  args.thresholds = static_cast<double*>(thresholds.mutable_data_ptr());
+  args.next = static_cast<int64_t*>(next.mutable_data_ptr());
+  check(solve(args, bad, device.stream));
+  if (fault_of_stage(device, bad)) {
+    check_windows(Matrix(device, windows));
+    check_keep(Matrix(device, table), modules, keep);
+  }
+  return {std::move(cuts), std::move(quota), std::move(thresholds), std::move(next)};
 }
 
 std::tuple<std::vector<Tensor>, Tensor> emit_op(std::vector<Tensor> weights, Ints layers, Ints modules, Tensor cuts,
                                                 Tensor quota) {
   const Device device = weights.empty() ? Device(cuts) : device_of_all(weights);
-  const Matrix matrix(device, cuts, "cuts", 2);
+  check_matrix(cuts, "cuts", 2, device_of(device.like()));
   check_quota(quota, device_of(device.like()));
+  const Tensor rows = torch::stable::contiguous(cuts);
   const std::vector<Tensor> inputs = contiguous(weights);
   Tensor left = torch::stable::clone(torch::stable::contiguous(quota));
-  const auto [problem, found] = emit_problem(inputs, layers, modules, matrix, left.numel());
+  const Problem problem = emit_problem(inputs, layers, modules, cuts.size(0), left.numel());
   std::vector<Tensor> masks = device.empty_like(inputs, ScalarType::Bool);
   const HostPlan host(problem, pointers(masks));
-  if (host.chunks() == 0) return {std::move(masks), std::move(left)};
-  std::vector<LayerState> states(found.size());
-  for (size_t l = 0; l < found.size(); ++l) {
-    states[l].keep_from = found[l].keep_from;
-    states[l].tie = found[l].tie;
-  }
   Workspace space;
   char* blob = nullptr;
-  LayerState* there = nullptr;
+  LayerState* states = nullptr;
   int32_t* bad = nullptr;
   EmitArgs args{};
   for (int pass = 0; pass < 2; ++pass) {
     if (pass) space.allocate(device);
     blob = space.take<char>(host.bytes());
-    there = space.take<LayerState>(matrix.rows);
+    states = space.take<LayerState>(cuts.size(0));
     bad = space.take<int32_t>(1);
     args.ties = space.take<int32_t>(host.chunks());
     args.kept = space.take<int32_t>(host.chunks());
   }
-  args.plan = host.send(blob, device.stream);
-  check(upload(there, states.data(), static_cast<int64_t>(states.size() * sizeof(LayerState)), device.stream));
   check(cudaMemsetAsync(bad, 0, sizeof(int32_t), device.stream));
-  args.layers = there;
+  check(take_cuts(static_cast<const int64_t*>(rows.const_data_ptr()), states, cuts.size(0), bad, device.stream));
+  if (fault_of_stage(device, bad)) check_cuts(Matrix(device, cuts));
+  args.plan = host.send(blob, device.stream);
+  args.layers = states;
   args.bad = bad;
   args.quota = static_cast<int64_t*>(left.mutable_data_ptr());
   check(emit(args, false, device.stream));

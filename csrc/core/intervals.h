@@ -9,10 +9,6 @@
 
 namespace dimap {
 
-// The bounds come from float64 running sums; their relative error is far below this. Exact sums are for the few bins
-// that the bounds cannot part.
-constexpr double kBoundSlack = 1e-9;
-
 struct Interval {
   uint32_t first, last;  // keys
   int64_t count;
@@ -21,16 +17,6 @@ struct Interval {
 
   bool one_magnitude() const { return first == last; }
 };
-
-inline double upper_bound(uint32_t key, double energy_above) {
-  if (key == 0) return 0.0;
-  const double square = squared_value(key);
-  return std::min(1.0, square / (energy_above + square) * (1 + kBoundSlack));
-}
-
-inline double lower_bound(uint32_t key, double energy) {
-  return key == 0 || energy == 0.0 ? 0.0 : squared_value(key) / energy * (1 - kBoundSlack);
-}
 
 // The nonempty intervals, largest magnitudes first.
 inline std::vector<Interval> intervals_of(const LayerTable& table) {

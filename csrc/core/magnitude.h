@@ -84,13 +84,20 @@ DIMAP_HD uint64_t square(uint32_t key) {
   return m * m;
 }
 
-// 2^e as float64, e in [-1022, 1023].
-DIMAP_HD double power_of_two(int e) {
-  const uint64_t bits = static_cast<uint64_t>(e + 1023) << 52;
-  double value;
-  memcpy(&value, &bits, 8);
-  return value;
+// float64 and its bits. Those of numbers that are not negative order as the numbers do.
+DIMAP_HD uint64_t bits_of(double x) {
+  uint64_t bits;
+  memcpy(&bits, &x, 8);
+  return bits;
 }
+DIMAP_HD double double_of(uint64_t bits) {
+  double x;
+  memcpy(&x, &bits, 8);
+  return x;
+}
+
+// 2^e as float64, e in [-1022, 1023].
+DIMAP_HD double power_of_two(int e) { return double_of(static_cast<uint64_t>(e + 1023) << 52); }
 
 // w² as float64: exact, since it has at most 48 significant bits.
 DIMAP_HD double squared_value(uint32_t key) {
@@ -100,5 +107,21 @@ DIMAP_HD double squared_value(uint32_t key) {
 // The score (Eq. 10 of the DIMAP paper; LAMP's per-weight score): w² over the energy of all weights of its layer that
 // are at least as large. `energy` is S(w), already rounded once to float64. Zero weights score 0.
 DIMAP_HD double score64(uint32_t key, double energy) { return key == 0 ? 0.0 : squared_value(key) / energy; }
+
+// Bounds of scores come from float64 running sums; their relative error is far below this. Exact sums are for the few
+// weights that the bounds cannot part.
+constexpr double kBoundSlack = 1e-9;
+
+// Of a weight with this key: the energy of those above it is at least `energy_above`.
+DIMAP_HD double upper_bound(uint32_t key, double energy_above) {
+  if (key == 0) return 0.0;
+  const double square = squared_value(key);
+  const double bound = square / (energy_above + square) * (1 + kBoundSlack);
+  return bound < 1.0 ? bound : 1.0;
+}
+// ... of those that are at least as large, itself among them, at most `energy`.
+DIMAP_HD double lower_bound(uint32_t key, double energy) {
+  return key == 0 || energy == 0.0 ? 0.0 : squared_value(key) / energy * (1 - kBoundSlack);
+}
 
 }  // namespace dimap

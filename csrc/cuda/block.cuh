@@ -22,17 +22,22 @@ struct BlockExec {
   __device__ void max(Word* to, Word value) { atomicMax(to, value); }
 };
 
-// Tensor that holds chunk c: the last whose first_chunk is at most c (empty tensors hold none).
-__device__ inline int32_t tensor_of(const Plan& plan, int64_t c) {
-  int32_t from = 0, to = plan.tensor_count;
+// Which of `count` entries holds a piece of work: the last whose first one is at most that (empty ones hold none).
+// There is one entry more, whose first piece is one past all.
+template <typename Entry>
+__device__ inline int32_t holder_of(const Entry* entries, int32_t count, int64_t Entry::* first, int64_t piece) {
+  int32_t from = 0, to = count;
   while (from < to) {
     const int32_t middle = from + (to - from) / 2;
-    if (plan.tensors[middle + 1].first_chunk <= c)
+    if (entries[middle + 1].*first <= piece)
       from = middle + 1;
     else
       to = middle;
   }
   return from;
+}
+__device__ inline int32_t tensor_of(const Plan& plan, int64_t chunk) {
+  return holder_of(plan.tensors, plan.tensor_count, &TensorEntry::first_chunk, chunk);
 }
 
 // Calls f.operator()<kType>() for a tensor's type.
@@ -43,8 +48,8 @@ __device__ __forceinline__ void for_type(int32_t dtype, F&& f) {
   if (static_cast<DType>(dtype) == DType::kFloat16) f.template operator()<DType::kFloat16>();
 }
 
-// Calls f(key, i) for the weights of a chunk, all threads of the block together, in no order.
-template <DType kType, int kUnroll, typename F>
+// Calls f(key, i) for the weights of a chunk, all kCount threads of the block together, in no order.
+template <DType kType, int kUnroll, int kCount = kThreads, typename F>
 __device__ __forceinline__ void for_each_key(const void* data, int n, F&& f) {
   using T = storage_t<kType>;
   constexpr int kLanes = 16 / static_cast<int>(sizeof(T));
@@ -53,14 +58,14 @@ __device__ __forceinline__ void for_each_key(const void* data, int n, F&& f) {
   if (reinterpret_cast<uintptr_t>(data) % 16 == 0) {
     const uint4* vectors = static_cast<const uint4*>(data);
     const int count = n / kLanes;
-    for (int start = static_cast<int>(threadIdx.x); start < count; start += kThreads * kUnroll) {
+    for (int start = static_cast<int>(threadIdx.x); start < count; start += kCount * kUnroll) {
       uint4 v[kUnroll];
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u)
-        if (start + u * kThreads < count) v[u] = vectors[start + u * kThreads];
+        if (start + u * kCount < count) v[u] = vectors[start + u * kCount];
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u) {
-        const int at = start + u * kThreads;
+        const int at = start + u * kCount;
         if (at >= count) continue;
         const uint32_t words[4] = {v[u].x, v[u].y, v[u].z, v[u].w};
 #pragma unroll
@@ -74,7 +79,7 @@ __device__ __forceinline__ void for_each_key(const void* data, int n, F&& f) {
     }
     done = count * kLanes;
   }
-  for (int i = done + static_cast<int>(threadIdx.x); i < n; i += kThreads) f(key_of<kType>(weights[i]), i);
+  for (int i = done + static_cast<int>(threadIdx.x); i < n; i += kCount) f(key_of<kType>(weights[i]), i);
 }
 
 __device__ inline Word warp_sum(Word value) {

@@ -29,7 +29,7 @@ DIMAP_HD void bound_segment(const Layer& layer, int from, int to, double energy,
       low = energy == 0.0 ? (count ? 0.0 : 1.0) : lower_bound(first, energy);
       if (i == 0 && low < layer.least) low = layer.least;
       if (count && i > 0 && first == last) {  // one magnitude, one score
-        const double score = low * (1 + 3 * kSlack);
+        const double score = low * (1 + 3 * kBoundSlack);
         high = score < 1.0 ? score : 1.0;
       }
     }

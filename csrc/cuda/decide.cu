@@ -1,113 +1,26 @@
 // Finds the cuts: guesses before the deciding read, exact rounds after it, with no host in between.
-#include <cooperative_groups.h>
-
 #include "cuda/kernels.h"
 #include "cuda/launch.h"
+#include "cuda/solve.cuh"
 #include "cuda/survey.cuh"
 
 namespace dimap::cuda {
 namespace {
 
-struct SearchShared {
-  double bounds[2][kTuning.most_bins + 2];  // low and high, of the block's first layer
-  int64_t seen[kTuning.most_bins + 2];
-  Search search;
-  int passed[2];
-  int32_t open;
-};
-
 struct Shared {
   union {
     SurveyShared<> survey;
-    SolverShared solver;
-    SearchShared search;
+    SolveShared solve;
   };
 };
-static_assert(2 * kProbes == kThreads, "a thread for a probe");
 static_assert(sizeof(Shared) <= 48 << 10, "what a block has without asking");
 
 constexpr double kLeastScore = 1.0 / (uint64_t{1} << 50);  // where the first search starts: it goes below where it must
 
-// Moves a module's search on by a round of counts and clears these; all threads of the block, one for a probe.
-__device__ void move_on(const SolveArgs& a, int32_t m, Word* counts, SearchShared& s) {
-  const int which = static_cast<int>(threadIdx.x) / kProbes, probe = static_cast<int>(threadIdx.x) % kProbes;
-  if (probe == 0) s.passed[which] = kProbes;
-  __syncthreads();
-  if (static_cast<int64_t>(counts[threadIdx.x]) < solver::wanted(a, a.plan.modules[m], which))
-    atomicMin(&s.passed[which], probe);
-  counts[threadIdx.x] = 0;
-  __syncthreads();
-  if (threadIdx.x == 0) solver::next_search(s.search, a, m, s.passed);
-}
-
-// Searches the thresholds of all modules at once, in rounds: a block for a module moves its search on, then all blocks
-// count, each in its layers, a thread for a probe. The results are in scratch.searches.
-__device__ void search_all(const SolveArgs& a, SearchShared& s, const cooperative_groups::grid_group& grid) {
-  const int32_t layers = a.plan.layer_count;
-  const auto block = static_cast<int32_t>(blockIdx.x), blocks = static_cast<int32_t>(gridDim.x);
-  const int me = static_cast<int>(threadIdx.x), which = me / kProbes, probe = me % kProbes;
-  if (block < layers) {  // bounds of the first layer at hand: most blocks have no other
-    const solver::Layer layer = solver::layer_of(a, block);
-    for (int i = me; i < layer.intervals(); i += kThreads) {
-      s.bounds[0][i] = layer.low[i], s.bounds[1][i] = layer.high[i];
-      s.seen[i] = layer.seen[i];
-    }
-  }
-  for (int round = 0;; ++round) {
-    for (int32_t m = block; m < a.plan.module_count; m += blocks) {
-      Word* counts = a.scratch.counts + int64_t{m} * 2 * kProbes;
-      __syncthreads();
-      if (me == 0) s.search = round ? a.scratch.searches[m] : solver::start_search(a, m);
-      __syncthreads();
-      if (round == 0)
-        counts[me] = 0;
-      else if (s.search.open)
-        move_on(a, m, counts, s);
-      if (me == 0) {
-        a.scratch.searches[m] = s.search;
-        if (s.search.open) atomicMax(&a.scratch.open[round % 2], 1);
-      }
-    }
-    if (block == 0 && me == 0) a.scratch.open[(round + 1) % 2] = 0;
-    grid.sync();
-    if (a.scratch.open[round % 2] == 0) return;
-    for (int32_t l = block; l < layers; l += blocks) {
-      const int32_t m = a.plan.layers[l].module;
-      const Search& search = a.scratch.searches[m];
-      if (!search.open) continue;
-      const double threshold = solver::threshold_of(search, which, probe);
-      int64_t count;
-      if (l == block) {
-        count = solver::count_at(s.bounds[which], s.seen, static_cast<int>(a.layers[l].view.bins) + 2, threshold);
-      } else {
-        const solver::Layer layer = solver::layer_of(a, l);
-        count = solver::count_at(which ? layer.high : layer.low, layer.seen, layer.intervals(), threshold);
-      }
-      if (count) atomicAdd(a.scratch.counts + int64_t{m} * 2 * kProbes + me, static_cast<Word>(count));
-    }
-    grid.sync();
-  }
-}
-
-// Bounds of all layers, a block for a layer, the search, then the modules, a block for a module. All blocks of the
-// grid.
-__device__ void solve_all(const SolveArgs& a, Shared& s, const cooperative_groups::grid_group& grid) {
-  BlockExec exec;
-  for (int32_t l = static_cast<int32_t>(blockIdx.x); l < a.plan.layer_count; l += static_cast<int32_t>(gridDim.x))
-    if (!a.modules[a.plan.layers[l].module].decided) bound_layer(exec, a, l, s.solver);
-  if (blockIdx.x == 0 && threadIdx.x == 0) a.scratch.open[0] = 0;
-  grid.sync();
-  search_all(a, s.search, grid);
-  __syncthreads();
-  for (int32_t m = static_cast<int32_t>(blockIdx.x); m < a.plan.module_count; m += static_cast<int32_t>(gridDim.x))
-    if (!a.modules[m].decided) solve_module(exec, a, m, a.scratch.searches[m], s.solver);
-  grid.sync();
-}
-
 // Empties the table; the rows of layers whose bracket holds start from what the deciding read summed.
 template <bool kRead>
 __device__ void clear_table(const DecideArgs& a) {
-  const int64_t columns = kHead + 3 * static_cast<int64_t>(a.solve.bins), words = a.solve.plan.layer_count * columns;
+  const int64_t columns = columns_of(a.solve.bins), words = a.solve.plan.layer_count * columns;
   for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < words; i += int64_t{gridDim.x} * kThreads) {
     const int64_t layer = i / columns, column = i % columns;
     const bool summed = kRead && column < kHead && a.solve.layers[layer].bracket.holds;
@@ -126,7 +39,8 @@ __global__ void __launch_bounds__(kThreads, 1) guess_kernel(const __grid_constan
     uint32_t ratio = 1;
     while (ratio < static_cast<uint32_t>(a.solve.sample_ratio) && layer.total / (2 * ratio) >= kTuning.sample_least)
       ratio *= 2;
-    a.solve.layers[l] = {view_over(0, kNonFinite - 1, a.solve.bins, layer.granularity), {}, kKeyEnd, kNoTie, ratio};
+    a.solve.layers[l] = {
+        view_over(0, kNonFinite - 1, a.solve.bins, layer.granularity), 0.0, 1.0, {}, kKeyEnd, kNoTie, ratio};
   }
   for (int64_t m = me; m < plan.module_count; m += all) a.solve.modules[m] = {0.0, 1.0, kLeastScore, 1.0, 0.0, 0, 0, 0};
   if (me == 0) *a.bad = 0;
@@ -137,7 +51,7 @@ __global__ void __launch_bounds__(kThreads, 1) guess_kernel(const __grid_constan
     grid.sync();
     survey<Reads::kSample>({plan, solve.layers, solve.modules, solve.table, solve.bins, 0, true, a.bad}, shared.survey);
     grid.sync();
-    solve_all(solve, shared, grid);
+    solve_all(solve, shared.solve, grid);
   }
   clear_table<false>(a);
 }
@@ -149,7 +63,7 @@ __device__ void survey_aside(const DecideArgs& a) {
   const int64_t first = plan.chunks * warp / warps, last = plan.chunks * (warp + 1) / warps;
   if (first >= last) return;
   const int lane = static_cast<int>(threadIdx.x % 32);
-  const int64_t columns = kHead + 3 * static_cast<int64_t>(a.solve.bins);
+  const int64_t columns = columns_of(a.solve.bins);
   Above t;
   int32_t tensor = tensor_of(plan, first), layer = -1;
   Word* row = nullptr;
@@ -166,7 +80,7 @@ __device__ void survey_aside(const DecideArgs& a) {
     }
     const auto see = [&](uint32_t key) {
       if (key >= t.end) {
-        see_above(key, t, row);
+        see_above(key, t, [&](uint32_t large) { add_words(row + 2, square(large), 2 * scale(large)); });  // few
       } else if (key >= t.base) {
         Word* bin = row + kHead + 3 * static_cast<int64_t>((key - t.base) >> t.shift);
         const uint64_t energy = square(key);
@@ -218,7 +132,7 @@ __global__ void __launch_bounds__(kThreads, 1) finish_kernel(const __grid_consta
   const auto grid = cooperative_groups::this_grid();
   const int64_t me = int64_t{blockIdx.x} * kThreads + threadIdx.x, all = int64_t{gridDim.x} * kThreads;
   const Plan& plan = a.solve.plan;
-  const int64_t columns = kHead + 3 * static_cast<int64_t>(a.solve.bins);
+  const int64_t columns = columns_of(a.solve.bins);
   SolveArgs solve = a.solve;
   const bool finite = *a.bad == 0;  // written by kernels before this one, and by this one after the next barrier only
   for (int64_t i = me; i < int64_t{plan.layer_count} * kHead; i += all)
@@ -230,7 +144,7 @@ __global__ void __launch_bounds__(kThreads, 1) finish_kernel(const __grid_consta
   int64_t round = 0;
   for (; finite && round < most; ++round) {
     solve.goal = round == 0 ? Goal::kNarrow : Goal::kDecide;
-    solve_all(solve, shared, grid);
+    solve_all(solve, shared.solve, grid);
     const Left left = what_is_left(solve);
     if (!left.modules) break;
     clear_table<true>(a);
@@ -252,11 +166,6 @@ __global__ void __launch_bounds__(kThreads, 1) finish_kernel(const __grid_consta
   }
 }
 
-__global__ void __launch_bounds__(kThreads, 1) survey_kernel(const __grid_constant__ SurveyArgs a) {
-  __shared__ SurveyShared<> shared;
-  survey<Reads::kAll>(a, shared);
-}
-
 // Blocks for as many chunks, layers and modules as there are, all resident.
 template <typename Kernel>
 cudaError_t launch_resident(Kernel kernel, const DecideArgs& args, cudaStream_t stream) {
@@ -273,13 +182,5 @@ cudaError_t launch_resident(Kernel kernel, const DecideArgs& args, cudaStream_t 
 cudaError_t guess(const DecideArgs& args, cudaStream_t stream) { return launch_resident(guess_kernel, args, stream); }
 
 cudaError_t finish(const DecideArgs& args, cudaStream_t stream) { return launch_resident(finish_kernel, args, stream); }
-
-cudaError_t survey(const Plan& plan, const LayerState* layers, Word* table, int bins, int first_bin, bool above,
-                   int32_t* bad, cudaStream_t stream) {
-  int64_t most = 1;
-  if (const cudaError_t error = resident(survey_kernel, &most); error != cudaSuccess) return error;
-  return launch(survey_kernel, blocks_for(plan.chunks, most), stream,
-                SurveyArgs{plan, layers, nullptr, table, bins, first_bin, above, bad});
-}
 
 }  // namespace dimap::cuda

@@ -283,8 +283,6 @@ __global__ void __launch_bounds__(kThreads, kOccupancy.blocks) apply_kernel(cons
   }
 }
 
-constexpr int64_t kMostBlocks = 2048;
-
 template <bool kZero>
 cudaError_t emit_as(const EmitArgs& a, cudaStream_t stream) {
   const unsigned blocks = blocks_for(a.plan.chunks, kMostBlocks);

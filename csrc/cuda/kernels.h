@@ -4,7 +4,7 @@
 
 #include <cuda_runtime_api.h>
 
-#include "cuda/solver.h"
+#include "cuda/rows.h"
 
 namespace dimap::cuda {
 
@@ -41,9 +41,21 @@ cudaError_t read(const ReadArgs& args, bool masks, cudaStream_t stream);
 // `bad` is nonzero, thresholds are negative, nothing is decided. Cooperative.
 cudaError_t finish(const DecideArgs& args, cudaStream_t stream);
 
-// One survey through the windows in `layers`, into a zeroed table: those bins of its rows from first_bin on.
-cudaError_t survey(const Plan& plan, const LayerState* layers, Word* table, int bins, int first_bin, bool above,
-                   int32_t* bad, cudaStream_t stream);
+// The stages as operators. *bad must be 0 before; kBadRows: windows, keep or cuts are not to be used, and what is
+// written means nothing.
+
+// Surveys through windows of any number of bins, most_bins of them at a time, into a zeroed table.
+cudaError_t survey(const Plan& plan,
+                   const int64_t* windows,  // [layers, kWindowRow]
+                   LayerState* layers,      // [layers] room
+                   Word* table,             // [layers, columns_of(bins)]
+                   int bins, int32_t* bad, cudaStream_t stream);
+
+// Cooperative.
+cudaError_t solve(const RowArgs& args, int32_t* bad, cudaStream_t stream);
+
+// cuts: [layers, 2]. Sets keep_from and tie.
+cudaError_t take_cuts(const int64_t* cuts, LayerState* layers, int64_t count, int32_t* bad, cudaStream_t stream);
 
 struct EmitArgs {
   Plan plan;                 // tensors' `out`: masks; for zeroing: null
@@ -113,6 +125,8 @@ struct BucketArgs {
   int32_t* bad;             // raised where a weight is not finite; must be 0 before
 };
 cudaError_t score_by_buckets(const BucketArgs& args, cudaStream_t stream);
+// ... its last two launches, where the buckets are filled (sorted.cu).
+cudaError_t score_buckets(const BucketArgs& args, cudaStream_t stream);
 constexpr int64_t kMostPlaces = int64_t{1} << 33;  // chunks of a layer, times weights of a chunk
 
 // Scores of layers of at most kBucketSize weights.

@@ -41,6 +41,12 @@ cudaError_t launch(void (*kernel)(Parameters...), unsigned blocks, cudaStream_t 
   return launch_with({}, kernel, blocks, stream, arguments...);
 }
 
+// Lets a kernel's blocks have so many bytes of dynamic shared memory.
+template <typename Kernel>
+cudaError_t allow_shared(Kernel kernel, size_t bytes) {
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+}
+
 // How many blocks of a kernel the current device holds at a time.
 template <typename Kernel>
 cudaError_t resident(Kernel kernel, int64_t* blocks, int threads = kThreads, size_t shared = 0) {

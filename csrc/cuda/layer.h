@@ -66,29 +66,6 @@ struct SolveArgs {
 
 namespace solver {
 
-constexpr double kSlack = 1e-9;  // far above the rounding of the float64 running sums
-
-DIMAP_HD uint64_t bits_of(double x) {
-  uint64_t b;
-  memcpy(&b, &x, 8);
-  return b;
-}
-DIMAP_HD double double_of(uint64_t b) {
-  double x;
-  memcpy(&x, &b, 8);
-  return x;
-}
-
-DIMAP_HD double upper_bound(uint32_t key, double energy_above) {
-  if (key == 0) return 0.0;
-  const double s = squared_value(key);
-  const double bound = s / (energy_above + s) * (1 + kSlack);
-  return bound < 1.0 ? bound : 1.0;
-}
-DIMAP_HD double lower_bound(uint32_t key, double energy) {
-  return key == 0 || energy == 0.0 ? 0.0 : squared_value(key) / energy * (1 - kSlack);
-}
-
 struct Layer {  // one layer's part of the arguments
   Word* row;
   View view;
@@ -96,7 +73,7 @@ struct Layer {  // one layer's part of the arguments
   int32_t number;
   uint32_t ratio;
   int64_t total;
-  double least, most;  // what is proven to be kept scores at least this, what is proven to be dropped at most this
+  double least, most;  // as in LayerState
   double *low, *high;
   int64_t* seen;
 
@@ -157,17 +134,15 @@ struct Layer {  // one layer's part of the arguments
 
 DIMAP_HD Layer layer_of(const SolveArgs& a, int32_t l) {
   const LayerState& state = a.layers[l];
-  const ModuleState& module = a.modules[a.plan.layers[l].module];
-  const bool proven = state.view.proven != 0;
   const int64_t at = l * a.scratch.stride;
-  return {a.table + l * (kHead + 3 * static_cast<int64_t>(a.bins)),
+  return {a.table + l * columns_of(a.bins),
           state.view,
           a.plan.layers[l].granularity,
           l,
           a.goal == Goal::kGuess ? state.ratio : 1u,
           a.plan.layers[l].total,
-          proven ? double_of(bits_of(module.high) + 1) : 0.0,
-          proven && module.low > 0 ? double_of(bits_of(module.low) - 1) : 2.0,
+          state.least,
+          state.most,
           a.scratch.low + at,
           a.scratch.high + at,
           a.scratch.seen + at};

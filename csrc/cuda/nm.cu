@@ -14,16 +14,8 @@ struct Part {
 };
 
 __device__ inline Part part_of(const GroupArgs& a, int64_t piece) {
-  int32_t from = 0, to = a.tensor_count;
-  while (from < to) {
-    const int32_t middle = from + (to - from) / 2;
-    if (a.tensors[middle + 1].first_piece <= piece)
-      from = middle + 1;
-    else
-      to = middle;
-  }
   Part p;
-  p.tensor = a.tensors[from];
+  p.tensor = a.tensors[holder_of(a.tensors, a.tensor_count, &GroupEntry::first_piece, piece)];
   p.first = (piece - p.tensor.first_piece) * kGroupsInPiece;
   const int64_t left = p.tensor.groups - p.first;
   p.count = left < kGroupsInPiece ? static_cast<int>(left) : kGroupsInPiece;
@@ -199,8 +191,6 @@ __global__ void __launch_bounds__(kThreads, kOccupancy.blocks) drop_kernel(const
     for (int i = static_cast<int>(threadIdx.x); i < p.count * a.m; i += kThreads) mask[i] = 0;
   }
 }
-
-constexpr int64_t kMostBlocks = 2048;
 
 template <bool kZero>
 cudaError_t launch_mark(const GroupArgs& a, cudaStream_t stream) {

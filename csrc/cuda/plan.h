@@ -24,6 +24,8 @@ struct Tuning {
   int sorters = 512;            // threads of a block that sorts a bucket of scores, and
   int sorted = 13;              // keys of each, an odd number
   int most_buckets = 960;       // of a layer
+  int table_threads = 1024;     // of a block that scores by a table
+  int most_blocks = 2048;       // of a launch: where there is more work, each does more than one piece
 };
 #if defined(DIMAP_TUNING)
 constexpr Tuning kTuning = DIMAP_TUNING;  // of tests: small pieces, so that small problems take every path
@@ -63,6 +65,7 @@ constexpr int kLeastBins = 256;                                // one window ove
 constexpr int kBucketBins = 2048;                              // of the window that buckets of scores are told apart by
 constexpr int kBucketSize = kTuning.sorters * kTuning.sorted;  // weights that a block sorts
 constexpr int kMostBuckets = kTuning.most_buckets;
+constexpr int64_t kMostBlocks = kTuning.most_blocks;
 static_assert(kTuning.most_bins >= kLeastBins);
 constexpr int kMostRatio = kChunk / 32;  // a run in a chunk
 static_assert(kTuning.sample_ratio <= kMostRatio);
@@ -111,7 +114,6 @@ struct Plan {
 // A window over keys: `bins` bins of 2^shift keys from `base` on; see dimap::Window for the two bounds.
 struct View {
   uint32_t base, shift, bins, below_end, above_first;
-  uint32_t proven;  // nonzero: an exact solve placed it, so what lies above is kept and what lies below is dropped
   DIMAP_HD uint32_t end() const { return base + (bins << shift); }  // at most 2^31
 };
 
@@ -126,6 +128,7 @@ struct Bracket {
 
 struct LayerState {
   View view;
+  double least, most;  // scores above the view are at least the one, those below it at most the other
   Bracket bracket;
   uint32_t keep_from;  // keys from here on are kept;
   uint32_t tie;        // those equal to this share the module's quota
@@ -177,15 +180,17 @@ struct Slot {
   }
 };
 
-// Why nothing was decided: a negative threshold.
+// Why nothing was decided. The first two: a negative threshold.
 constexpr int32_t kBadWeights = 1;  // an infinity or a NaN
 constexpr int32_t kBadSolve = 2;    // too many rounds: a defect
+constexpr int32_t kBadRows = 3;     // windows, cuts or keep that a stage does not take
 constexpr double kThresholdOfBadWeights = -1.0;
 constexpr double kThresholdOfBadSolve = -2.0;
 
 // Columns of a table's row, as in core/wire.h: weights, weights above, their energy in words of 32 bits, then bins.
 constexpr int kWords = 20;
 constexpr int kHead = 2 + kWords;
+DIMAP_HD constexpr int64_t columns_of(int bins) { return kHead + 3 * static_cast<int64_t>(bins); }
 
 // The narrowest window of at most `bins` bins over the keys [first, last], with bins no finer than `granularity`.
 DIMAP_HD View view_over(uint32_t first, uint32_t last, int bins, int granularity) {
@@ -196,7 +201,7 @@ DIMAP_HD View view_over(uint32_t first, uint32_t last, int bins, int granularity
   const uint32_t base = first >> shift << shift;
   uint32_t used = ((last - base) >> shift) + 1;
   if (used > static_cast<uint32_t>(bins)) used = static_cast<uint32_t>(bins);
-  return {base, shift, used, kKeyEnd, 0, 0};
+  return {base, shift, used, kKeyEnd, 0};
 }
 
 // Sends value · 2^bit to a sum of 32-bit words as terms below 2^32, so that 2^32 terms fit a word: add(word, term).

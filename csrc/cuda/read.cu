@@ -15,7 +15,7 @@ constexpr int kSumBits = 30;                          // of the integers whose s
 template <DType kType, bool kMask>
 __device__ __forceinline__ void read_step(const storage_t<kType>* weights, int offset, const Bracket& bracket,
                                           uint8_t* mask, const Slot<kType>& slot, uint32_t* aside, Above& t,
-                                          Word* row) {
+                                          Far& far_above) {
   using T = storage_t<kType>;
   constexpr int kLanes = 16 / static_cast<int>(sizeof(T));
   static_assert(kReadVectors * kLanes <= 32, "a bit of a word for each weight");
@@ -63,7 +63,7 @@ __device__ __forceinline__ void read_step(const storage_t<kType>* weights, int o
 #pragma unroll 1
     for (int bit = 0; bit < kReadVectors * kLanes; ++bit) {
       const uint32_t key = key_of<kType>(weights[place_of(bit)]);
-      if (key >= limit && key < kNonFinite) add_words(row + 2, square(key), 2 * scale(key));
+      if (key >= limit && key < kNonFinite) see_far(key, far_above);
     }
   }
   t.largest = largest > t.largest ? largest : t.largest;
@@ -82,14 +82,14 @@ __device__ __forceinline__ void read_step(const storage_t<kType>* weights, int o
 template <DType kType, bool kMask>
 __device__ __forceinline__ void read_chunk(const storage_t<kType>* weights, int n, const Bracket& bracket,
                                            uint8_t* mask, const Slot<kType>& slot, uint32_t* aside, Above& t,
-                                           Word* row) {
+                                           Far& far_above) {
   using T = storage_t<kType>;
   constexpr int kLanes = 16 / static_cast<int>(sizeof(T));
   auto decide = [&](T bits, int i) -> uint32_t {
     const uint32_t key = key_of<kType>(bits);
     t.largest = key > t.largest ? key : t.largest;
     if (key >= t.end) {
-      see_above(key, t, row);
+      see_above(key, t, [&](uint32_t large) { see_far(large, far_above); });
     } else if (key >= t.base) {
       const uint32_t place = atomicAdd(aside, 1u);
       if (place < static_cast<uint32_t>(slot.capacity)) slot.put(place, bits, i);
@@ -101,8 +101,9 @@ __device__ __forceinline__ void read_chunk(const storage_t<kType>* weights, int 
       (!kMask || reinterpret_cast<uintptr_t>(mask) % 8 == 0)) {
     constexpr int kStep = kThreads * kReadVectors * kLanes;
     for (; done + kStep <= n; done += kStep)
-      read_step<kType, kMask>(weights + done, done, bracket, kMask ? mask + done : nullptr, slot, aside, t, row);
+      read_step<kType, kMask>(weights + done, done, bracket, kMask ? mask + done : nullptr, slot, aside, t, far_above);
   }
+#pragma unroll 1
   for (int i = done + static_cast<int>(threadIdx.x); i < n; i += kThreads) {
     const uint32_t byte = decide(weights[i], i);
     if constexpr (kMask) mask[i] = static_cast<uint8_t>(byte);
@@ -116,7 +117,7 @@ __global__ void __launch_bounds__(kThreads, kOccupancy.read_blocks) read_kernel(
   const int64_t first = a.plan.chunks * blockIdx.x / gridDim.x, last = a.plan.chunks * (blockIdx.x + 1) / gridDim.x;
   clear_bins(s);
   if (first >= last) return;
-  const int64_t columns = kHead + 3 * static_cast<int64_t>(a.bins);
+  const int64_t columns = columns_of(a.bins);
   Above t;
   t.largest = 0;
   int32_t tensor = tensor_of(a.plan, first), layer = -1;
@@ -149,9 +150,9 @@ __global__ void __launch_bounds__(kThreads, kOccupancy.read_blocks) read_kernel(
       const Slot<kType> slot(a.aside, c);
       if (bracket.holds) {
         uint8_t* mask = kMask ? static_cast<uint8_t*>(entry.out) + offset : nullptr;
-        read_chunk<kType, kMask>(weights, n, bracket, mask, slot, aside, t, row);
+        read_chunk<kType, kMask>(weights, n, bracket, mask, slot, aside, t, s.far);
       } else {
-        survey_chunk<kType, 1>(entry, offset, n, t, s, row);  // rare: registers are for the other
+        survey_chunk<kType, 1>(entry, offset, n, t, s);  // rare: registers are for the other
         const uint32_t inside = __reduce_add_sync(0xFFFFFFFFu, t.inside);
         t.inside = 0;
         if (threadIdx.x % 32 == 0 && inside) atomicAdd(aside, inside);

@@ -100,7 +100,7 @@ DIMAP_HD void solve_module(Exec& exec, const SolveArgs& a, int32_t m, const Sear
   if (module.keep == 0) {
     exec.each(layers, [&](int64_t j) {
       LayerState& state = a.layers[order[j]];
-      state.view = {kNonFinite, 23, 0, kKeyEnd, 0, 0};  // nothing to look for
+      state.view = {kNonFinite, 23, 0, kKeyEnd, 0};  // nothing to look for
       if (guess) state.bracket = {kNonFinite, kNonFinite, kNonFinite, 1};
       state.keep_from = kKeyEnd;
       state.tie = kNoTie;
@@ -145,10 +145,10 @@ DIMAP_HD void solve_module(Exec& exec, const SolveArgs& a, int32_t m, const Sear
                 end = static_cast<int>(a.scratch.end[layer.number]);
       const int64_t kept = layer.before(begin), maybe = layer.before(end);
       const int after = layer.head([&](int i) { return layer.seen[i] <= maybe; });  // next nonempty ones
-      const int before = kept ? layer.head([&](int i) { return layer.seen[i] < kept; }) : -1;
-      const uint32_t below_end = after < layer.intervals() ? layer.last(after) + 1 : 0;
-      const uint32_t above_first = before >= 0 ? layer.first(before) : kNonFinite;
-      View view{below_end, 23, 0, kKeyEnd, 0, 0};
+      const int before = kept ? layer.head([&](int i) { return layer.seen[i] < kept; }) : layer.intervals();
+      const bool any_after = after < layer.intervals(), any_before = before < layer.intervals();
+      const uint32_t below_end = any_after ? layer.last(after) + 1 : 0;
+      View view{below_end, 23, 0, kKeyEnd, 0};
       if (maybe > kept) {
         const int top = layer.head([&](int i) { return layer.seen[i] <= kept; });
         const int bottom = layer.head([&](int i) { return layer.seen[i] < maybe; });
@@ -166,7 +166,8 @@ DIMAP_HD void solve_module(Exec& exec, const SolveArgs& a, int32_t m, const Sear
         state.bracket = {view.base, view.end(), view.base + (view.end() - view.base) / 2,
                          share * static_cast<double>(chunk) < 0.9 * a.most_aside};
       } else {
-        view.below_end = below_end, view.above_first = above_first, view.proven = 1;
+        view.below_end = below_end, view.above_first = any_before ? layer.first(before) : kNonFinite;
+        state.least = any_before ? layer.low[before] : 0.0, state.most = any_after ? layer.high[after] : 1.0;
         if (view.base < state.bracket.low || view.end() > state.bracket.high) state.bracket.holds = 0;
       }
       state.view = view;

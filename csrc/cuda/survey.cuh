@@ -5,6 +5,12 @@
 
 namespace dimap::cuda {
 
+// Squares of weights far above a window, for each exponent an integer of 96 bits: more of them than there can be fit.
+struct Far {
+  static constexpr int exponents = 254;
+  uint32_t low[exponents], middle[exponents], high[exponents];
+};
+
 template <int kBins = kTuning.most_bins>
 struct SurveyShared {
   static constexpr int bins = kBins;
@@ -12,6 +18,7 @@ struct SurveyShared {
   uint32_t low[kBins], high[kBins];  // of the sum of squares, 64 bits
   uint32_t inside;                   // weights in the bins since they were last flushed
   uint32_t aside[3];                 // of a chunk: see read.cu
+  Far far;
 };
 
 struct SurveyArgs {
@@ -29,7 +36,7 @@ struct SurveyArgs {
 // 2^32.
 struct Above {
   uint32_t base, shift, end, limit;  // of the window; first key that q does not hold,
-  uint32_t beyond;                   // those below `beyond` are summed one by one
+  uint32_t beyond;                   // those below `beyond` are summed by their exponents
   int unit;
   Word low, high;  // sum of q²
   uint32_t count, inside, largest;
@@ -52,16 +59,28 @@ __device__ inline void add_words(Word* words, Word value, int bit) {
   split_words(value, bit, [&](int word, Word term) { atomicAdd(words + word, term); });
 }
 
-// Sums a key above the window.
-__device__ __forceinline__ void see_above(uint32_t key, Above& t, Word* row) {
+// Adds the square of a key far above the window to its exponent's.
+__device__ __forceinline__ void see_far(uint32_t key, Far& far) {
+  const int e = scale(key);
+  const uint64_t energy = square(key);
+  const auto low = static_cast<uint32_t>(energy);
+  const uint32_t old_low = atomicAdd(&far.low[e], low);
+  const uint32_t middle = static_cast<uint32_t>(energy >> 32) + (old_low + low < old_low ? 1u : 0u);
+  const uint32_t old_middle = atomicAdd(&far.middle[e], middle);
+  if (old_middle + middle < old_middle) atomicAdd(&far.high[e], 1u);
+}
+
+// Sums a key above the window; far(key): one far above it.
+template <typename F>
+__device__ __forceinline__ void see_above(uint32_t key, Above& t, F&& far) {
   if (key < t.limit) {
     const uint32_t q = significand(key) << (scale(key) - t.unit);
     const Word q2 = static_cast<Word>(q) * q;
     t.low += q2;
     t.high += t.low < q2;
     ++t.count;
-  } else if (key < t.beyond) {  // few are so large
-    add_words(row + 2, square(key), 2 * scale(key));
+  } else if (key < t.beyond) {
+    far(key);
     ++t.count;
   }
 }
@@ -79,10 +98,10 @@ __device__ __forceinline__ void see_inside(uint32_t key, const Above& t, Shared&
 }
 
 template <typename Shared>
-__device__ __forceinline__ void see(uint32_t key, Above& t, Shared& s, Word* row) {
+__device__ __forceinline__ void see(uint32_t key, Above& t, Shared& s) {
   t.largest = key > t.largest ? key : t.largest;
   if (key >= t.end) {
-    see_above(key, t, row);
+    see_above(key, t, [&](uint32_t large) { see_far(large, s.far); });
   } else if (key >= t.base) {
     see_inside(key, t, s);
     ++t.inside;
@@ -92,11 +111,14 @@ __device__ __forceinline__ void see(uint32_t key, Above& t, Shared& s, Word* row
 template <typename Shared>
 __device__ inline void clear_bins(Shared& s) {
   for (int b = static_cast<int>(threadIdx.x); b < Shared::bins; b += kThreads) s.count[b] = s.low[b] = s.high[b] = 0;
+  for (int e = static_cast<int>(threadIdx.x); e < Far::exponents; e += kThreads)
+    s.far.low[e] = s.far.middle[e] = s.far.high[e] = 0;
   if (threadIdx.x == 0) s.inside = s.aside[0] = s.aside[1] = s.aside[2] = 0;
   __syncthreads();
 }
 
-// The bins of the block go to the table, from bin `first` of the row on. All threads, with the same arguments.
+// The bins of the block go to the table, from bin `first` of the row on, and what it summed far above the window. All
+// threads, with the same arguments.
 template <typename Shared>
 __device__ inline void flush_bins(Shared& s, Word* row, int bins, int first = 0) {
   __syncthreads();
@@ -109,6 +131,13 @@ __device__ inline void flush_bins(Shared& s, Word* row, int bins, int first = 0)
     atomicAdd(bin + 1, sum & 0xFFFFFFu);
     atomicAdd(bin + 2, sum >> 24);
     s.count[b] = s.low[b] = s.high[b] = 0;
+  }
+  for (int e = static_cast<int>(threadIdx.x); e < Far::exponents; e += kThreads) {
+    Far& far = s.far;
+    if ((far.low[e] | far.middle[e] | far.high[e]) == 0) continue;
+    add_words(row + 2, static_cast<Word>(far.middle[e]) << 32 | far.low[e], 2 * e);
+    add_words(row + 2, far.high[e], 2 * e + 64);
+    far.low[e] = far.middle[e] = far.high[e] = 0;
   }
   if (threadIdx.x == 0) s.inside = 0;
   __syncthreads();
@@ -134,17 +163,16 @@ __device__ inline uint32_t mix(uint32_t x) {  // a finaliser of 32 bits: where i
 }
 
 template <DType kType, int kUnroll, typename Shared>
-__device__ __forceinline__ void survey_chunk(const TensorEntry& tensor, int64_t offset, int n, Above& t, Shared& s,
-                                             Word* row) {
+__device__ __forceinline__ void survey_chunk(const TensorEntry& tensor, int64_t offset, int n, Above& t, Shared& s) {
   const void* data = static_cast<const storage_t<kType>*>(tensor.data) + offset;
-  for_each_key<kType, kUnroll>(data, n, [&](uint32_t key, int) { see(key, t, s, row); });
+  for_each_key<kType, kUnroll>(data, n, [&](uint32_t key, int) { see(key, t, s); });
 }
 
 // ... of one run of 32 neighbours in `ratio`, of n weights from a multiple of 32 * ratio on. A warp takes a run, with
 // kLoads of them in flight.
 template <DType kType, typename Shared>
 __device__ __forceinline__ void sample_piece(const TensorEntry& tensor, int64_t offset, int64_t n, uint32_t ratio,
-                                             uint32_t seed, Above& t, Shared& s, Word* row) {
+                                             uint32_t seed, Above& t, Shared& s) {
   constexpr int kLoads = 4;
   const auto* weights = static_cast<const storage_t<kType>*>(tensor.data);
   const int64_t first = offset / 32 / ratio, runs = (n + 32 * int64_t{ratio} - 1) / (32 * int64_t{ratio});
@@ -161,7 +189,7 @@ __device__ __forceinline__ void sample_piece(const TensorEntry& tensor, int64_t 
     }
 #pragma unroll
     for (int k = 0; k < kLoads; ++k)
-      if (there[k]) see(key_of<kType>(bits[k]), t, s, row);
+      if (there[k]) see(key_of<kType>(bits[k]), t, s);
   }
 }
 
@@ -174,7 +202,7 @@ __device__ __forceinline__ void survey(const SurveyArgs& a, Shared& s) {
   const int64_t first = a.plan.chunks * blockIdx.x / gridDim.x, last = a.plan.chunks * (blockIdx.x + 1) / gridDim.x;
   clear_bins(s);
   if (first >= last) return;
-  const int64_t columns = kHead + 3 * static_cast<int64_t>(a.bins);
+  const int64_t columns = columns_of(a.bins);
   Above t;
   t.largest = 0;
   int32_t tensor = tensor_of(a.plan, first), layer = -1;
@@ -221,13 +249,13 @@ __device__ __forceinline__ void survey(const SurveyArgs& a, Shared& s) {
       }
       sampled += here;
       for_type(entry.dtype, [&]<DType kType>() {
-        sample_piece<kType>(entry, offset, to - offset, ratio, mix(static_cast<uint32_t>(tensor)), t, s, row);
+        sample_piece<kType>(entry, offset, to - offset, ratio, mix(static_cast<uint32_t>(tensor)), t, s);
       });
       read += to - offset;
       continue;
     }
     const int n = entry.count_of(c);
-    for_type(entry.dtype, [&]<DType kType>() { survey_chunk<kType, kOccupancy.unroll>(entry, offset, n, t, s, row); });
+    for_type(entry.dtype, [&]<DType kType>() { survey_chunk<kType, kOccupancy.unroll>(entry, offset, n, t, s); });
     read += n;
     // The shared sums hold 2^16 - 1 weights.
     const uint32_t inside = __reduce_add_sync(0xFFFFFFFFu, t.inside);

@@ -1,4 +1,4 @@
-"""The engine on files, without torch, and how it was built. Typed by hand: see csrc/bindings/module.cpp.
+"""The engine on files, without torch, and how it was built. Typed by hand: see csrc/bindings/python_*.cpp.
 
 Numbers of dtypes: 0 float32, 1 bfloat16, 2 float16. Offsets and lengths are bytes unless said
 otherwise. All calls release the interpreter while they work, and Ctrl-C ends them.

@@ -7,26 +7,12 @@
 #include <random>
 #include <vector>
 
-#include "cuda/solver.h"
+#include "cuda/host.h"
 
 using namespace dimap;
 using namespace dimap::cuda;
 
 namespace {
-
-struct HostExec {
-  template <typename F>
-  void each(int64_t n, F&& f) {
-    for (int64_t i = n - 1; i >= 0; --i) f(i);  // any order must do
-  }
-  template <typename F>
-  void one(F&& f) {
-    f();
-  }
-  void add(Word* to, Word value) { *to += value; }
-  void add(int32_t* to, int32_t value) { *to += value; }
-  void max(Word* to, Word value) { *to = std::max(*to, value); }
-};
 
 void require(bool holds, const char* what, int trial) {
   if (holds) return;
@@ -95,28 +81,6 @@ void survey(const std::vector<uint32_t>& keys, const View& view, Word* row, uint
   }
 }
 
-// The search of module 0, as the device's blocks go about it.
-Search search(const SolveArgs& args, int32_t layers) {
-  Search s = solver::start_search(args, 0);
-  while (s.open) {
-    int passed[2] = {0, 0};
-    for (int which = 0; which < 2; ++which) {
-      const int64_t wanted = solver::wanted(args, args.plan.modules[0], which);
-      for (; passed[which] < kProbes; ++passed[which]) {
-        int64_t count = 0;
-        for (int32_t l = 0; l < layers; ++l) {
-          const solver::Layer layer = solver::layer_of(args, l);
-          count += solver::count_at(which ? layer.high : layer.low, layer.seen, layer.intervals(),
-                                    solver::threshold_of(s, which, passed[which]));
-        }
-        if (count < wanted) break;
-      }
-    }
-    solver::next_search(s, args, 0, passed);
-  }
-  return s;
-}
-
 int run(const Case& c, int trial, bool sampled) {
   const int bins = kLeastBins;
   const auto count = static_cast<int32_t>(c.layers.size());
@@ -129,10 +93,10 @@ int run(const Case& c, int trial, bool sampled) {
     total += layers.back().total;
   }
   const ModuleEntry module{c.keep, total, 0, 0, 0, count};
-  std::vector<LayerState> states(count,
-                                 {view_over(0, kNonFinite - 1, bins, c.granularity), {}, kKeyEnd, cuda::kNoTie, 4});
+  std::vector<LayerState> states(
+      count, {view_over(0, kNonFinite - 1, bins, c.granularity), 0.0, 1.0, {}, kKeyEnd, cuda::kNoTie, 4});
   ModuleState result{0.0, 1.0, 1e-15, 1.0, 0.0, 0, 0, 0};
-  const int64_t stride = bins + 2, columns = kHead + 3 * bins;
+  const int64_t stride = bins + 2, columns = columns_of(bins);
   std::vector<double> low(count * stride), high(count * stride);
   std::vector<int64_t> seen(count * stride);
   std::vector<uint32_t> begin(count), end(count);
@@ -156,7 +120,7 @@ int run(const Case& c, int trial, bool sampled) {
     for (int32_t l = 0; l < count; ++l)
       survey(c.layers[l], states[l].view, table.data() + l * columns, round < 0 ? 4 : 1);
     for (int32_t l = 0; l < count; ++l) bound_layer(exec, args, l, shared);
-    solve_module(exec, args, 0, search(args, count), shared);
+    solve_module(exec, args, 0, search_module(args, 0), shared);
   }
 
   // The specification: exact scores, sorted.

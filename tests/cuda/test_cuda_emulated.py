@@ -10,6 +10,7 @@ import pytest
 import torch
 from dimap import ops, reference
 from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from operators import assert_same_bits, assert_scores, check, run_in_pieces
 from problems import DTYPES, KINDS, Problem, cast, problems, values
 
@@ -260,6 +261,116 @@ def test_a_few_large_weights_above_many_small_ones() -> None:
     weights = [torch.cat([few, many.double()]).float()]
     for got, want in zip(ops.score(weights, [0]), reference.score64(weights, [0]), strict=True):
         assert_scores(got, want)
+
+
+@given(
+    problem=problems(),
+    bins=st.sampled_from([256, 701, 3000]),
+    key=st.integers(0, 0x7F7FFFFF),
+    shift=st.integers(0, 23),
+)
+@settings(
+    max_examples=30,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+def test_solve_equals_the_cpus(problem: Problem, bins: int, key: int, shift: int) -> None:
+    """To the last bit: cuts, quotas, thresholds and the next windows, from a first window anywhere."""
+    count = max(problem.layers) + 1
+    module_of = [0] * count
+    for layer, module in zip(problem.layers, problem.modules, strict=True):
+        module_of[layer] = module
+    windows = ops.first_windows([torch.float32] * count, bins)
+    windows[:, 0], windows[:, 1] = key >> shift << shift, shift
+    for _ in range(30):
+        table = dimap_cpu.survey([], [], windows, bins)
+        for w, layer in zip(problem.weights, problem.layers, strict=True):
+            table += dimap_cpu.survey([w], [layer], windows, bins)
+        before = table.clone()
+        got = ops.solve(table, windows, module_of, problem.keep)
+        want = dimap_cpu.solve(table, windows, module_of, problem.keep)
+        assert torch.equal(table, before)
+        assert all(
+            torch.equal(a.view(torch.int64), b.view(torch.int64))
+            for a, b in zip(got, want, strict=True)
+        )
+        cuts, quota, thresholds, windows = got
+        if (quota >= 0).all():
+            break
+    else:
+        raise AssertionError("not decided in thirty surveys")
+    wanted = dimap_cpu.select_cuts(*problem.args())[1]
+    torch.testing.assert_close(thresholds, wanted, rtol=0, atol=0, equal_nan=True)
+    kept = [ops.emit([w], [i], [m], cuts, quota * 0)[0][0] for w, i, m in zip(problem.weights, problem.layers, problem.modules, strict=True)]  # fmt: skip
+    for module, keep in enumerate(problem.keep):
+        mine = sum(int(k.sum()) for k, m in zip(kept, problem.modules, strict=True) if m == module)
+        assert mine + int(quota[module]) == keep
+
+
+def test_stages_tell_the_host_a_word_each(emulated: cuda_emulator.Emulated) -> None:
+    weights = [cast(values("normal", 3_000, i), dtype) for i, dtype in enumerate(DTYPES)]
+    windows, quota, calls = ops.first_windows(DTYPES, 256), torch.tensor([-1]), 0
+    before = emulated.host_bytes
+    while (quota < 0).any():
+        table = ops.survey(weights, [0, 1, 2], windows, 256)
+        cuts, quota, _, windows = ops.solve(table, windows, [0, 0, 0], [4_000])
+        calls += 2
+    ops.emit(weights, [0, 1, 2], [0, 0, 0], cuts, quota)
+    assert emulated.host_bytes - before == 4 * (calls + 1)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [[1, 23], [0, 24], [-8, 3], [0, 0, 24], [0, 0, 0, -1], [0, 0, 0, 0, 1 << 32], [0, 0, 0, 0, 0, -1]],
+    ids=str,
+)  # fmt: skip
+def test_windows_are_refused_as_on_the_cpu(rows: list[int]) -> None:
+    windows = ops.first_windows([torch.float32] * 3, 256)
+    table = dimap_cpu.survey([torch.ones(9)], [1], windows, 256)
+    windows[1, : len(rows)] = torch.tensor(rows)
+    for call, args in (
+        ("survey", ([torch.ones(9)], [1], windows, 256)),
+        ("solve", (table, windows, [0, 0, 0], [4])),
+    ):
+        with pytest.raises(RuntimeError, match=r"windows\[1\] must") as want:
+            getattr(dimap_cpu, call)(*args)
+        with pytest.raises(RuntimeError) as got:
+            getattr(torch.ops.dimap, call)(*args)
+        assert str(got.value) == str(want.value)
+
+
+def test_keep_and_cuts_are_refused_as_on_the_cpu() -> None:
+    windows = ops.first_windows([torch.float32] * 2, 256)
+    weights = [torch.ones(9), torch.ones(5)]
+    table = dimap_cpu.survey(weights, [0, 1], windows, 256)
+    for keep in ([0, 6], [-1, 0]):
+        with pytest.raises(RuntimeError, match=r"keep\[\d\] must be in \[0, [59]\], got"):
+            ops.solve(table, windows, [0, 1], keep)
+    cuts = torch.tensor([[5, 4], [5, 5]])
+    with pytest.raises(RuntimeError, match=r"cuts\[1\] must be decided: .* got 5 and 5"):
+        ops.emit(weights, [0, 1], [0, 1], cuts, torch.tensor([0, 0]))
+
+
+def test_sums_far_above_a_window_are_exact_beyond_64_bits() -> None:
+    windows = ops.first_windows([torch.float32], 256)
+    windows[0, :2] = torch.tensor([1 << 23, 16])
+    weights = [torch.full((270_000,), 2.0 - 2.0**-23)]
+    args = (weights, [0], windows, 256)
+    assert sums(ops.survey(*args)) == sums(dimap_cpu.survey(*args))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_scores_by_tables_where_shared_memory_is_small(
+    dtype: torch.dtype, emulated: cuda_emulator.Emulated
+) -> None:
+    weights = [cast(values("normal", n, n), dtype) for n in (3_000, 2_001, 1_500)]
+    want = ops.score(weights, [0, 1, 0])
+    emulated.give_shared(48 << 10)
+    try:
+        got = ops.score(weights, [0, 1, 0])
+    finally:
+        emulated.give_shared(1 << 17)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
 def test_scores_are_the_same_in_every_run() -> None:

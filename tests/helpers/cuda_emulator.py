@@ -29,7 +29,7 @@ ARCHITECTURE = "sm_90"
 # Small pieces, samples and slots: problems of a few thousand weights take every path.
 TUNING = (
     "{.chunk = 1 << 10, .sample_ratio = 8, .sample_least = 256, .least_aside = 32, .most_aside = 768, "
-    ".aside_budget = 1 << 17, .sorters = 256, .sorted = 3, .most_buckets = 24}"
+    ".aside_budget = 1 << 17, .sorters = 256, .sorted = 3, .most_buckets = 24, .table_threads = 256}"
 )
 KERNEL = re.compile(r"^([0-9a-f]+) [tTwW] (\S*\d[a-z_]+_kernel\S*)$", re.M)
 
@@ -74,9 +74,20 @@ class Emulated:
                 missing.discard(key)
         assert not missing, f"PTX without a kernel of the host: {missing}"
 
+    def _counter(self, name: str) -> ctypes.c_int:
+        return ctypes.c_int.in_dll(self.library, f"dimap_emulated_{name}")
+
     @property
     def host_calls(self) -> int:
-        return ctypes.c_int.in_dll(self.library, "dimap_emulated_host_calls").value
+        return self._counter("host_calls").value
+
+    @property
+    def host_bytes(self) -> int:
+        return self._counter("host_bytes").value
+
+    def give_shared(self, most: int) -> None:
+        """Let a block ask for so many bytes of shared memory."""
+        self._counter("shared").value = most
 
     def run_ptx(self, on: bool, preempts: bool = False) -> None:
         """Run kernels as PTX, or as their sources; let other threads run at any access to memory."""
@@ -176,7 +187,6 @@ def _build(flags: tuple[str, ...], tuning: str, kernels: tuple[Path, ...]) -> Em
             *cuda,
             EMULATOR / "dynamic_shared.cpp",
             EMULATOR / "schemas.cpp",
-            SOURCES / "core" / "solve.cpp",
         ]
         sources += sorted((SOURCES / "bindings").glob("cuda_*.cpp"))
     with ThreadPoolExecutor(2) as pool:

@@ -39,8 +39,11 @@ cudaError_t launch_any(const cudaLaunchConfig_t& config, void* kernel, const std
 int resident(void* kernel, unsigned threads, size_t dynamic);
 void allow_shared(void* kernel, int bytes);
 constexpr int kProcessors = 3;
-// How often the host waited, or lent its memory to a copy: what no graph can replay.
-extern "C" int dimap_emulated_host_calls;
+extern "C" {
+// How often the host waited, or lent its memory to a copy: what no graph can replay. And the bytes of these copies.
+extern int dimap_emulated_host_calls, dimap_emulated_host_bytes;
+extern int dimap_emulated_shared;  // bytes of shared memory that a block may ask for
+}
 }  // namespace emulator
 
 template <typename... Expected, typename... Actual>
@@ -60,7 +63,7 @@ inline const char* cudaGetErrorString(cudaError_t) { return "an error of the emu
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  *value = attribute == cudaDevAttrMultiProcessorCount ? emulator::kProcessors : 1 << 17;
+  *value = attribute == cudaDevAttrMultiProcessorCount ? emulator::kProcessors : emulator::dimap_emulated_shared;
   return cudaSuccess;
 }
 template <typename Kernel>
@@ -73,7 +76,10 @@ cudaError_t cudaFuncSetAttribute(Kernel kernel, cudaFuncAttribute, int bytes) {
   return emulator::allow_shared(reinterpret_cast<void*>(kernel), bytes), cudaSuccess;
 }
 inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind, cudaStream_t) {
-  emulator::dimap_emulated_host_calls += kind != cudaMemcpyDeviceToDevice;
+  if (kind != cudaMemcpyDeviceToDevice) {
+    ++emulator::dimap_emulated_host_calls;
+    emulator::dimap_emulated_host_bytes += static_cast<int>(bytes);
+  }
   emulator::mark(to, bytes, false);
   return std::memcpy(to, from, bytes), cudaSuccess;
 }

@@ -17,7 +17,7 @@ constinit thread_local emulator::Index threadIdx{}, blockIdx{}, gridDim{}, block
 
 namespace emulator {
 
-int dimap_emulated_host_calls = 0;
+int dimap_emulated_host_calls = 0, dimap_emulated_host_bytes = 0, dimap_emulated_shared = 1 << 17;
 thread_local uint32_t barriers = 1, runs = 0, latest[2] = {};
 
 namespace {
