@@ -15,27 +15,47 @@ struct LayerIntervals {
     cumulative.reserve(intervals.size());
     for (const Interval& interval : intervals) cumulative.push_back(sum += interval.count);
   }
+  // Weights in the first n intervals.
+  int64_t count(size_t n) const { return n ? cumulative[n - 1] : 0; }
+
   std::vector<Interval> intervals;
   std::vector<int64_t> cumulative;  // counts up to and including each
 };
 
 // The keep-th largest bound, to within a relative 2^-32 on the safe side. Bounds fall with the magnitude, up to their
-// rounding, so each layer answers by binary search.
+// rounding, so each layer answers by binary search among the intervals that no threshold so far has decided; a layer
+// that is decided is not asked again.
 template <typename Bound>
 double select_bound(const std::vector<LayerIntervals>& layers, int64_t keep, bool round_up, Bound bound) {
-  auto enough = [&](double threshold) {
-    int64_t count = 0;
-    for (const LayerIntervals& layer : layers) {
-      const auto it = std::partition_point(layer.intervals.begin(), layer.intervals.end(),
-                                           [&](const Interval& i) { return bound(i) >= threshold; });
-      if (it != layer.intervals.begin()) count += layer.cumulative[it - layer.intervals.begin() - 1];
+  struct Open {
+    const LayerIntervals* layer;
+    size_t begin, end, middle;
+  };
+  std::vector<Open> open;
+  for (const LayerIntervals& layer : layers) open.push_back({&layer, 0, layer.intervals.size(), 0});
+  int64_t decided = 0;  // weights above the threshold in the other layers
+  const auto enough = [&](double threshold) {
+    int64_t count = decided;
+    for (Open& o : open) {
+      const auto first = o.layer->intervals.begin();
+      o.middle = static_cast<size_t>(std::partition_point(first + static_cast<ptrdiff_t>(o.begin),
+                                                          first + static_cast<ptrdiff_t>(o.end),
+                                                          [&](const Interval& i) { return bound(i) >= threshold; }) -
+                                     first);
+      count += o.layer->count(o.middle);
     }
     return count >= keep;
   };
   uint64_t yes = 0, no = std::bit_cast<uint64_t>(1.0) + 1;  // enough(0) holds: every bound is >= 0
   while (no - yes > (uint64_t{1} << 20)) {
     const uint64_t middle = yes + (no - yes) / 2;
-    (enough(std::bit_cast<double>(middle)) ? yes : no) = middle;
+    const bool more = enough(std::bit_cast<double>(middle));
+    (more ? yes : no) = middle;
+    std::erase_if(open, [&](Open& o) {
+      (more ? o.end : o.begin) = o.middle;
+      if (o.begin == o.end) decided += o.layer->count(o.begin);
+      return o.begin == o.end;
+    });
   }
   return std::bit_cast<double>(round_up ? no : yes);
 }
@@ -80,7 +100,7 @@ ModuleCut solve(std::span<const LayerTable> tables, int64_t keep, std::span<Cut>
   std::vector<Atom> atoms;
   for (size_t l = 0; l < layers.size(); ++l) {
     const auto [begin, end] = unsure[l];
-    if (begin > 0) kept += layers[l].cumulative[begin - 1];
+    kept += layers[l].count(begin);
     exact_scores(tables[l], layers[l].intervals, begin, end,
                  [&](size_t i, double score) { atoms.push_back({score, l, i}); });
     cuts[l] = {end < layers[l].intervals.size() ? layers[l].intervals[end].last + 1 : 0, Cut::kNoTie};
