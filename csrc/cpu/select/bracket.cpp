@@ -37,16 +37,16 @@ Crossing cross(const Sketch& sketch, double threshold) {
   return {key, it->above + part * it->count, it->count / width, &*it};
 }
 
-double threshold_for(const std::vector<const Sketch*>& sketches, double keep) {
-  double low = std::log(1e-200), high = 0;  // of ln(threshold)
-  struct Part {                             // of a layer's steps, where the score falls to the threshold
+// The threshold that keeps so many weights, as far as the sketches say; sought near `about`, if that is not 0.
+double threshold_for(const std::vector<const Sketch*>& sketches, double keep, double about = 0) {
+  struct Part {  // of a layer's steps, where the score falls to the threshold
     const Step *begin, *end, *middle;
   };
   std::vector<Part> parts;
   for (const Sketch* sketch : sketches)
     parts.push_back({sketch->steps.data(), sketch->steps.data() + sketch->steps.size(), nullptr});
-  for (int i = 0; i < 29; ++i) {
-    const double middle = (low + high) / 2, threshold = std::exp(middle);
+  const auto kept_at = [&](double log) {
+    const double threshold = std::exp(log);
     double kept = 0;
     for (size_t l = 0; l < sketches.size(); ++l) {
       Part& part = parts[l];
@@ -59,8 +59,26 @@ double threshold_for(const std::vector<const Sketch*>& sketches, double keep) {
       kept += step->above;  // and of this step a part: it is so narrow that a straight line through it will do
       if (threshold < step->high) kept += (step->high - threshold) / (step->high - step->low) * step->count;
     }
-    (kept >= keep ? low : high) = middle;
-    for (Part& part : parts) (kept >= keep ? part.end : part.begin) = part.middle;
+    return kept;
+  };
+  // Of ln(threshold): between `low`, which keeps enough, and `high`, which does not.
+  double low = std::log(1e-200), high = 0, kept_low = 0, kept_high = 0;
+  for (const Sketch* sketch : sketches) kept_low += sketch->total;
+  const auto narrow = [&](double log, double kept) {
+    const bool enough = kept >= keep;
+    (enough ? low : high) = log, (enough ? kept_low : kept_high) = kept;
+    for (Part& part : parts) (enough ? part.end : part.begin) = part.middle;
+  };
+  if (about > 0)
+    for (const double side : {-0.25, 0.25}) {
+      const double log = std::log(about) + side;
+      if (log > low && log < high) narrow(log, kept_at(log));
+    }
+  for (int i = 0; high - low > 1e-6 && std::abs(kept_low - keep) >= 0.5; ++i) {
+    // In turns on a straight line between the two, and half-way.
+    const double part = i % 2 ? 0.5 : std::clamp((kept_low - keep) / (kept_low - kept_high), 0.02, 0.98);
+    const double log = low + part * (high - low);
+    narrow(log, kept_at(log));
   }
   return std::exp(low);
 }
@@ -162,8 +180,8 @@ void bracket_module(const Problem& problem, int64_t module, std::span<const int3
     variance += sketch->scale * sketch->total * share * (1 - share) * sketch->clustering + moved * moved;
   }
   const double margin = kTuning.sigmas * std::sqrt(variance) + unsure;
-  const double highest = keep - margin > 0 ? threshold_for(mine, keep - margin) : 1.0;
-  const double lowest = keep + margin < total ? threshold_for(mine, keep + margin) : 0.0;
+  const double highest = keep - margin > 0 ? threshold_for(mine, keep - margin, threshold) : 1.0;
+  const double lowest = keep + margin < total ? threshold_for(mine, keep + margin, threshold) : 0.0;
   for (size_t i = 0; i < mine.size(); ++i) {
     Guess& guess = guesses[layers[i]];
     guess.bracket = bracket_of(*mine[i], lowest, threshold, highest, problem.layer_granularity[layers[i]]);
