@@ -72,7 +72,7 @@ std::vector<int64_t> Decision::quotas() const {
 }
 
 void Decision::decide(std::span<uint8_t* const> masks) {
-  std::vector<Sketch> sketches = sample_layers(problem_, loader_, pool_, exchange_);
+  std::vector<Sketch> sketches = sample_layers(problem_, reading_.guesses, loader_, pool_, exchange_);
   Flags open(problem_.modules(), 1), counted(problem_.modules());
   const auto bracket = [&](const Flags& which) {
     pool_.for_each(static_cast<int64_t>(problem_.modules()), [&](int64_t m, int) {

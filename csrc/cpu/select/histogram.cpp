@@ -87,6 +87,7 @@ Sketch sketch_of(const Histogram& histogram, int64_t total, bool exact) {
   const auto n = static_cast<double>(taken);
   exact |= taken == total;  // a small layer's sample is all of it
   sketch.exact = exact;
+  sketch.coarse = histogram.coarse;
   sketch.scale = exact || taken == 0 ? 1 : sketch.total / n;
   if (exact) {
     sketch.deviation = 2e-5;  // of the squares in a bin around that of their mean, at most, over sigmas
@@ -103,12 +104,12 @@ Sketch sketch_of(const Histogram& histogram, int64_t total, bool exact) {
   }
   sketch.steps.reserve(histogram.bins.size());
   for (auto bin = histogram.bins.rbegin(); bin != histogram.bins.rend(); ++bin) {
-    const uint32_t first = Sketch::first_of(bin->bin);
+    const uint32_t first = histogram.first_of(bin->bin);
     if (first >= kNonFinite) continue;  // reading will find what is not finite
     const auto mean = std::min(first + static_cast<uint32_t>(bin->rest / bin->count), kNonFinite - 1);
     const bool heavy = static_cast<double>(bin->count) > Sketch::kAtomShare * n;
     const bool equal = (heavy || bin->bin == 0) && bin->rest % bin->count == 0;  // or nearly so: it is a guess
-    sketch.add(bin->bin, equal ? mean : Sketch::kMixed, static_cast<double>(bin->count) * sketch.scale,
+    sketch.add(first, histogram.first_of(bin->bin + 1), equal ? mean : Sketch::kMixed, static_cast<double>(bin->count) * sketch.scale,
                squared_value(mean));
   }
   return sketch;

@@ -3,7 +3,10 @@
 #include <algorithm>
 #include <array>
 #include <atomic>
+#include <bit>
+#include <cmath>
 #include <numeric>
+#include <tuple>
 #include <utility>
 
 #include "cpu/select/survey.h"
@@ -17,6 +20,9 @@ constexpr int64_t kStreamFrom = int64_t{1} << 23;
 // Of more magnitudes in a bracket than this the weights are not counted: most counts would be 0.
 constexpr int64_t kMagnitudesMost = 1024;
 
+// A bracket that spans so many keys, an eighth of an octave, is worth another look.
+constexpr uint32_t kNear = 1 << 20;
+
 // Nor, where positions are kept too, of more than one for so many weights of a chunk.
 constexpr int64_t kWeightsPerCount = 64;
 
@@ -29,6 +35,37 @@ void climb(DecideFn decide, const void* weights, int64_t n, std::span<const uint
     out.keys = keys, out.positions = positions;
     decide(weights, n, {rung, rung}, nullptr, out);
     sums.add(static_cast<int>(Grid(rung).exponent) - 1, out.grid_sum());
+  }
+}
+
+uint32_t key_of_score(double score, double energy) {
+  return std::bit_cast<uint32_t>(static_cast<float>(std::min(std::sqrt(score * energy), 0x1p127)));
+}
+
+// Brackets a layer, all of which is here. The energy of all weights from some key on bounds the scores on both sides of
+// that key: where the threshold lies between the likely bounds, the cut lies in the bracket.
+void look_closer(DecideFn decide, const void* weights, int64_t n, ExponentSums& outliers, Guess& guess) {
+  constexpr double kSlack = 1e-5;
+  const Threshold& t = guess.threshold;
+  uint32_t keys[Decided::kSlack];
+  uint16_t positions[Decided::kSlack];
+  Bracket& bracket = guess.bracket;
+  uint32_t at = bracket.guess;
+  for (int look = 0; look < 2; ++look) {
+    Decided out;
+    out.keys = keys, out.positions = positions, out.outliers = &outliers;
+    const Bracket here{at, at};
+    decide(weights, n, here, nullptr, out);
+    LayerSums sums;
+    sums.add(out, here);
+    if (out.kept == 0 || out.non_finite) return;
+    const double energy = sums.energy.value();
+    bracket.low = std::max(1u, std::min(at, key_of_score(t.lowest / (1 + kSlack), energy)));
+    bracket.high = std::max(at, std::min(kNonFinite, key_of_score(t.highest * (1 + kSlack), energy) + 1));
+    bracket.guess = std::clamp(key_of_score(t.likely, energy), bracket.low, bracket.high);
+    if (bracket.atom < bracket.low || bracket.atom >= bracket.high) bracket.atom = Bracket::kNoAtom;
+    if (bracket.high - bracket.low < kNear) break;
+    at = bracket.guess;
   }
 }
 
@@ -46,6 +83,8 @@ Reading::Reading(const Problem& problem, Loader& loader, const Pool& pool, Keeps
   aside_.resize(static_cast<size_t>(pool.workers()));
   for (size_t c = 0; c < chunks.size(); ++c)
     if (chunks[c].mine) chunks_of_layer_[chunks[c].layer].push_back(static_cast<int32_t>(c));
+  for (const Chunk& chunk : chunks)  // several ranks must have the same brackets
+    guesses[chunk.layer].close = problem.ranks == 1 && chunk.n == problem.layer_total[chunk.layer];
 }
 
 bool Reading::counts(int32_t layer, DType dtype) const {
@@ -105,7 +144,11 @@ bool Reading::read(std::span<const uint8_t> wanted, std::span<uint8_t* const> ma
     uint32_t* numbers = buffer.numbers.room(std::max(chunk.n, kMagnitudesMost) + Decided::kSlack);
     uint16_t* places = positions ? buffer.positions.room(chunk.n + Decided::kSlack) : nullptr;
     const DType dtype = problem_.tensors[chunk.tensor].dtype;
-    const auto& [bracket, expected, ladder] = guesses[chunk.layer];
+    Guess& guess = guesses[chunk.layer];
+    const DecideFn decide = kernel.decide[static_cast<int>(dtype)];
+    const void* weights = loader_.load(chunk, worker);
+    if (guess.threshold.likely > 0) look_closer(decide, weights, chunk.n, outliers[worker], guess);
+    const auto& [bracket, ladder] = std::tie(guess.bracket, guess.ladder);
     const Magnitudes magnitudes(bracket, dtype);
     const bool alone = counts(chunk.layer, dtype);
     const bool counted = alone || (positions && magnitudes.shift && magnitudes.count <= chunk.n / kWeightsPerCount);
@@ -115,8 +158,6 @@ bool Reading::read(std::span<const uint8_t> wanted, std::span<uint8_t* const> ma
     out.stream = total >= kStreamFrom;
     if (ladder.empty()) out.outliers = &outliers[worker];
     uint8_t* mask = masks.empty() ? nullptr : masks[chunk.tensor] + chunk.offset;
-    const DecideFn decide = kernel.decide[static_cast<int>(dtype)];
-    const void* weights = loader_.load(chunk, worker);
     Bracket here = bracket;
     if (alone) here.atom = Bracket::kNoAtom;  // it is counted like the others
     decide(weights, chunk.n, here, mask, out);
@@ -139,6 +180,7 @@ bool Reading::read(std::span<const uint8_t> wanted, std::span<uint8_t* const> ma
         for (int64_t i = 0; i < out.aside; ++i) places[next[magnitudes.index(out.keys[i])]++] = out.positions[i];
       }
     }
+    if (guess.threshold.likely > 0) guess.aside = static_cast<double>(out.aside);
     buffer.numbers.used += chunk.aside;
     if (positions) buffer.positions.used += out.aside;
     aside.fetch_add(alone ? chunk.aside : out.aside, std::memory_order_relaxed);
