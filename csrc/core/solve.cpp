@@ -91,8 +91,11 @@ ModuleCut solve(std::span<const LayerTable> tables, int64_t keep, std::span<Cut>
   }
 
   if (!decided) {
-    for (size_t l = 0; l < layers.size(); ++l)
+    for (size_t l = 0; l < layers.size(); ++l) {
       next[l].window = closer_window(tables[l], layers[l].intervals, unsure[l]);
+      next[l].settled = unsure[l].begin == unsure[l].end;
+      next[l].kept = layers[l].count(unsure[l].begin);
+    }
     return {};
   }
 
