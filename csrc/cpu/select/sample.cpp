@@ -17,7 +17,7 @@ constexpr struct {
   int64_t ratio_alone = 16;  // one run in this many, where a module has one layer: its cut is a quantile of that layer
   int64_t ratio = 56;        // one run in this many elsewhere, where the layer is neither small
   int64_t least = 8192;      // nor
-  int64_t least_module = 1 << 14;  // (of layers that are looked at closely when they are read: their module needs so
+  int64_t least_module = 1 << 15;  // (of layers that are looked at closely when they are read: their module needs so
   int64_t least_close = 512;      // many in its sample, and each of them this many)
   int64_t most = int64_t{1} << 18;      // large: weights in the sample of a layer
   int64_t ahead = 24;                   // runs between asking memory for one and reading it
