@@ -173,7 +173,7 @@ void bracket_module(const Problem& problem, int64_t module, std::span<const int3
   Threshold threshold;
   threshold.likely = threshold_for(mine, keep);
   // A module of one layer keeps so many of its weights, whatever their energy.
-  const double sigmas = mine.size() > 1 ? kTuning.sigmas : 0;
+  const bool alone = mine.size() == 1;
   double variance = 0, unsure = 1;  // of the number of weights above the threshold
   for (const Sketch* sketch : mine) {
     const Crossing at = cross(*sketch, threshold.likely);
@@ -183,19 +183,25 @@ void bracket_module(const Problem& problem, int64_t module, std::span<const int3
     }
     if (sketch->scale <= 1.0) continue;
     const double share = std::clamp(at.kept / sketch->total, 0.0, 1.0);
-    const double moved = sigmas > 0 ? at.density * sketch->deviation / 2 : 0;
+    const double moved = alone ? 0 : at.density * sketch->deviation / 2;
     variance += sketch->scale * sketch->total * share * (1 - share) * sketch->clustering + moved * moved;
     unsure += moved * sketch->deviation;  // all layers on one side: what is counted is no straight line of the energy
   }
   const double margin = kTuning.sigmas * std::sqrt(variance) + unsure;
-  if (keep - margin > 0) threshold.highest = threshold_for(mine, keep - margin, threshold.likely);
-  if (keep + margin < total) threshold.lowest = threshold_for(mine, keep + margin, threshold.likely);
+  if (alone && guesses[layers[0]].close && !mine[0]->exact) {  // a closer look counts
+    threshold.lowest = threshold.highest = threshold.likely;
+  } else {
+    if (keep - margin > 0) threshold.highest = threshold_for(mine, keep - margin, threshold.likely);
+    if (keep + margin < total) threshold.lowest = threshold_for(mine, keep + margin, threshold.likely);
+  }
   for (size_t i = 0; i < mine.size(); ++i) {
     Guess& guess = guesses[layers[i]];
-    const bool close = guess.close && mine.size() > 1 && !mine[i]->exact;
-    guess.threshold = close ? threshold : Threshold{};
+    guess.look = guess.close && !mine[i]->exact;
+    guess.threshold = threshold;
+    guess.keep = alone ? problem.keep[module] : 0;
+    guess.density = cross(*mine[i], threshold.likely).density;
     // A closer look will be surer than the sample.
-    const double slack = std::min(1.0, (close ? 1 : sigmas) * mine[i]->deviation) + kTuning.slack;
+    const double slack = std::min(1.0, (alone ? 0 : guess.look ? 1 : kTuning.sigmas) * mine[i]->deviation) + kTuning.slack;
     guess.bracket = bracket_of(*mine[i], threshold, slack, problem.layer_granularity[layers[i]]);
     guess.aside = fill(*mine[i], guess.bracket);
     guess.ladder.clear();

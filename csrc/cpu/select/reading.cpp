@@ -42,32 +42,72 @@ uint32_t key_of_score(double score, double energy) {
   return std::bit_cast<uint32_t>(static_cast<float>(std::min(std::sqrt(score * energy), 0x1p127)));
 }
 
-// Brackets a layer, all of which is here. The energy of all weights from some key on bounds the scores on both sides of
-// that key: where the threshold lies between the likely bounds, the cut lies in the bracket.
-void look_closer(DecideFn decide, const void* weights, int64_t n, ExponentSums& outliers, Guess& guess) {
-  constexpr double kSlack = 1e-5;
-  const Threshold& t = guess.threshold;
-  uint32_t keys[Decided::kSlack];
-  uint16_t positions[Decided::kSlack];
-  Bracket& bracket = guess.bracket;
-  uint32_t at = bracket.guess;
-  for (int look = 0; look < 2; ++look) {
-    Decided out;
-    out.keys = keys, out.positions = positions, out.outliers = &outliers;
-    const Bracket here{at, at};
-    decide(weights, n, here, nullptr, out);
-    LayerSums sums;
-    sums.add(out, here);
-    if (out.kept == 0 || out.non_finite) return;
-    const double energy = sums.energy.value();
-    bracket.low = std::max(1u, std::min(at, key_of_score(t.lowest / (1 + kSlack), energy)));
-    bracket.high = std::max(at, std::min(kNonFinite, key_of_score(t.highest * (1 + kSlack), energy) + 1));
-    bracket.guess = std::clamp(key_of_score(t.likely, energy), bracket.low, bracket.high);
+// Brackets a layer, all of which is here.
+class CloserLook {
+ public:
+  CloserLook(DecideFn decide, const void* weights, int64_t n, ExponentSums& outliers, Guess& guess)
+      : decide_(decide), weights_(weights), n_(n), outliers_(outliers), guess_(guess) {
+    guess.keep ? by_count() : by_threshold();
+    Bracket& bracket = guess.bracket;
     if (bracket.atom < bracket.low || bracket.atom >= bracket.high) bracket.atom = Bracket::kNoAtom;
-    if (bracket.high - bracket.low < kNear) break;
-    at = bracket.guess;
   }
-}
+
+ private:
+  // The weights from a key on.
+  LayerSums above(uint32_t key) {
+    uint32_t keys[Decided::kSlack];
+    uint16_t positions[Decided::kSlack];
+    Decided out;
+    out.keys = keys, out.positions = positions, out.outliers = &outliers_;
+    const Bracket bracket{key, key};
+    decide_(weights_, n_, bracket, nullptr, out);
+    LayerSums sums;
+    sums.add(out, bracket);
+    return sums;
+  }
+
+  // The energy above some key bounds the scores on both sides of it: where the threshold is as expected, the cut lies
+  // in the bracket.
+  void by_threshold() {
+    constexpr double kSlack = 1e-5;
+    const Threshold& t = guess_.threshold;
+    Bracket& bracket = guess_.bracket;
+    for (int look = 0; look < kLooks; ++look) {
+      const uint32_t at = bracket.guess;
+      const LayerSums sums = above(at);
+      if (sums.kept == 0) return;
+      const double energy = sums.energy.value();
+      bracket.low = std::max(1u, std::min(at, key_of_score(t.lowest / (1 + kSlack), energy)));
+      bracket.high = std::max(at, std::min(kNonFinite, key_of_score(t.highest * (1 + kSlack), energy) + 1));
+      bracket.guess = std::clamp(key_of_score(t.likely, energy), bracket.low, bracket.high);
+      if (bracket.high - bracket.low < kNear) return;
+    }
+  }
+
+  // Counts close in on the cut from both sides.
+  void by_count() {
+    uint32_t low = 1, high = kNonFinite, at = guess_.bracket.guess;
+    const double density = std::max(1.0, guess_.density);
+    for (int look = 0; look < kLooks && low < at && at < high; ++look) {
+      const auto off = static_cast<double>(above(at).kept - guess_.keep);
+      (off >= 0 ? low : high) = at;
+      // Beyond the cut, so that it is between the two.
+      const double step = (1.2 * std::abs(off) + 2 * std::sqrt(std::abs(off)) + 4) / density;
+      const double next = std::sqrt(squared_value(at)) * std::exp(off >= 0 ? step : -step);
+      at = std::bit_cast<uint32_t>(static_cast<float>(std::min(next, 0x1p127)));
+    }
+    guess_.bracket.low = low, guess_.bracket.high = high;
+    guess_.bracket.guess = std::clamp(guess_.bracket.guess, low, high);
+  }
+
+  static constexpr int kLooks = 4;
+
+  DecideFn decide_;
+  const void* weights_;
+  int64_t n_;
+  ExponentSums& outliers_;
+  Guess& guess_;
+};
 
 }  // namespace
 
@@ -147,7 +187,7 @@ bool Reading::read(std::span<const uint8_t> wanted, std::span<uint8_t* const> ma
     Guess& guess = guesses[chunk.layer];
     const DecideFn decide = kernel.decide[static_cast<int>(dtype)];
     const void* weights = loader_.load(chunk, worker);
-    if (guess.threshold.likely > 0) look_closer(decide, weights, chunk.n, outliers[worker], guess);
+    if (guess.look) CloserLook(decide, weights, chunk.n, outliers[worker], guess);
     const auto& [bracket, ladder] = std::tie(guess.bracket, guess.ladder);
     const Magnitudes magnitudes(bracket, dtype);
     const bool alone = counts(chunk.layer, dtype);
@@ -180,7 +220,7 @@ bool Reading::read(std::span<const uint8_t> wanted, std::span<uint8_t* const> ma
         for (int64_t i = 0; i < out.aside; ++i) places[next[magnitudes.index(out.keys[i])]++] = out.positions[i];
       }
     }
-    if (guess.threshold.likely > 0) guess.aside = static_cast<double>(out.aside);
+    if (guess.look) guess.aside = static_cast<double>(out.aside);
     buffer.numbers.used += chunk.aside;
     if (positions) buffer.positions.used += out.aside;
     aside.fetch_add(alone ? chunk.aside : out.aside, std::memory_order_relaxed);

@@ -118,10 +118,11 @@ void count_keys(Scratch& scratch, double share, int64_t run, Histogram& histogra
 void sample_memory(const Problem& problem, int32_t layer, int32_t layers, bool close, std::span<const int32_t> tensors,
                    Scratch& scratch, Histogram& histogram) {
   const int64_t total = problem.layer_total[layer];
-  const int64_t least =
-      close ? std::clamp(kTuning.least_module / layers, kTuning.least_close, kTuning.least) : kTuning.least;
+  const bool alone = layers == 1;
+  int64_t least = close && alone ? kTuning.least_close : kTuning.least;
+  if (close && !alone) least = std::clamp(kTuning.least_module / layers, kTuning.least_close, kTuning.least);
   const int64_t wanted =
-      std::clamp(total / (layers == 1 ? kTuning.ratio_alone : kTuning.ratio), least, kTuning.most);
+      std::clamp(total / (alone && !close ? kTuning.ratio_alone : kTuning.ratio), least, kTuning.most);
   if (close && wanted < kTuning.fine_from) histogram.coarse = kTuning.coarse;
   const int64_t ratio = std::max<int64_t>(1, total / wanted);
   for (const int32_t t : tensors) {
