@@ -37,10 +37,12 @@ class Cells {
     const uint32_t bin = Sketch::bin_of(key) >> coarse;
     add(bin, 1, key - Sketch::first_of(bin << coarse));
   }
-  // Of a normal number.
-  void add_normal(uint32_t key) {
-    add((key >> Sketch::kShift) - 64 + Sketch::kDenormals, 1, key & ((1u << Sketch::kShift) - 1));
+  // Of a number from kNormal on.
+  void add_normal(uint32_t key, int coarse) {
+    const uint32_t bin = ((key >> Sketch::kShift) - 64 + Sketch::kDenormals) >> coarse;
+    add(bin, 1, key - (((bin << coarse) - Sketch::kDenormals + 64) << Sketch::kShift));
   }
+  static constexpr uint32_t kNormal = 1 << 24;  // a bin from here on has no denormals
   int64_t count(uint32_t bin) const { return cells_[bin].count; }
   void take(Cells& other);                                            // and leaves the other empty
   std::vector<Histogram::Bin> move_out(uint32_t low, uint32_t high);  // of bins [low, high], which are empty afterwards

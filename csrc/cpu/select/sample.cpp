@@ -92,8 +92,8 @@ void count_keys(Scratch& scratch, double share, int64_t run, Histogram& histogra
     bottom = std::min(bottom, static_cast<int32_t>(key));
   }
   const int coarse = histogram.coarse;
-  if (bottom >> 23 && coarse == 0)
-    for (const uint32_t key : keys) scratch.cells.add_normal(key);
+  if (static_cast<uint32_t>(bottom) >= Cells::kNormal)
+    for (const uint32_t key : keys) scratch.cells.add_normal(key, coarse);
   else
     for (const uint32_t key : keys) scratch.cells.add_key(key, coarse);
   const uint32_t low = Sketch::bin_of(static_cast<uint32_t>(bottom)) >> coarse;
