@@ -14,6 +14,27 @@ constexpr double kRunMost = 1 << 16;  // with so many weights at most in a run
 
 }  // namespace
 
+std::pair<uint32_t, uint32_t> Cells::add_keys(std::span<const uint32_t> keys, int coarse) {
+  constexpr uint32_t kNormal = 1 << 24;    // a bin from here on has no denormals
+  int32_t top = 0, bottom = INT32_MAX;  // keys are below 2^31, and processors compare signed numbers
+  for (const uint32_t key : keys) {
+    top = std::max(top, static_cast<int32_t>(key));
+    bottom = std::min(bottom, static_cast<int32_t>(key));
+  }
+  if (static_cast<uint32_t>(bottom) >= kNormal) {
+    for (const uint32_t key : keys) {
+      const uint32_t bin = ((key >> Sketch::kShift) - 64 + Sketch::kDenormals) >> coarse;
+      add(bin, 1, key - (((bin << coarse) - Sketch::kDenormals + 64) << Sketch::kShift));
+    }
+  } else {
+    for (const uint32_t key : keys) {
+      const uint32_t bin = Sketch::bin_of(key) >> coarse;
+      add(bin, 1, key - Sketch::first_of(bin << coarse));
+    }
+  }
+  return {Sketch::bin_of(static_cast<uint32_t>(bottom)) >> coarse, Sketch::bin_of(static_cast<uint32_t>(top)) >> coarse};
+}
+
 void Cells::take(Cells& other) {
   for (size_t b = 0; b < cells_.size(); ++b) {
     const Cell cell = std::exchange(other.cells_[b], {});

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <span>
+#include <utility>
 #include <vector>
 
 #include "core/exchange.h"
@@ -33,16 +34,8 @@ struct Histogram {
 class Cells {
  public:
   void add(uint32_t bin, int64_t count, int64_t rest) { cells_[bin].count += count, cells_[bin].rest += rest; }
-  void add_key(uint32_t key, int coarse) {
-    const uint32_t bin = Sketch::bin_of(key) >> coarse;
-    add(bin, 1, key - Sketch::first_of(bin << coarse));
-  }
-  // Of a number from kNormal on.
-  void add_normal(uint32_t key, int coarse) {
-    const uint32_t bin = ((key >> Sketch::kShift) - 64 + Sketch::kDenormals) >> coarse;
-    add(bin, 1, key - (((bin << coarse) - Sketch::kDenormals + 64) << Sketch::kShift));
-  }
-  static constexpr uint32_t kNormal = 1 << 24;  // a bin from here on has no denormals
+  // Adds at least one key; returns the first and the last bin of all.
+  std::pair<uint32_t, uint32_t> add_keys(std::span<const uint32_t> keys, int coarse = 0);
   int64_t count(uint32_t bin) const { return cells_[bin].count; }
   void take(Cells& other);                                            // and leaves the other empty
   std::vector<Histogram::Bin> move_out(uint32_t low, uint32_t high);  // of bins [low, high], which are empty afterwards

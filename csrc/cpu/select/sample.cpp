@@ -86,18 +86,7 @@ DIMAP_HD void take_run(const storage_t<kType>* weights, int64_t n, uint32_t* key
 // Counts the keys; run: of a file, and how the weights above the likely cut are spread over runs of so many, or 0.
 void count_keys(Scratch& scratch, double share, int64_t run, Histogram& histogram) {
   const std::vector<uint32_t>& keys = scratch.keys;
-  int32_t top = 0, bottom = INT32_MAX;  // keys are below 2^31, and processors compare signed numbers
-  for (const uint32_t key : keys) {
-    top = std::max(top, static_cast<int32_t>(key));
-    bottom = std::min(bottom, static_cast<int32_t>(key));
-  }
-  const int coarse = histogram.coarse;
-  if (static_cast<uint32_t>(bottom) >= Cells::kNormal)
-    for (const uint32_t key : keys) scratch.cells.add_normal(key, coarse);
-  else
-    for (const uint32_t key : keys) scratch.cells.add_key(key, coarse);
-  const uint32_t low = Sketch::bin_of(static_cast<uint32_t>(bottom)) >> coarse;
-  const uint32_t high = Sketch::bin_of(static_cast<uint32_t>(top)) >> coarse;
+  const auto [low, high] = scratch.cells.add_keys(keys, histogram.coarse);
   if (run) {
     auto left = static_cast<int64_t>(share * static_cast<double>(keys.size()));
     uint32_t bin = high;
