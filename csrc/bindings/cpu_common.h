@@ -1,6 +1,7 @@
 // What the CPU operators share: torch's thread pool for the kernels, outputs like the inputs.
 #pragma once
 
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
@@ -26,11 +27,21 @@ class TorchPool final : public Pool {
   int workers_;
 };
 
+// Contiguous ones of the tensors' shapes. torch::stable::empty looks its operator up by name each time, which takes as
+// long as deciding a small layer.
 inline std::vector<Tensor> empty_like(const std::vector<Tensor>& tensors, ScalarType type) {
+  const int32_t code = type == ScalarType::Bool ? aoti_torch_dtype_bool() : aoti_torch_dtype_float32();
   std::vector<Tensor> out;
-  for (const Tensor& t : tensors)
-    out.push_back(
-        torch::stable::empty(t.sizes(), type, std::nullopt, torch::stable::Device(torch::headeronly::DeviceType::CPU)));
+  out.reserve(tensors.size());
+  std::vector<int64_t> strides;
+  for (const Tensor& t : tensors) {
+    strides.assign(static_cast<size_t>(t.dim()), 1);
+    for (size_t d = strides.size(); d-- > 1;) strides[d - 1] = strides[d] * std::max<int64_t>(t.sizes()[d], 1);
+    AtenTensorHandle handle;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(t.dim(), t.sizes().data(), strides.data(), code,
+                                                    aoti_torch_device_type_cpu(), 0, &handle));
+    out.emplace_back(handle);
+  }
   return out;
 }
 

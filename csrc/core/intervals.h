@@ -21,6 +21,7 @@ struct Interval {
 // The nonempty intervals, largest magnitudes first.
 inline std::vector<Interval> intervals_of(const LayerTable& table) {
   std::vector<Interval> out;
+  out.reserve(2 + static_cast<size_t>(std::ranges::count_if(table.bins, [](const Bin& b) { return b.count != 0; })));
   const Window window = table.window;
   const auto bins = static_cast<int64_t>(table.bins.size());
   double energy = table.above_energy.value();
@@ -56,6 +57,7 @@ inline std::vector<Interval> intervals_of(const LayerTable& table) {
 template <typename Body>
 void exact_scores(const LayerTable& table, const std::vector<Interval>& intervals, size_t begin, size_t end,
                   Body&& body) {
+  if (begin == end) return;
   Energy energy = table.above_energy;
   for (size_t i = 0; i < end; ++i) {
     const Interval& interval = intervals[i];

@@ -2,12 +2,16 @@
 
 #include <algorithm>
 #include <bit>
+#include <functional>
 #include <limits>
+#include <utility>
 
 #include "core/intervals.h"
 
 namespace dimap {
 namespace {
+
+constexpr size_t kFew = 64;  // intervals that are sooner put in order than parted further
 
 struct LayerIntervals {
   explicit LayerIntervals(const LayerTable& table) : intervals(intervals_of(table)) {
@@ -15,29 +19,59 @@ struct LayerIntervals {
     cumulative.reserve(intervals.size());
     for (const Interval& interval : intervals) cumulative.push_back(sum += interval.count);
   }
+  // Weights in the first n intervals.
+  int64_t count(size_t n) const { return n ? cumulative[n - 1] : 0; }
+
   std::vector<Interval> intervals;
   std::vector<int64_t> cumulative;  // counts up to and including each
 };
 
-// The keep-th largest bound, to within a relative 2^-32 on the safe side. Bounds fall with the magnitude, up to their
-// rounding, so each layer answers by binary search.
+// The keep-th largest bound. Bounds fall with the magnitude, up to their rounding, so each layer answers by binary search
+// how many of its weights have at least some bound; a layer that is decided is not asked again, and few intervals that
+// are left are put in order.
 template <typename Bound>
-double select_bound(const std::vector<LayerIntervals>& layers, int64_t keep, bool round_up, Bound bound) {
-  auto enough = [&](double threshold) {
-    int64_t count = 0;
-    for (const LayerIntervals& layer : layers) {
-      const auto it = std::partition_point(layer.intervals.begin(), layer.intervals.end(),
-                                           [&](const Interval& i) { return bound(i) >= threshold; });
-      if (it != layer.intervals.begin()) count += layer.cumulative[it - layer.intervals.begin() - 1];
-    }
-    return count >= keep;
+double select_bound(const std::vector<LayerIntervals>& layers, int64_t keep, Bound bound) {
+  struct Open {
+    const LayerIntervals* layer;
+    size_t begin, end, middle;
   };
-  uint64_t yes = 0, no = std::bit_cast<uint64_t>(1.0) + 1;  // enough(0) holds: every bound is >= 0
-  while (no - yes > (uint64_t{1} << 20)) {
-    const uint64_t middle = yes + (no - yes) / 2;
-    (enough(std::bit_cast<double>(middle)) ? yes : no) = middle;
+  std::vector<Open> open;
+  size_t left = 0;  // intervals
+  for (const LayerIntervals& layer : layers) {
+    open.push_back({&layer, 0, layer.intervals.size(), 0});
+    left += layer.intervals.size();
   }
-  return std::bit_cast<double>(round_up ? no : yes);
+  int64_t decided = 0;  // weights of layers that are not open
+  uint64_t yes = 0, no = std::bit_cast<uint64_t>(1.0) + 1;  // every bound is in [0, 1]
+  while (left > kFew && no - yes > 1) {
+    const uint64_t middle = yes + (no - yes) / 2;
+    int64_t count = decided;
+    for (Open& o : open) {
+      const auto from = [&](const Interval& i) { return bound(i) >= std::bit_cast<double>(middle); };
+      const Interval* all = o.layer->intervals.data();
+      o.middle = static_cast<size_t>(std::partition_point(all + o.begin, all + o.end, from) - all);
+      count += o.layer->count(o.middle);
+    }
+    const bool enough = count >= keep;
+    (enough ? yes : no) = middle;
+    left = 0;
+    std::erase_if(open, [&](Open& o) {
+      (enough ? o.end : o.begin) = o.middle;
+      left += o.end - o.begin;
+      if (o.begin == o.end) decided += o.layer->count(o.begin);
+      return o.begin == o.end;
+    });
+  }
+  if (left > kFew) return std::bit_cast<double>(yes);  // they are equal
+  std::vector<std::pair<double, int64_t>> rest;  // bounds and weights
+  for (const Open& o : open) {
+    decided += o.layer->count(o.begin);
+    for (size_t i = o.begin; i < o.end; ++i) rest.emplace_back(bound(o.layer->intervals[i]), o.layer->intervals[i].count);
+  }
+  std::sort(rest.begin(), rest.end(), std::greater<>());
+  for (const auto& [value, weights] : rest)
+    if ((decided += weights) >= keep) return value;
+  return std::bit_cast<double>(yes);
 }
 
 struct Atom {
@@ -55,8 +89,8 @@ ModuleCut solve(std::span<const LayerTable> tables, int64_t keep, std::span<Cut>
   std::vector<LayerIntervals> layers;
   layers.reserve(tables.size());
   for (const LayerTable& table : tables) layers.emplace_back(table);
-  const double low = select_bound(layers, keep, false, [](const Interval& i) { return i.low; });
-  const double high = select_bound(layers, keep, true, [](const Interval& i) { return i.high; });
+  const double low = select_bound(layers, keep, [](const Interval& i) { return i.low; });
+  const double high = select_bound(layers, keep, [](const Interval& i) { return i.high; });
 
   bool decided = true;
   std::vector<Unsure> unsure;  // intervals that may hold the threshold
@@ -71,8 +105,11 @@ ModuleCut solve(std::span<const LayerTable> tables, int64_t keep, std::span<Cut>
   }
 
   if (!decided) {
-    for (size_t l = 0; l < layers.size(); ++l)
+    for (size_t l = 0; l < layers.size(); ++l) {
       next[l].window = closer_window(tables[l], layers[l].intervals, unsure[l]);
+      next[l].settled = unsure[l].begin == unsure[l].end;
+      next[l].kept = layers[l].count(unsure[l].begin);
+    }
     return {};
   }
 
@@ -80,7 +117,7 @@ ModuleCut solve(std::span<const LayerTable> tables, int64_t keep, std::span<Cut>
   std::vector<Atom> atoms;
   for (size_t l = 0; l < layers.size(); ++l) {
     const auto [begin, end] = unsure[l];
-    if (begin > 0) kept += layers[l].cumulative[begin - 1];
+    kept += layers[l].count(begin);
     exact_scores(tables[l], layers[l].intervals, begin, end,
                  [&](size_t i, double score) { atoms.push_back({score, l, i}); });
     cuts[l] = {end < layers[l].intervals.size() ? layers[l].intervals[end].last + 1 : 0, Cut::kNoTie};

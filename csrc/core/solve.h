@@ -27,6 +27,8 @@ struct ModuleCut {
 struct Next {
   Window window;
   bool escaped = false;  // the cut may lie outside the window that the table was taken through
+  bool settled = false;  // nowhere: the layer keeps `kept` weights, those with key >= window.below_end
+  int64_t kept = 0;
 };
 
 // Solves one module.
@@ -34,7 +36,8 @@ struct Next {
 //   tables  the module's layers, each surveyed through its own window
 //   keep    how many weights the module keeps, in [0, sum of the totals]
 //   cuts    one for each layer, valid where the module is decided
-//   next    one for each layer, valid where it is not; windows of as many bins as the layer's table has
+//   next    one for each layer, valid where it is not; windows of as many bins as the layer's table has. The module may
+//           be solved without its settled layers, and what they keep.
 //
 // A bin bounds the scores inside it; the keep-th largest of the lower bounds and that of the upper bounds enclose the
 // threshold. Only bins between the two matter: once each of them holds a single magnitude the exact scores decide, else

@@ -9,6 +9,7 @@ namespace {
 // Tuning, as data: measured with benchmarks/bench_select.py.
 constexpr struct {
   double sigmas = 3.5;              // half width of a bracket
+  double slack = 1e-5;              // ... and in any case, of the score
   double ladder_share = 1.0 / 256;  // of a layer beyond its grid: more than that are not summed one by one
 } kTuning;
 
@@ -37,16 +38,16 @@ Crossing cross(const Sketch& sketch, double threshold) {
   return {key, it->above + part * it->count, it->count / width, &*it};
 }
 
-double threshold_for(const std::vector<const Sketch*>& sketches, double keep) {
-  double low = std::log(1e-200), high = 0;  // of ln(threshold)
-  struct Part {                             // of a layer's steps, where the score falls to the threshold
+// The threshold that keeps so many weights, as far as the sketches say; sought near `about`, if that is not 0.
+double threshold_for(const std::vector<const Sketch*>& sketches, double keep, double about = 0) {
+  struct Part {  // of a layer's steps, where the score falls to the threshold
     const Step *begin, *end, *middle;
   };
   std::vector<Part> parts;
   for (const Sketch* sketch : sketches)
     parts.push_back({sketch->steps.data(), sketch->steps.data() + sketch->steps.size(), nullptr});
-  for (int i = 0; i < 29; ++i) {
-    const double middle = (low + high) / 2, threshold = std::exp(middle);
+  const auto kept_at = [&](double log) {
+    const double threshold = std::exp(log);
     double kept = 0;
     for (size_t l = 0; l < sketches.size(); ++l) {
       Part& part = parts[l];
@@ -59,24 +60,45 @@ double threshold_for(const std::vector<const Sketch*>& sketches, double keep) {
       kept += step->above;  // and of this step a part: it is so narrow that a straight line through it will do
       if (threshold < step->high) kept += (step->high - threshold) / (step->high - step->low) * step->count;
     }
-    (kept >= keep ? low : high) = middle;
-    for (Part& part : parts) (kept >= keep ? part.end : part.begin) = part.middle;
+    return kept;
+  };
+  // Of ln(threshold): between `low`, which keeps enough, and `high`, which does not.
+  double low = std::log(1e-200), high = 0, kept_low = 0, kept_high = 0;
+  for (const Sketch* sketch : sketches) kept_low += sketch->total;
+  const auto narrow = [&](double log, double kept) {
+    const bool enough = kept >= keep;
+    (enough ? low : high) = log, (enough ? kept_low : kept_high) = kept;
+    for (Part& part : parts) (enough ? part.end : part.begin) = part.middle;
+  };
+  if (about > 0)
+    for (const double side : {-0.25, 0.25}) {
+      const double log = std::log(about) + side;
+      if (log > low && log < high) narrow(log, kept_at(log));
+    }
+  for (int i = 0; high - low > 1e-6 && std::abs(kept_low - keep) >= 0.5; ++i) {
+    // In turns on a straight line between the two, and half-way.
+    const double part = i % 2 ? 0.5 : std::clamp((kept_low - keep) / (kept_low - kept_high), 0.02, 0.98);
+    const double log = low + part * (high - low);
+    narrow(log, kept_at(log));
   }
   return std::exp(low);
 }
 
 uint32_t finite(double key) { return static_cast<uint32_t>(std::clamp(key, 0.0, static_cast<double>(kNonFinite - 1))); }
 
-Bracket bracket_of(const Sketch& sketch, double lowest, double threshold, double highest, int granularity) {
-  // The layer's energy may be wrong by this much, and with it all its scores.
-  const double slack = std::min(1.0, kTuning.sigmas * sketch.deviation) + 1e-5;
-  const Crossing upper = cross(sketch, highest * (1 + slack)), lower = cross(sketch, lowest / (1 + slack));
+// slack: the layer's energy may be wrong by this part of it, and with it all its scores.
+Bracket bracket_of(const Sketch& sketch, const Threshold& threshold, double slack, int granularity) {
+  const Crossing upper = cross(sketch, threshold.highest * (1 + slack));
+  const Crossing lower = cross(sketch, threshold.lowest / (1 + slack));
   Bracket bracket;
   bracket.low = std::max<uint32_t>(1, finite(lower.key - 2));
   bracket.high = finite(upper.key + 2) + 1;
   if (sketch.exact) {  // where in a bin the weights are is not known, but which are in it
-    bracket.low = std::max<uint32_t>(1, Sketch::first_of(Sketch::bin_of(bracket.low)));
-    bracket.high = std::min(kNonFinite, Sketch::first_of(Sketch::bin_of(bracket.high) + 1));
+    const auto edge = [&](uint32_t key, uint32_t bins) {
+      return Sketch::first_of(((Sketch::bin_of(key) >> sketch.coarse) + bins) << sketch.coarse);
+    };
+    bracket.low = std::max<uint32_t>(1, edge(bracket.low, 0));
+    bracket.high = std::min(kNonFinite, edge(bracket.high, 1));
   }
   const uint32_t unit = uint32_t{1} << granularity;
   if (unit > 1) {  // few magnitudes: widen to whole ones, and one more on each side
@@ -96,7 +118,7 @@ Bracket bracket_of(const Sketch& sketch, double lowest, double threshold, double
         std::partition_point(inside, steps.end(), [&](const Step& step) { return step.end > bracket.low; });
     if (below != inside && std::prev(below)->first > bracket.low) bracket.low = std::prev(below)->first;
   }
-  bracket.guess = std::clamp(finite(cross(sketch, threshold).key), bracket.low, bracket.high);
+  bracket.guess = std::clamp(finite(cross(sketch, threshold.likely).key), bracket.low, bracket.high);
   return bracket;
 }
 
@@ -148,25 +170,39 @@ void bracket_module(const Problem& problem, int64_t module, std::span<const int3
   if (keep == 0) return;
   std::vector<const Sketch*> mine;
   for (const int32_t l : layers) mine.push_back(&sketches[l]);
-  const double threshold = threshold_for(mine, keep);
+  Threshold threshold;
+  threshold.likely = threshold_for(mine, keep);
+  // A module of one layer keeps so many of its weights, whatever their energy.
+  const bool alone = mine.size() == 1;
   double variance = 0, unsure = 1;  // of the number of weights above the threshold
   for (const Sketch* sketch : mine) {
-    const Crossing at = cross(*sketch, threshold);
+    const Crossing at = cross(*sketch, threshold.likely);
     if (sketch->exact) {
       if (at.step && at.step->only == Sketch::kMixed) unsure += at.step->count;
       continue;
     }
     if (sketch->scale <= 1.0) continue;
     const double share = std::clamp(at.kept / sketch->total, 0.0, 1.0);
-    const double moved = at.density * sketch->deviation / 2;
+    const double moved = alone ? 0 : at.density * sketch->deviation / 2;
     variance += sketch->scale * sketch->total * share * (1 - share) * sketch->clustering + moved * moved;
+    unsure += moved * sketch->deviation;  // all layers on one side: what is counted is no straight line of the energy
   }
   const double margin = kTuning.sigmas * std::sqrt(variance) + unsure;
-  const double highest = keep - margin > 0 ? threshold_for(mine, keep - margin) : 1.0;
-  const double lowest = keep + margin < total ? threshold_for(mine, keep + margin) : 0.0;
+  if (alone && guesses[layers[0]].close && !mine[0]->exact) {  // a closer look counts
+    threshold.lowest = threshold.highest = threshold.likely;
+  } else {
+    if (keep - margin > 0) threshold.highest = threshold_for(mine, keep - margin, threshold.likely);
+    if (keep + margin < total) threshold.lowest = threshold_for(mine, keep + margin, threshold.likely);
+  }
   for (size_t i = 0; i < mine.size(); ++i) {
     Guess& guess = guesses[layers[i]];
-    guess.bracket = bracket_of(*mine[i], lowest, threshold, highest, problem.layer_granularity[layers[i]]);
+    guess.look = guess.close && !mine[i]->exact;
+    guess.threshold = threshold;
+    guess.keep = alone ? problem.keep[module] : 0;
+    guess.density = cross(*mine[i], threshold.likely).density;
+    // A closer look will be surer than the sample.
+    const double slack = std::min(1.0, (alone ? 0 : guess.look ? 1 : kTuning.sigmas) * mine[i]->deviation) + kTuning.slack;
+    guess.bracket = bracket_of(*mine[i], threshold, slack, problem.layer_granularity[layers[i]]);
     guess.aside = fill(*mine[i], guess.bracket);
     guess.ladder.clear();
     if (mine[i]->exact) guess.ladder = ladder(*mine[i], guess.bracket);

@@ -9,8 +9,11 @@
 namespace dimap::cpu {
 namespace {
 
-// Layers of so many weights and more are counted by all workers together.
+// Layers of so many weights and more are counted by all workers together,
 constexpr int64_t kTogether = int64_t{1} << 20;
+
+// ... and of so few key by key: a counter's tables have 2^16 cells to look through.
+constexpr int64_t kFew = int64_t{1} << 15;
 
 // Histograms of the weights' bits, one for each type of storage, and of their keys.
 class Counter {
@@ -110,6 +113,11 @@ void count_layers(const Problem& problem, std::span<const uint8_t> wanted, Loade
   pool.begin("counting", bytes);
   std::vector<Counter> counters(static_cast<size_t>(pool.workers()));
   std::vector<Histogram> histograms(problem.layers());
+  struct Few {
+    Cells cells;
+    std::vector<uint32_t> keys;
+  };
+  std::vector<Few> few(counters.size());
   const auto add = [&](int32_t c, int worker) {
     const Chunk& chunk = chunks[c];
     const DType dtype = problem.tensors[chunk.tensor].dtype;
@@ -119,9 +127,25 @@ void count_layers(const Problem& problem, std::span<const uint8_t> wanted, Loade
     });
     pool.advance(chunk.n * size_of(dtype));
   };
+  const auto count_few = [&](size_t l, int worker) {
+    auto& [cells, keys] = few[worker];
+    keys.clear();
+    for (const int32_t c : chunks_of_layer[l]) {
+      const DType dtype = problem.tensors[chunks[c].tensor].dtype;
+      for_type(dtype, [&]<DType kType>() {
+        const auto* weights = static_cast<const storage_t<kType>*>(loader.load(chunks[c], worker));
+        for (int64_t i = 0; i < chunks[c].n; ++i) keys.push_back(key_of<kType>(weights[i]));
+      });
+      pool.advance(chunks[c].n * size_of(dtype));
+    }
+    if (keys.empty()) return;
+    const auto [low, high] = cells.add_keys(keys);
+    histograms[l].bins = cells.move_out(low, high);
+  };
   const auto together = [&](size_t l) { return problem.layer_total[l] >= kTogether; };
   pool.for_each(static_cast<int64_t>(problem.layers()), [&](int64_t l, int worker) {
     if (!wanted[l] || together(l)) return;
+    if (problem.layer_total[l] <= kFew) return count_few(static_cast<size_t>(l), worker);
     for (const int32_t c : chunks_of_layer[l]) add(c, worker);
     histograms[l].bins = counters[worker].cells().move_out(0, Sketch::kBins - 1);
   });

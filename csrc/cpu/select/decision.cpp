@@ -50,19 +50,17 @@ Decision::Decision(const Problem& problem, const Pool& pool, const Exchange* exc
       reading_(problem, loader_, pool, keeps),
       read_(problem.layers()),
       layers_(problem.modules()),
+      keep_(problem.keep),
       bins_(problem.layers()),
       windows_(problem.layers()),
       survey_bins_(survey_bins_of(problem)) {
   const int64_t total = std::accumulate(problem.module_total.begin(), problem.module_total.end(), int64_t{0});
   budget_ = total / kTuning.aside_share + kTuning.aside_least;
   if (keeps == Keeps::kCounts) budget_ = std::min(budget_, aside_most);
-  number_layers();
+  for (size_t l = 0; l < problem.layers(); ++l) layers_[problem.layer_module[l]].push_back(static_cast<int32_t>(l));
+  unsettled_ = layers_;
   decide(masks);
   for (size_t l = 0; l < problem.layers(); ++l) read_[l] = read_[l] && suffices(l);
-}
-
-void Decision::number_layers() {
-  for (size_t l = 0; l < problem_.layers(); ++l) layers_[problem_.layer_module[l]].push_back(static_cast<int32_t>(l));
 }
 
 std::vector<int64_t> Decision::quotas() const {
@@ -72,7 +70,7 @@ std::vector<int64_t> Decision::quotas() const {
 }
 
 void Decision::decide(std::span<uint8_t* const> masks) {
-  std::vector<Sketch> sketches = sample_layers(problem_, loader_, pool_, exchange_);
+  std::vector<Sketch> sketches = sample_layers(problem_, reading_.guesses, loader_, pool_, exchange_);
   Flags open(problem_.modules(), 1), counted(problem_.modules());
   const auto bracket = [&](const Flags& which) {
     pool_.for_each(static_cast<int64_t>(problem_.modules()), [&](int64_t m, int) {
@@ -179,38 +177,44 @@ void Decision::solve_open(Flags& open, bool surveys) {
   std::vector<Bin> bins(static_cast<size_t>(first.back()));
   for (int round = 0;; ++round) {
     if (round == kTuning.rounds) throw std::logic_error("dimap: the cuts did not converge");
-    if (!surveys)
-      for (size_t l = 0; l < problem_.layers(); ++l)
-        if (!read_[l]) active[problem_.layer_module[l]] = 0;
-    if (!any(active)) return;
+    std::vector<int32_t> layers;  // to be looked at in this round
     Flags surveyed(problem_.layers());
-    for (size_t l = 0; l < problem_.layers(); ++l) surveyed[l] = active[problem_.layer_module[l]] && !read_[l];
-    pool_.for_each(static_cast<int64_t>(problem_.layers()), [&](int64_t l, int) {
-      if (!active[problem_.layer_module[l]] || !read_[l]) return;
-      tables[l] = reading_.table(static_cast<int32_t>(l), windows_[l],
+    for (size_t m = 0; m < active.size(); ++m) {
+      const auto is_read = [&](int32_t l) { return read_[l] != 0; };
+      active[m] = active[m] && (surveys || std::ranges::all_of(unsettled_[m], is_read));
+      if (active[m]) layers.insert(layers.end(), unsettled_[m].begin(), unsettled_[m].end());
+    }
+    if (!any(active)) return;
+    pool_.for_each(static_cast<int64_t>(layers.size()), [&](int64_t i, int) {
+      const int32_t l = layers[i];
+      if (!read_[l]) {
+        surveyed[l] = 1;
+        return;
+      }
+      tables[l] = reading_.table(l, windows_[l],
                                  std::span(bins).subspan(static_cast<size_t>(first[l]), static_cast<size_t>(bins_[l])));
     });
     Survey seen;
     if (any(surveyed)) {
       ++readings;
       seen = survey(problem_, windows_, survey_bins_, surveyed, loader_, pool_);
-      for (size_t l = 0; l < problem_.layers(); ++l)
+      for (const int32_t l : layers)
         if (surveyed[l]) tables[l] = seen.tables[l];
     }
-    if (exchange_) add_up(active, tables, bins, seen);
+    if (exchange_) add_up(layers, tables, bins, seen);
     pool_.for_each(static_cast<int64_t>(problem_.modules()), [&](int64_t m, int) {
       if (active[m]) active[m] = open[m] = !solve_module(m, tables);
     });
   }
 }
 
-// Adds up the tables of the active modules over the ranks. Their bins lie in `bins` or in `seen`.
-void Decision::add_up(const Flags& active, std::span<LayerTable> tables, std::vector<Bin>& bins, Survey& seen) const {
+// Adds up the tables of the layers over the ranks. Their bins lie in `bins` or in `seen`.
+void Decision::add_up(std::span<const int32_t> layers, std::span<LayerTable> tables, std::vector<Bin>& bins,
+                      Survey& seen) const {
   std::vector<int64_t> numbers;
   const auto for_tables = [&](auto&& body) {
     size_t at = 0;
-    for (size_t l = 0; l < tables.size(); ++l) {
-      if (!active[problem_.layer_module[l]]) continue;
+    for (const int32_t l : layers) {
       const auto columns = static_cast<size_t>(wire_columns(static_cast<int64_t>(tables[l].bins.size())));
       body(tables[l], at, columns);
       at += columns;
@@ -231,12 +235,13 @@ void Decision::add_up(const Flags& active, std::span<LayerTable> tables, std::ve
 }
 
 bool Decision::solve_module(int64_t module, const std::vector<LayerTable>& tables) {
-  const std::vector<int32_t>& layers = layers_[module];
+  std::vector<int32_t>& layers = unsettled_[module];
   std::vector<LayerTable> mine;
+  mine.reserve(layers.size());
   for (const int32_t l : layers) mine.push_back(tables[l]);
   std::vector<Cut> found(layers.size());
   std::vector<Next> next(layers.size());
-  modules[module] = solve(mine, problem_.keep[module], found, next);
+  modules[module] = solve(mine, keep_[module], found, next);
   if (modules[module].decided) {
     for (size_t i = 0; i < layers.size(); ++i) cuts[layers[i]] = found[i];
     return true;
@@ -247,6 +252,11 @@ bool Decision::solve_module(int64_t module, const std::vector<LayerTable>& table
   for (size_t i = 0; i < layers.size(); ++i) {
     const int32_t l = layers[i];
     if (next[i].escaped && read_[l]) continue;
+    if (next[i].settled) {
+      cuts[l] = {next[i].window.below_end, Cut::kNoTie};
+      keep_[module] -= next[i].kept;
+      closer = true;
+    }
     closer |= next[i].window.base != windows_[l].base || next[i].window.shift != windows_[l].shift;
     windows_[l] = next[i].window;
   }
@@ -256,6 +266,10 @@ bool Decision::solve_module(int64_t module, const std::vector<LayerTable>& table
     read_[l] = 0;
     windows_[l] = window_over(0, kNonFinite - 1, survey_bins_, problem_.layer_granularity[l]);
   }
+  size_t left = 0;
+  for (size_t i = 0; i < layers.size(); ++i)
+    if (!next[i].settled) layers[left++] = layers[i];
+  layers.resize(left);
   return false;
 }
 

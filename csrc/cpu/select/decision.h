@@ -41,14 +41,14 @@ class Decision {
   std::vector<int64_t> quotas() const;
 
  private:
-  void number_layers();
   void decide(std::span<uint8_t* const> masks);
   Flags layers_of(const Flags& modules_wanted) const;
   bool readable(int32_t layer) const;
   void read(const Flags& which, std::span<uint8_t* const> masks);
   static int64_t bins_of(const Guess& guess);
   void solve_open(Flags& open, bool surveys);
-  void add_up(const Flags& active, std::span<LayerTable> tables, std::vector<Bin>& bins, Survey& seen) const;
+  void add_up(std::span<const int32_t> layers, std::span<LayerTable> tables, std::vector<Bin>& bins,
+              Survey& seen) const;
   bool solve_module(int64_t module, const std::vector<LayerTable>& tables);
   bool suffices(size_t layer) const;
 
@@ -60,6 +60,9 @@ class Decision {
   int64_t budget_;                            // numbers that may be set aside
   Flags read_;                                // [layers]
   std::vector<std::vector<int32_t>> layers_;  // [modules]
+  // What is left to solve: layers whose cuts are not settled, and how many weights these keep together.
+  std::vector<std::vector<int32_t>> unsettled_;  // [modules]
+  std::vector<int64_t> keep_;                    // [modules]
   std::vector<int64_t> bins_;                 // [layers] of a window over what was set aside
   std::vector<Window> windows_;               // [layers]
   const int64_t survey_bins_;                 // of a window over all weights

@@ -14,6 +14,27 @@ constexpr double kRunMost = 1 << 16;  // with so many weights at most in a run
 
 }  // namespace
 
+std::pair<uint32_t, uint32_t> Cells::add_keys(std::span<const uint32_t> keys, int coarse) {
+  constexpr uint32_t kNormal = 1 << 24;    // a bin from here on has no denormals
+  int32_t top = 0, bottom = INT32_MAX;  // keys are below 2^31, and processors compare signed numbers
+  for (const uint32_t key : keys) {
+    top = std::max(top, static_cast<int32_t>(key));
+    bottom = std::min(bottom, static_cast<int32_t>(key));
+  }
+  if (static_cast<uint32_t>(bottom) >= kNormal) {
+    for (const uint32_t key : keys) {
+      const uint32_t bin = ((key >> Sketch::kShift) - 64 + Sketch::kDenormals) >> coarse;
+      add(bin, 1, key - (((bin << coarse) - Sketch::kDenormals + 64) << Sketch::kShift));
+    }
+  } else {
+    for (const uint32_t key : keys) {
+      const uint32_t bin = Sketch::bin_of(key) >> coarse;
+      add(bin, 1, key - Sketch::first_of(bin << coarse));
+    }
+  }
+  return {Sketch::bin_of(static_cast<uint32_t>(bottom)) >> coarse, Sketch::bin_of(static_cast<uint32_t>(top)) >> coarse};
+}
+
 void Cells::take(Cells& other) {
   for (size_t b = 0; b < cells_.size(); ++b) {
     const Cell cell = std::exchange(other.cells_[b], {});
@@ -87,6 +108,7 @@ Sketch sketch_of(const Histogram& histogram, int64_t total, bool exact) {
   const auto n = static_cast<double>(taken);
   exact |= taken == total;  // a small layer's sample is all of it
   sketch.exact = exact;
+  sketch.coarse = histogram.coarse;
   sketch.scale = exact || taken == 0 ? 1 : sketch.total / n;
   if (exact) {
     sketch.deviation = 2e-5;  // of the squares in a bin around that of their mean, at most, over sigmas
@@ -103,12 +125,12 @@ Sketch sketch_of(const Histogram& histogram, int64_t total, bool exact) {
   }
   sketch.steps.reserve(histogram.bins.size());
   for (auto bin = histogram.bins.rbegin(); bin != histogram.bins.rend(); ++bin) {
-    const uint32_t first = Sketch::first_of(bin->bin);
+    const uint32_t first = histogram.first_of(bin->bin);
     if (first >= kNonFinite) continue;  // reading will find what is not finite
     const auto mean = std::min(first + static_cast<uint32_t>(bin->rest / bin->count), kNonFinite - 1);
     const bool heavy = static_cast<double>(bin->count) > Sketch::kAtomShare * n;
     const bool equal = (heavy || bin->bin == 0) && bin->rest % bin->count == 0;  // or nearly so: it is a guess
-    sketch.add(bin->bin, equal ? mean : Sketch::kMixed, static_cast<double>(bin->count) * sketch.scale,
+    sketch.add(first, histogram.first_of(bin->bin + 1), equal ? mean : Sketch::kMixed, static_cast<double>(bin->count) * sketch.scale,
                squared_value(mean));
   }
   return sketch;

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <span>
+#include <utility>
 #include <vector>
 
 #include "core/exchange.h"
@@ -12,11 +13,15 @@ namespace dimap::cpu {
 
 struct Histogram {
   struct Bin {
-    uint32_t bin;   // of Sketch
+    uint32_t bin;   // of Sketch, or 2^coarse of them together
     int64_t count;  // weights in it,
     int64_t rest;   // and the sum of their keys' distances from the bin's first
   };
   std::vector<Bin> bins;  // nonempty ones, rising
+  int coarse = 0;         // few weights are counted in wider bins: of one rank alone
+
+  // Of a bin, its first key.
+  uint32_t first_of(uint32_t bin) const { return Sketch::first_of(bin << coarse); }
 
   // Of a sample, which is taken in runs of neighbours: the sums over its runs of their energy and of the number of
   // weights in them above a likely cut, and of the squares of both.
@@ -29,14 +34,8 @@ struct Histogram {
 class Cells {
  public:
   void add(uint32_t bin, int64_t count, int64_t rest) { cells_[bin].count += count, cells_[bin].rest += rest; }
-  void add_key(uint32_t key) {
-    const uint32_t bin = Sketch::bin_of(key);
-    add(bin, 1, key - Sketch::first_of(bin));
-  }
-  // Of a normal number.
-  void add_normal(uint32_t key) {
-    add((key >> Sketch::kShift) - 64 + Sketch::kDenormals, 1, key & ((1u << Sketch::kShift) - 1));
-  }
+  // Adds at least one key; returns the first and the last bin of all.
+  std::pair<uint32_t, uint32_t> add_keys(std::span<const uint32_t> keys, int coarse = 0);
   int64_t count(uint32_t bin) const { return cells_[bin].count; }
   void take(Cells& other);                                            // and leaves the other empty
   std::vector<Histogram::Bin> move_out(uint32_t low, uint32_t high);  // of bins [low, high], which are empty afterwards

@@ -17,6 +17,8 @@ constexpr struct {
   int64_t ratio_alone = 16;  // one run in this many, where a module has one layer: its cut is a quantile of that layer
   int64_t ratio = 56;        // one run in this many elsewhere, where the layer is neither small
   int64_t least = 8192;      // nor
+  int64_t least_module = 1 << 15;  // (of layers that are looked at closely when they are read: their module needs so
+  int64_t least_close = 512;      // many in its sample, and each of them this many)
   int64_t most = int64_t{1} << 18;      // large: weights in the sample of a layer
   int64_t ahead = 24;                   // runs between asking memory for one and reading it
   int64_t file_run = int64_t{1} << 16;  // bytes of a file read at a time,
@@ -25,6 +27,8 @@ constexpr struct {
   int64_t file_most = 32;               // more;
   int64_t file_keys = 4096;  // so many weights of each are looked at, since their neighbours tell little more,
   int64_t file_line = 16;    // so many together
+  int64_t fine_from = 4096;  // weights in a sample of which there are enough to fill narrow bins
+  int coarse = 2;            // log2 of how many go together where there are not
 } kTuning;
 
 uint64_t mix(uint64_t x) {  // the finaliser of splitmix64
@@ -82,21 +86,12 @@ DIMAP_HD void take_run(const storage_t<kType>* weights, int64_t n, uint32_t* key
 // Counts the keys; run: of a file, and how the weights above the likely cut are spread over runs of so many, or 0.
 void count_keys(Scratch& scratch, double share, int64_t run, Histogram& histogram) {
   const std::vector<uint32_t>& keys = scratch.keys;
-  int32_t top = 0, bottom = INT32_MAX;  // keys are below 2^31, and processors compare signed numbers
-  for (const uint32_t key : keys) {
-    top = std::max(top, static_cast<int32_t>(key));
-    bottom = std::min(bottom, static_cast<int32_t>(key));
-  }
-  if (bottom >> 23)
-    for (const uint32_t key : keys) scratch.cells.add_normal(key);
-  else
-    for (const uint32_t key : keys) scratch.cells.add_key(key);
-  const uint32_t low = Sketch::bin_of(static_cast<uint32_t>(bottom)), high = Sketch::bin_of(static_cast<uint32_t>(top));
+  const auto [low, high] = scratch.cells.add_keys(keys, histogram.coarse);
   if (run) {
     auto left = static_cast<int64_t>(share * static_cast<double>(keys.size()));
     uint32_t bin = high;
     while (bin > low && (left -= scratch.cells.count(bin)) > 0) --bin;
-    const uint32_t cut = Sketch::first_of(bin);
+    const uint32_t cut = histogram.first_of(bin);
     for (size_t at = 0; at < keys.size(); at += static_cast<size_t>(run)) {
       const auto begin = keys.begin() + static_cast<int64_t>(at);
       const auto end = begin + std::min(run, static_cast<int64_t>(keys.size() - at));
@@ -108,11 +103,16 @@ void count_keys(Scratch& scratch, double share, int64_t run, Histogram& histogra
   histogram.bins = scratch.cells.move_out(low, high);
 }
 
-// A layer's histogram from its tensors that lie in memory.
-void sample_memory(const Problem& problem, int32_t layer, bool alone, std::span<const int32_t> tensors,
+// A layer's histogram from its tensors that lie in memory. layers: in its module; close: it will be looked at closely.
+void sample_memory(const Problem& problem, int32_t layer, int32_t layers, bool close, std::span<const int32_t> tensors,
                    Scratch& scratch, Histogram& histogram) {
   const int64_t total = problem.layer_total[layer];
-  const int64_t wanted = std::clamp(total / (alone ? kTuning.ratio_alone : kTuning.ratio), kTuning.least, kTuning.most);
+  const bool alone = layers == 1;
+  int64_t least = close && alone ? kTuning.least_close : kTuning.least;
+  if (close && !alone) least = std::clamp(kTuning.least_module / layers, kTuning.least_close, kTuning.least);
+  const int64_t wanted =
+      std::clamp(total / (alone && !close ? kTuning.ratio_alone : kTuning.ratio), least, kTuning.most);
+  if (close && wanted < kTuning.fine_from) histogram.coarse = kTuning.coarse;
   const int64_t ratio = std::max<int64_t>(1, total / wanted);
   for (const int32_t t : tensors) {
     const TensorView& tensor = problem.tensors[t];
@@ -177,7 +177,8 @@ int64_t sample_files(const Problem& problem, int32_t layer, std::span<const int3
 
 }  // namespace
 
-std::vector<Sketch> sample_layers(const Problem& problem, Loader& loader, const Pool& pool, const Exchange* exchange) {
+std::vector<Sketch> sample_layers(const Problem& problem, std::span<const Guess> guesses, Loader& loader,
+                                  const Pool& pool, const Exchange* exchange) {
   std::vector<std::vector<int32_t>> tensors(problem.layers());
   std::vector<int32_t> layers(problem.modules());
   for (size_t t = 0; t < problem.tensors.size(); ++t)
@@ -194,7 +195,7 @@ std::vector<Sketch> sample_layers(const Problem& problem, Loader& loader, const 
     mine.keys.clear();
     int64_t run = 0;
     if (problem.tensors[tensors[layer][0]].file < 0)
-      sample_memory(problem, layer, layers[module] == 1, tensors[layer], mine, histogram);
+      sample_memory(problem, layer, layers[module], guesses[layer].close, tensors[layer], mine, histogram);
     else
       run = sample_files(problem, layer, tensors[layer], loader, worker, mine, histogram);
     const double share = static_cast<double>(problem.keep[module]) / static_cast<double>(problem.module_total[module]);

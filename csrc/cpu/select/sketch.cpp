@@ -4,8 +4,8 @@
 
 namespace dimap::cpu {
 
-void Sketch::add(uint32_t bin, uint32_t only, double count, double square) {
-  Step step{first_of(bin), first_of(bin + 1), only, static_cast<float>(count), above_, 0, 0};
+void Sketch::add(uint32_t first, uint32_t end, uint32_t only, double count, double square) {
+  Step step{first, end, only, static_cast<float>(count), above_, 0, 0};
   const auto score = [&](uint32_t key) { return energy_ > 0 ? std::min(1.0, squared_value(key) / energy_) : 1.0; };
   step.high = score(std::min(step.end, kNonFinite - 1));
   above_ += count;

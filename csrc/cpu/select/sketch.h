@@ -42,9 +42,10 @@ struct Sketch {
   double deviation = 0;     // of the energy, relative
   double clustering = 1.5;  // neighbours are alike: variance of a count over that of independent draws
   bool exact = false;       // all weights were counted: each is in the bin that it is said to be in
+  int coarse = 0;           // as in its histogram
 
-  // Adds the next lower bin: `count` weights of mean square `square`.
-  void add(uint32_t bin, uint32_t only, double count, double square);
+  // Adds the next lower bin, of the keys [first, end): `count` weights of mean square `square`.
+  void add(uint32_t first, uint32_t end, uint32_t only, double count, double square);
 
  private:
   double above_ = 0, energy_ = 0;
