@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from ..report.text import Fitting, make_console
-from .common import Debug, Json, print_json, print_wrote, report_errors
+from .common import Debug, Json, option, print_json, print_wrote, report_errors
 from .progress import Bar
 
 if TYPE_CHECKING:
@@ -25,31 +25,23 @@ SOURCE = (
 
 def bench(
     source: Annotated[str, typer.Argument(metavar="[IN]", help=SOURCE)] = "swin_b",
-    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Where to run.")] = "cpu",
+    device: Annotated[Literal["cpu", "cuda"], option("Where to run.")] = "cpu",
     dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"] | None,
-        typer.Option(help="Convert the weights first.", show_default=False),
+        Literal["float32", "bfloat16", "float16"] | None, option("Convert the weights first.")
     ] = None,
-    sparsity: Annotated[
-        float, typer.Option("--sparsity", "-s", help="The share of weights to drop.")
-    ] = 0.55,
+    sparsity: Annotated[float, option("The share of weights to drop.", "--sparsity", "-s")] = 0.55,
     scope: Annotated[
-        Literal["module", "global", "layer"], typer.Option(help="Where one threshold holds.")
+        Literal["module", "global", "layer"], option("Where one threshold holds.")
     ] = "module",
     threads: Annotated[
-        int | None,
-        typer.Option(min=1, help="Threads of the CPU. Default: all of them.", show_default=False),
+        int | None, option("Threads of the CPU. Default: all of them.", min=1)
     ] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Rounds of each job.")] = 11,
+    rounds: Annotated[int, option("Rounds of each job.", min=1)] = 11,
     quick: Annotated[
         bool,
-        typer.Option(
-            "--quick", help="Fewer rounds, and plain PyTorch on a part of the weights only."
-        ),
+        option("Fewer rounds, and plain PyTorch on a part of the weights only.", "--quick"),
     ] = False,
-    plot: Annotated[
-        Path | None, typer.Option(help="Draw the times into this file.", show_default=False)
-    ] = None,
+    plot: Annotated[Path | None, option("Draw the times into this file.")] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:

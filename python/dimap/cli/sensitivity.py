@@ -6,8 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
-
 from .budgets import parse_share
 from .common import (
     Debug,
@@ -16,6 +14,7 @@ from .common import (
     Layers,
     RandomInit,
     Source,
+    option,
     print_json,
     print_wrote,
     report_errors,
@@ -38,21 +37,17 @@ def sensitivity(
     source: Source,
     data: Annotated[
         str | None,
-        typer.Option(
-            metavar="DATA",
-            help="Measure accuracy, too, with each module alone pruned: a folder with val/, or a data "
+        option(
+            "Measure accuracy, too, with each module alone pruned: a folder with val/, or a data "
             "set of timm's factory, as in torch/fashion_mnist:FOLDER.",
+            metavar="DATA",
         ),
     ] = None,
     at: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar="SHARE", help="With --data: a sparsity to measure at. Default: 50%, 70%, 90%."
-        ),
+        option("With --data: a sparsity to measure at. Default: 50%, 70%, 90%.", metavar="SHARE"),
     ] = None,
-    plot: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Draw the curves, .png or .svg.")
-    ] = None,
+    plot: Annotated[Path | None, option("Draw the curves, .png or .svg.", metavar="FILE")] = None,
     key: Key = None,
     random_init: RandomInit = False,
     layers: Layers = False,
@@ -60,7 +55,7 @@ def sensitivity(
     debug: Debug = False,
     *,
     grouping: Grouping,
-    **options: Any,
+    settings: dict[str, Any],
 ) -> None:
     """Show what each module, and each layer, loses if it alone is pruned, at every sparsity.
 
@@ -87,7 +82,7 @@ def sensitivity(
             from ..finetuning.sensitivity import accuracy_alone
 
             found = replace(
-                found, accuracy=accuracy_alone(source, data, shares, choice=choice, **options)
+                found, accuracy=accuracy_alone(source, data, shares, choice=choice, **settings)
             )
         if plot is not None:
             from ..plots import sensitivity_curves
