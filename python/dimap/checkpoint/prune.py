@@ -141,11 +141,8 @@ def pruning_checkpoint(
             groups.refuse(sparsity=sparsity, shares=shares, scope=scope, normalize=normalize)
         ranking = METHODS["uniform" if exact else method]
         scope, normalize = scope or ranking.scope, normalize or ranking.normalize
-        if isinstance(checkpoint, Shards) and (checkpoint.packed or checkpoint.foreign):
-            raise ValueError(
-                f"{checkpoint.path} must be dense, got one stored as bits and values: "
-                "`dimap expand` makes it dense"
-            )
+        if isinstance(checkpoint, Shards):
+            checkpoint.check_dense()
         if groups is not None or scope == "row":
             wanted.refuse(scope)
         checkpoint.choice = choose(patterns, family, ignore) or checkpoint.choice

@@ -27,7 +27,7 @@ from .bitmask import Format, Layout, compact_file, lay_out, size_at_most
 from .compact import Writer
 from .header import DTYPES, Entry, Header, make_header
 from .native import FILL, READ, Told, begin, elements, opened
-from .shards import Shards, packed_index
+from .shards import Shards
 
 ENGINE_DTYPES = {"F32": 0, "BF16": 1, "F16": 2}  # as `_C` numbers them
 ZERO_BITS = {"F32": 0, "BF16": 16, "F16": 13}  # low bits that are zero in every key
@@ -65,10 +65,8 @@ class StreamPruning(Pruned):
 
 def check_dtypes(checkpoint: Checkpoint, plan: Plan) -> None:
     """Refuse weights that the engine cannot read."""
-    if isinstance(checkpoint, Shards) and checkpoint.packed:
-        raise ValueError(
-            f"{checkpoint.path} must be dense, got a bitmask file: `dimap expand` makes it dense"
-        )
+    if isinstance(checkpoint, Shards):
+        checkpoint.check_dense()
     for name in wholes(plan.names):
         dtype = checkpoint.tensors[name].dtype
         if dtype.code not in ENGINE_DTYPES:
@@ -232,9 +230,8 @@ class Stream:
                     with naming(Path(path)):
                         os.fsync(descriptor)
         self._add_up(engine, nonzero_others, solved, keep, result)
-        if form != "dense" and self.checkpoint.index is not None and ranks.rank == 0:
-            named = {s.path.name: header for s, header in zip(self.shards, headers, strict=True)}
-            self.checkpoint.write_index(targets, packed_index(self.checkpoint.index, named))
+        if form != "dense" and ranks.rank == 0:
+            self.checkpoint.write_index(targets, headers, packed=True)
 
     def _decide(
         self, inputs: list[tuple[int, str]], solved: Solved, result: StreamPruning

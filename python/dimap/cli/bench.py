@@ -7,14 +7,13 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from ..report.text import Fitting, make_console
+from ..report.text import Column, Fitting, make_console, table
 from .common import Debug, Json, option, print_json, print_wrote, report_errors
 from .progress import Bar
 
 if TYPE_CHECKING:
     from ..bench import Bench, Row
 
-COLUMNS = ("job", "time", "ns/weight", "GB/s", "× copy", "range", "× plain", "faults")
 LOST = ("faults", "range", "ns/weight", "GB/s", "× plain")  # where there is no room for all
 
 SOURCE = (
@@ -68,27 +67,23 @@ def bench(
 
 
 def _print(found: Bench) -> None:
-    from rich import box
-    from rich.table import Table
-
-    machine = found.machine
-    weights = found.rows[0].weights
-    title = (
+    machine, weights = found.machine, found.rows[0].weights
+    columns = [
+        Column("job", lambda row: row.job + ("*" if row.weights < weights else ""), left=True),
+        Column("time", _time),
+        Column("ns/weight", lambda row: _short(row.nanoseconds)),
+        Column("GB/s", lambda row: _short(row.nbytes / row.timing.median / 1e9)),
+        Column("× copy", lambda row: row.job != "copy" and _short(row.beside_copy[0])),
+        Column("range", _range),
+        Column("× plain", _faster),
+        Column("faults", lambda row: f"{row.timing.faults:,}"),
+    ]
+    shown = table(columns, found.rows)
+    shown.title_justify, shown.show_edge = "left", False
+    shown.title = (
         f"{found.source}: {weights / 1e6:.1f} M weights, {found.dtype}, in {found.tensors} tensors"
     )
     where = machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} threads"
-    table = Table(
-        title=title,
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        show_edge=False,
-    )
-    for column in COLUMNS:
-        left = column == "job"
-        table.add_column(column, justify="left" if left else "right", no_wrap=True)
-    for row in found.rows:
-        table.add_row(*_cells(row, weights))
     note = (
         f"{where}, torch {machine['torch']}, load {machine['load_before']:.1f}. Medians of "
         f"{len(found.rows[0].timing.seconds)} rounds, all in turns. × copy: the time over that of a "
@@ -98,22 +93,21 @@ def _print(found: Bench) -> None:
     )
     if any(row.weights < weights for row in found.rows):
         note += " A * was timed on a part of the weights and compared by the weight."
-    make_console().print(Fitting(table, *LOST), note, sep="")
+    make_console().print(Fitting(shown, *LOST), note, sep="")
 
 
-def _cells(row: Row, weights: int) -> tuple[str, ...]:
+def _time(row: Row) -> str:
     seconds = row.timing.median
-    median, low, high = row.beside_copy
-    return (
-        row.job + ("*" if row.weights < weights else ""),
-        f"{seconds * 1e3:.1f} ms" if seconds < 1 else f"{seconds:.1f} s",
-        _short(row.nanoseconds),
-        _short(row.nbytes / seconds / 1e9),
-        "" if row.job == "copy" else _short(median),
-        f"{_short(low)}-{_short(high)}" if low < high else "",
-        "" if row.faster is None or row.job.startswith("plain") else _short(row.faster),
-        f"{row.timing.faults:,}",
-    )
+    return f"{seconds * 1e3:.1f} ms" if seconds < 1 else f"{seconds:.1f} s"
+
+
+def _range(row: Row) -> str:
+    _, low, high = row.beside_copy
+    return f"{_short(low)}-{_short(high)}" if low < high else ""
+
+
+def _faster(row: Row) -> str:
+    return "" if row.faster is None or row.job.startswith("plain") else _short(row.faster)
 
 
 def _short(number: float) -> str:

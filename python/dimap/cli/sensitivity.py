@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
+from ..report.text import Column, make_console, table
 from .budgets import parse_share
 from .common import (
     Debug,
@@ -98,31 +99,28 @@ def sensitivity(
 
 def _print(found: Any, *, layers: bool) -> None:
     """A line for each module, with `layers` for each layer, and what was measured."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
     from rich.text import Text
 
-    console = Console()
-    table = Table("", "weights", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.title, table.title_justify = "distortion in percent, by the share removed", "left"
-    for share in SHOWN:
-        table.add_column(f"{share} %")
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for curves in (found.modules, found.layers if layers else ()):
-        for curve in curves:
-            values = (f"{100 * curve.distortion[share]:.2f}" for share in SHOWN)
-            table.add_row(Text(curve.name), f"{curve.weights:,}", *values)
-        table.add_section()
-    console.print(table)
+    console = make_console()
+    names = Column("", lambda curve: curve.name, left=True)
+    weights = Column("weights", lambda curve: f"{curve.weights:,}")
+    losses = [
+        Column(f"{share} %", lambda curve, at=share: f"{100 * curve.distortion[at]:.2f}")
+        for share in SHOWN
+    ]
+    rows = [*found.modules, *(found.layers if layers else ())]
+    shown = table([names, weights, *losses], rows)
+    shown.title, shown.title_justify = "distortion in percent, by the share removed", "left"
+    shown.rows[len(found.modules) - 1].end_section = True
+    console.print(shown)
     if found.accuracy:
-        table = Table("", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-        table.title = f"top-1 in percent, one module pruned; {found.accuracy['dense']:.2f} dense"
-        for share in found.accuracy["sparsities"]:
-            table.add_column(f"{100 * share:g} %", justify="right")
-        for name, values in found.accuracy["modules"].items():
-            table.add_row(Text(name), *(f"{value:.2f}" for value in values))
-        console.print(table)
+        tops = [
+            Column(f"{100 * share:g} %", lambda row, at=at: f"{row[1][at]:.2f}")
+            for at, share in enumerate(found.accuracy["sparsities"])
+        ]
+        names = Column("", lambda row: row[0], left=True)
+        shown = table([names, *tops], list(found.accuracy["modules"].items()))
+        shown.title = f"top-1 in percent, one module pruned; {found.accuracy['dense']:.2f} dense"
+        console.print(shown)
     for note in found.notes:
         console.print(Text(note, style="yellow"), soft_wrap=True)
