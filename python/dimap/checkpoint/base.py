@@ -28,14 +28,8 @@ class Progress(Protocol):
     def advance(self, amount: int) -> None: ...
 
 
-class Silent:
+class Silent(Progress):
     """Progress that tells nobody."""
-
-    def step(self, description: str, total: int | None = None) -> None:
-        pass
-
-    def advance(self, amount: int) -> None:
-        pass
 
 
 class Checkpoint(ABC):
