@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from typing_extensions import Unpack
 
-    from ..budgets import Wanted
+    from ..budgets.asked import Wanted
     from .state_dict import StateDict
 
 __all__ = ["Progress", "StreamPruning", "prune_checkpoint", "pruning_checkpoint"]
