@@ -28,8 +28,14 @@ class Progress(Protocol):
     def advance(self, amount: int) -> None: ...
 
 
-class Silent(Progress):
+class Silent:
     """Progress that tells nobody."""
+
+    def step(self, description: str, total: int | None = None) -> None:
+        pass
+
+    def advance(self, amount: int) -> None:
+        pass
 
 
 class Checkpoint(ABC):

@@ -128,11 +128,11 @@ class Index(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """The files of a checkpoint, all of one form: `SAFETENSORS` or `TORCH`; and their index."""
+    """The files of a checkpoint, all of one form: `SAFETENSORS` or `TORCH`; and what lists them."""
 
     files: list[Path]
     form: str
-    index: Index | None
+    listing: Index | None
 
 
 def find_weights(path: Path, *, alone: bool = False) -> Weights:

@@ -134,7 +134,7 @@ class Shards(Checkpoint):
         self.foreign = [stem for stem in stems if all(stem + part in tensors for part in PARTS)]
         if self.packed or self.foreign:
             self.notes = ["stored as bits and nonzero values: `dimap expand` gives the dense one"]
-        self.index = found.index
+        self.index = found.listing
         if self.index is not None:
             self.index.check({e.name: s.path for s in self.shards for e in s.stored.entries})
             if self.packed:

@@ -156,8 +156,8 @@ def open_pickled(
     """The weights of files of torch.save: at the top, where `NESTS` says, or under `key`."""
     nests = {f: choose_nest(_load(f), str(f), key, all_copies) for f in found.files}
     checkpoint = StateDict(path, form, nests, {"format": "pt"})
-    if found.index is not None:
-        found.index.check(checkpoint.home)
+    if found.listing is not None:
+        found.listing.check(checkpoint.home)
     return checkpoint
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -104,23 +105,26 @@ def _print(found: Any, *, layers: bool) -> None:
     console = make_console()
     names = Column("", lambda curve: curve.name, left=True)
     weights = Column("weights", lambda curve: f"{curve.weights:,}")
-    losses = [
-        Column(f"{share} %", lambda curve, at=share: f"{100 * curve.distortion[at]:.2f}")
-        for share in SHOWN
-    ]
+    losses = [Column(f"{share} %", partial(_loss, share)) for share in SHOWN]
     rows = [*found.modules, *(found.layers if layers else ())]
     shown = table([names, weights, *losses], rows)
     shown.title, shown.title_justify = "distortion in percent, by the share removed", "left"
     shown.rows[len(found.modules) - 1].end_section = True
     console.print(shown)
     if found.accuracy:
-        tops = [
-            Column(f"{100 * share:g} %", lambda row, at=at: f"{row[1][at]:.2f}")
-            for at, share in enumerate(found.accuracy["sparsities"])
-        ]
+        shares = enumerate(found.accuracy["sparsities"])
+        tops = [Column(f"{100 * share:g} %", partial(_top1, at)) for at, share in shares]
         names = Column("", lambda row: row[0], left=True)
         shown = table([names, *tops], list(found.accuracy["modules"].items()))
         shown.title = f"top-1 in percent, one module pruned; {found.accuracy['dense']:.2f} dense"
         console.print(shown)
     for note in found.notes:
         console.print(Text(note, style="yellow"), soft_wrap=True)
+
+
+def _loss(share: int, curve: Any) -> str:
+    return f"{100 * curve.distortion[share]:.2f}"
+
+
+def _top1(at: int, module: tuple[str, list[float]]) -> str:
+    return f"{module[1][at]:.2f}"
