@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 import signal
 import sys
+from importlib import import_module
+from typing import Any
 
 _SOURCE = re.compile(r"^\w+, \S+\.(?:cpp|h|cu):\d+, ")  # where in C++ an operator's error is from
 
@@ -32,6 +34,19 @@ def sentence(error: BaseException) -> str:
 def first_line(error: BaseException) -> str:
     """What an error of another library says first, or its kind where it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def need(package: str, purpose: str, *, module: str = "", install: str = "") -> Any:
+    """Import a package that need not be there, or a module of it.
+
+    purpose: the error's first words, as "timm models need". install: what pip is given in its place.
+    Raises ModuleNotFoundError that says how to get it.
+    """
+    try:
+        return import_module(module or package)
+    except ModuleNotFoundError as error:
+        problem = f"{purpose} the package {package}: pip install {install or package}"
+        raise ModuleNotFoundError(problem, name=package) from error
 
 
 def unwind_on_signals() -> None:

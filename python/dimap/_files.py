@@ -46,10 +46,10 @@ def replacing(path: Path, *, folder: bool = False, force: bool = False) -> Itera
     try:
         try:
             temporary.mkdir() if folder else temporary.touch(exist_ok=False)
-            lock = _lock(temporary)
         except OSError as error:
             problem = f"must be in a folder that can be written to, got: {error.strerror}"
             raise OSError(error.errno, problem, str(path)) from error
+        lock = _lock(temporary)
         with naming(path, temporary):
             yield temporary
             _sync(temporary)
@@ -102,14 +102,12 @@ def check_free(path: Path, *, folder: bool = False, force: bool = False) -> None
         os.lstat(path)  # an error that the name is too long comes now, not after the work
     except (FileNotFoundError, NotADirectoryError):
         return
-    kind = kind_of(path)
+    kind, wanted = kind_of(path), "a folder" if folder else "a file"
     if kind in SPECIAL:
-        wanted = "folder" if folder else "file"
-        raise FileExistsError(errno.EEXIST, f"must be a {wanted}, got {kind}", str(path))
-    if kind == "a folder" and not folder:
-        raise IsADirectoryError(errno.EISDIR, "must be a file, got a folder", str(path))
-    if folder and kind != "a folder":
-        raise NotADirectoryError(errno.ENOTDIR, f"must be a folder, got {kind}", str(path))
+        raise FileExistsError(errno.EEXIST, f"must be {wanted}, got {kind}", str(path))
+    if (kind == "a folder") != folder:
+        code = errno.ENOTDIR if folder else errno.EISDIR
+        raise OSError(code, f"must be {wanted}, got {kind}", str(path))
     if folder and force and not os.access(path, os.W_OK) and path.stat().st_uid != os.geteuid():
         raise PermissionError(
             errno.EACCES, "must be a folder whose files can be removed to be replaced", str(path)

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from ._errors import need
 from .groups.identity import same_weights
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ def create(name: str, *, pretrained: bool) -> nn.Module:
     Raises ModuleNotFoundError without timm, ValueError for a name that timm does not know, OSError
     where the weights are not in the hub's cache and cannot be downloaded.
     """
-    timm = _import()
+    timm = need("timm", "timm models need")
     _check_known(timm, name)
     if not pretrained:
         return seeded(0, lambda: timm.create_model(name))
@@ -126,7 +127,7 @@ def _skeleton(architecture: str, config: Mapping[str, Any]) -> nn.Module:
 
 
 def _build(architecture: str, config: Mapping[str, Any]) -> nn.Module:
-    timm = _import()
+    timm = need("timm", "timm models need")
     build: Any = _class(architecture)
     if build is None:
         _check_known(timm, architecture)
@@ -186,15 +187,6 @@ def _class(path: str) -> type[nn.Module] | None:
     if not (isinstance(found, type) and issubclass(found, nn.Module)):
         raise ValueError(f"{path} must be a model class of timm")
     return found
-
-
-def _import() -> Any:
-    try:
-        return importlib.import_module("timm")
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "timm models need the package timm: pip install timm", name="timm"
-        ) from error
 
 
 def _check_known(timm: Any, name: str) -> None:

@@ -38,7 +38,7 @@ from .sensitivity import Sensitivity, measure
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from .budgets import Wanted
+    from .budgets.asked import Wanted
 
 __all__ = ["Normalize", "Pruning", "Scope", "prune", "score", "select"]
 

@@ -56,7 +56,7 @@ def measure(weights: Weights) -> Sensitivity:
     tables = Tables(weights, around=ALL, bins=BINS)
     owners = [plan.layer_of_tensors()[head] for head in tables.heads]
     energies = tables.energies()
-    sizes = tables.sizes()
+    sizes = tables.sizes
     layers = [
         Curve(
             layer.name,

@@ -10,7 +10,8 @@ in an output: metadata, index, optimizer state and a folder's other files are ca
 Rooms: `locate` (what a path is), `header` (safetensors headers), `bitmask` (the sparse formats, with
 `compact`, the blocks of one of them; `sparse_bitmask`, another library's), `shards` (safetensors),
 `state_dict` (`.pth` and timm; imports torch), `copies` (of the weights, beside them); what is done with
-them: `prune` (with `streaming` for safetensors), `inspect`, `expand`, and `native`, what `_C` is handed;
+them: `prune` (with `streaming` for safetensors, `in_memory` for the others, and `outputs`), `inspect`,
+`expand`, and `native`, what `_C` is handed;
 of many checkpoints: `inputs` (which), `manifest` (what is done), `many` (one of them), `workers` (--jobs).
 """
 
@@ -19,6 +20,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from .._errors import first_line, need
 from .base import Checkpoint
 from .header import Spec
 from .locate import PICKLED, SAFETENSORS, find_weights, other_weights
@@ -85,17 +87,9 @@ def open_checkpoint(
 def _from_hub(text: str) -> Path:
     """The folder of "hf:ORG/NAME", or of "hf:ORG/NAME@REVISION", in the hub's cache."""
     name, _, revision = text.removeprefix(HUB).partition("@")
-    try:
-        import huggingface_hub as hub
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "hf:ORG/NAME needs the package huggingface_hub: pip install huggingface_hub",
-            name="huggingface_hub",
-        ) from error
+    hub = need("huggingface_hub", "hf:ORG/NAME needs")
     try:
         return Path(hub.snapshot_download(name, revision=revision or None))
     except Exception as error:  # its own kinds, and those of what it loads with
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise OSError(
-            f"{text} is not in the hub's cache and could not be downloaded: {reason}"
-        ) from error
+        problem = f"{text} is not in the hub's cache and could not be downloaded"
+        raise OSError(f"{problem}: {first_line(error)}") from error

@@ -195,14 +195,6 @@ def copy_folder(source: Path, target: Path, without: Collection[str] = ()) -> No
             )
 
 
-def check_apart(kind: str, path: Path, others: Mapping[str, Path]) -> None:
-    """An output must not be one of the others, or lie in one; kind: what it is, for the error."""
-    place = path.resolve()
-    for name, other in others.items():
-        if other.resolve() in (place, *place.parents):
-            raise ValueError(f"{kind} must lie apart from {name}, got {path}")
-
-
 def _check_replaceable(folder: Path) -> None:
     """A folder is replaced, thus removed, only if it plainly is an earlier output."""
     try:

@@ -16,7 +16,7 @@ from .._files import replacing
 from ..groups.plan import check_choice
 from .base import raw_bytes
 from .compact import STEP, Writer, in_parallel
-from .header import DTYPES, DType, Entry, Header, Spec, dtype_of, make_header, parse_header, refuse
+from .header import DTYPES, Entry, Header, Spec, dtype_of, make_header, parse_header, refuse
 
 if TYPE_CHECKING:
     import os
@@ -65,33 +65,40 @@ def lay_out(dense: Header, nonzero: Mapping[str, int], where: str) -> Layout:
         makes it smaller.
     where: the dense file, for errors.
     """
-    names = {entry.name for entry in dense.entries}
-    stored: list[tuple[Entry, int | None]] = []
-    for entry in dense.entries:
-        count = nonzero.get(entry.name)
-        # Where the name of its bits is taken the tensor is stored as it is.
-        packed = count is not None and pays(entry, count) and entry.name + BITS not in names
-        stored.append((entry, count if packed else None))
-    header = make_header(_describe(stored), _metadata(dense, "bitmask", where), where)
+    counts = _packable(dense, nonzero)
+    packed = {e.name for e in dense.entries if e.name in counts and pays(e, counts[e.name])}
+    header = _header(dense, {name: counts[name] for name in packed}, where)
     return _join(header, dense, "bitmask", where)
 
 
-def _describe(
-    stored: list[tuple[Entry, int | None]],
-) -> list[tuple[str, DType, list[int]]]:
-    """Entries of a file: of each tensor, or of its values, so many, and its bits."""
+def size_at_most(dense: Header, nonzero: Mapping[str, int], where: str) -> int:
+    """Bytes that the file of `lay_out` does not exceed, and hardly falls below; it grows with the counts.
+
+    The header is that of a file that packs all of them, if packing pays or not.
+    """
+    counts = _packable(dense, nonzero)
+    saved = 0
+    for entry in dense.entries:
+        if entry.name in counts:
+            size = counts[entry.name] * entry.dtype.size + (entry.numel() + 7) // 8
+            saved += max(0, size - entry.nbytes)
+    return _header(dense, counts, where).file_size - saved
+
+
+def _packable(dense: Header, nonzero: Mapping[str, int]) -> dict[str, int]:
+    """The counts but for tensors of whose bits the name is taken: they are stored as they are."""
+    names = {entry.name for entry in dense.entries}
+    return {name: count for name, count in nonzero.items() if name + BITS not in names}
+
+
+def _header(dense: Header, counts: Mapping[str, int], where: str) -> Header:
+    """That of a bitmask file. counts: of the values of each tensor that is packed."""
     # From the largest type to the smallest, the bits last: so every tensor lies aligned.
-    stored = sorted(stored, key=lambda item: -item[0].dtype.bits)
-    described = [
-        (entry.name, entry.dtype, list(entry.shape) if count is None else [count])
-        for entry, count in stored
-    ]
-    described += [
-        (entry.name + BITS, DTYPES["U8"], [(entry.numel() + 7) // 8])
-        for entry, count in stored
-        if count is not None
-    ]
-    return described
+    entries = sorted(dense.entries, key=lambda entry: -entry.dtype.bits)
+    stored = [(e.name, e.dtype, [counts[e.name]] if e.name in counts else e.shape) for e in entries]
+    packed = [entry for entry in entries if entry.name in counts]
+    bits = [(e.name + BITS, DTYPES["U8"], [(e.numel() + 7) // 8]) for e in packed]
+    return make_header([*stored, *bits], _metadata(dense, "bitmask", where), where)
 
 
 def compact_file(file: Path, dense: Header, where: str) -> Writer:
@@ -109,23 +116,6 @@ def _metadata(dense: Header, form: Format, where: str) -> dict[str, str]:
     if form == "compact":
         own[DIGEST_KEY] = hashlib.sha256(dense.raw[8:]).hexdigest()
     return dense.metadata | own
-
-
-def size_at_most(dense: Header, nonzero: Mapping[str, int], where: str) -> int:
-    """Bytes that the file of `lay_out` does not exceed, and hardly falls below; it grows with the counts.
-
-    The header is that of a file that packs all of them, if packing pays or not.
-    """
-    names = {entry.name for entry in dense.entries}
-    packed = {n: c for n, c in nonzero.items() if n + BITS not in names}
-    stored = [(entry, packed.get(entry.name)) for entry in dense.entries]
-    header = make_header(_describe(stored), _metadata(dense, "bitmask", where), where)
-    saved = 0
-    for entry, count in stored:
-        if count is not None:
-            size = count * entry.dtype.size + (entry.numel() + 7) // 8
-            saved += max(0, size - entry.nbytes)
-    return header.file_size - saved
 
 
 def read_layout(header: Header, where: str) -> Layout:

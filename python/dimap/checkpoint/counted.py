@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from .. import _timm
+from .._errors import need
 from . import HUB, TIMM
 from .base import Checkpoint
 
@@ -80,7 +80,7 @@ def _timm_model(
 def _torchvision_model(checkpoint: Checkpoint, name: str) -> nn.Module:
     import torch
 
-    models = _import("torchvision.models", "torchvision")
+    models = need("torchvision", "the model needs", module="torchvision.models")
     if name not in (known := models.list_models(module=models)):
         raise ValueError(f"torchvision must know the model, got {name!r}{_timm.near(name, known)}")
     with torch.device("meta"):
@@ -105,7 +105,7 @@ def _transformers_model(source: str) -> nn.Module:
     """source: a folder, or a name of the hub. Code that a repository brings is not run."""
     import torch
 
-    library = _import("transformers")
+    library = need("transformers", "the model needs")
     verbosity = library.logging.get_verbosity()
     library.logging.set_verbosity_error()
     try:
@@ -118,13 +118,3 @@ def _transformers_model(source: str) -> nn.Module:
     finally:
         library.logging.set_verbosity(verbosity)
     return cast("nn.Module", model)
-
-
-def _import(module: str, package: str | None = None) -> Any:
-    package = package or module
-    try:
-        return import_module(module)
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"the model needs the package {package}: pip install {package}", name=package
-        ) from error

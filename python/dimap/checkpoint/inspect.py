@@ -138,7 +138,32 @@ def _grouping(checkpoint: Checkpoint) -> tuple[Grouping, bool]:
 
 # Of each tensor how many weights are not zero; and of those to prune, the most in groups of 0 … 16.
 Counted = tuple[dict[str, int], dict[str, list[int]]]
-Grid = tuple[int, int, int, int, int, int, int]  # what `_C.count_groups` is given
+
+
+class _Counts:
+    """What `_C` is to count of tensors in files, and of which it is told their groups, too."""
+
+    def __init__(self) -> None:
+        self.tensors: dict[str, tuple[int, Entry]] = {}
+        self.grouped: dict[str, tuple[int, int, int, int, int, int, int]] = {}
+
+    def add(self, name: str, file: int, entry: Entry, axis: int | None) -> None:
+        """A tensor that is stored as it is. axis: of its groups, where it can have them."""
+        if axis is None or not entry.dtype.size or not entry.dtype.mask:
+            self.tensors[name] = file, entry
+            return
+        offset, _, size, mask = elements(entry)
+        self.grouped[name] = (file, offset, size, mask, *as_groups(entry.shape, axis))
+
+    def made(self, files: list[tuple[int, str]], told: Told) -> Counted:
+        tensors = [(file, *elements(entry)) for file, entry in self.tensors.values()]
+        counts = _C.count_nonzero(files, tensors, progress=told)
+        groups = _C.count_groups(files, list(self.grouped.values()), progress=told)
+        told.finish()
+        found = {name: count for name, (count, _) in zip(self.grouped, groups, strict=True)}
+        for (name, (_, entry)), count in zip(self.tensors.items(), counts, strict=True):
+            found[name] = count if entry.dtype.size else entry.numel()
+        return found, {name: most for name, (_, most) in zip(self.grouped, groups, strict=True)}
 
 
 def _count_in_files(
@@ -147,33 +172,28 @@ def _count_in_files(
     """Of a tensor that is stored as bits and values, the values are counted, and the bits looked at."""
     assert isinstance(checkpoint, Shards)
     number = {shard.path: file for file, shard in enumerate(checkpoint.shards)}
-    stored: dict[str, tuple[int, Entry]] = {}
-    grids: dict[str, Grid] = {}
+    wanted = _Counts()
     compact: dict[str, list[str]] = {}  # tensors, and of each itself or its slices
     for name in names:
-        home = checkpoint.home[whole(name)]
-        place, dense = home.layout.places[whole(name)], home.entries[whole(name)].part(name)
-        grid = as_groups(dense.shape, axes[name]) if name in axes else (0, 0, 0)
-        if home.layout.form == "compact":
+        shard = checkpoint.home[whole(name)]
+        file, (values, bits) = number[shard.path], shard.layout.places[whole(name)]
+        if shard.layout.form == "compact":
             compact.setdefault(whole(name), []).append(name)
-            continue
-        if place.bits:
+        elif bits is None:
+            wanted.add(name, file, values.part(name), axes.get(name))
+        else:
+            dense = shard.entries[whole(name)].part(name)
             at = name.at * dense.numel() if isinstance(name, Slice) else 0
-            grids[name] = (number[home.path], place.bits.begin * 8 + at, 0, 0, *grid)
-            if isinstance(name, Slice):  # whose values no header tells apart
-                continue
-        elif dense.dtype.size and dense.dtype.mask and name in axes:
-            offset, _, size, mask = elements(place.values.part(name))
-            grids[name] = (number[home.path], offset, size, mask, *grid)
-            continue
-        stored[name] = number[home.path], place.values.part(name)
-    told = Told(progress)
+            grid = as_groups(dense.shape, axes[name]) if name in axes else (0, 0, 0)
+            wanted.grouped[name] = (file, bits.begin * 8 + at, 0, 0, *grid)
+            if not isinstance(name, Slice):  # whose values no header tells apart
+                wanted.tensors[name] = file, values
     with opened(checkpoint.files, READ) as files:
-        found, most = _count_stored(files, stored, grids, told)
+        found, most = wanted.made(files, Told(progress))
     for name, parts in compact.items():
         more = _count_expanded(checkpoint.home[name], name, parts, axes, progress)
-        found.update(more[0])
-        most.update(more[1])
+        found |= more[0]
+        most |= more[1]
     return found, most
 
 
@@ -193,32 +213,10 @@ def _count_expanded(
         progress.step("reading", entry.nbytes)
         for size in decoded(shard.path, shard.table([name]), write):
             progress.advance(size)
-        stored: dict[str, tuple[int, Entry]] = {}
-        grids: dict[str, Grid] = {}
+        wanted = _Counts()
         for part in parts:
-            mine = entry.part(part)
-            if part in axes and mine.dtype.size and mine.dtype.mask:
-                offset, _, size, mask = elements(mine)
-                grids[part] = (0, offset, size, mask, *as_groups(mine.shape, axes[part]))
-            else:
-                stored[part] = 0, mine
-        return _count_stored([output], stored, grids, Told(Silent()))
-
-
-def _count_stored(
-    files: list[tuple[int, str]],
-    stored: Mapping[str, tuple[int, Entry]],
-    grids: Mapping[str, Grid],
-    told: Told,
-) -> Counted:
-    tensors = [(file, *elements(entry)) for file, entry in stored.values()]
-    counts = _C.count_nonzero(files, tensors, progress=told)
-    groups = _C.count_groups(files, list(grids.values()), progress=told)
-    told.finish()
-    found = {name: count for name, (count, _) in zip(grids, groups, strict=True)}
-    for (name, (_, entry)), count in zip(stored.items(), counts, strict=True):
-        found[name] = count if entry.dtype.size else entry.numel()
-    return found, {name: most for name, (_, most) in zip(grids, groups, strict=True)}
+            wanted.add(part, 0, entry.part(part), axes.get(part))
+        return wanted.made([output], Told(Silent()))
 
 
 def _count_in_memory(

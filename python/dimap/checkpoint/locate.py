@@ -6,7 +6,7 @@ import errno
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -86,17 +86,53 @@ def _form_of_zip(path: Path) -> str:
     return "a zip archive of another kind"
 
 
-class Weights(NamedTuple):
-    """The files of a checkpoint, all of one form.
+class Index(NamedTuple):
+    """Which tensor is in which file of a folder.
 
-    form: `SAFETENSORS` or `TORCH`. listing: the index that says which tensor is where; its text.
+    text: the file at `path`. weight_map: tensor name -> name of a file beside it.
     """
+
+    path: Path
+    text: bytes
+    weight_map: dict[str, str]
+
+    @staticmethod
+    def read(path: Path, text: bytes) -> Index:
+        """The index of this text. Raises ValueError."""
+        try:
+            index = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path} must be JSON ({error})") from error
+        weight_map: Any = index.get("weight_map") if isinstance(index, dict) else None
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ValueError(f"{path} must have a weight_map from tensor names to file names")
+        ending = ".bin" if ".bin.index" in path.name else ".safetensors"
+        for file in weight_map.values():
+            # Nothing but a plain name: the output must not be written outside its folder.
+            plain = isinstance(file, str) and Path(file).name == file
+            if not plain or not file.endswith(ending):
+                raise ValueError(f"{path} must name {ending[1:]} files beside it, got {file!r}")
+        return Index(path, text, weight_map)
+
+    def check(self, home: Mapping[str, Path]) -> None:
+        """It must say of every tensor in which file it is. Raises ValueError."""
+        for name, file in self.weight_map.items():
+            if name not in home or home[name].name != file:
+                raise ValueError(f"{self.path} must match its shards, got {name}, not in {file}")
+        for name, path in home.items():
+            if name not in self.weight_map:
+                raise ValueError(
+                    f"{self.path} must name every tensor of its shards, got no {name}, "
+                    f"which is in {path.name}"
+                )
+
+
+class Weights(NamedTuple):
+    """The files of a checkpoint, all of one form: `SAFETENSORS` or `TORCH`; and what lists them."""
 
     files: list[Path]
     form: str
-    listing: Path | None = None
-    text: bytes = b""
-    weight_map: dict[str, str] = {}  # noqa: RUF012 - never changed
+    listing: Index | None
 
 
 def find_weights(path: Path, *, alone: bool = False) -> Weights:
@@ -106,12 +142,8 @@ def find_weights(path: Path, *, alone: bool = False) -> Weights:
     one of a checkpoint's shards: these are not pruned apart from each other.
     """
     check_readable(path)
-    if path.is_dir():
-        chosen = choose_weights(path)
-    else:
-        if not alone:
-            check_no_shard(path)
-        chosen = path
+    chosen, index = choose_weights(path) if path.is_dir() else path, None
+    files = [chosen]
     if _INDEX.fullmatch(chosen.name):
         if not path.is_dir():
             raise ValueError(
@@ -119,30 +151,26 @@ def find_weights(path: Path, *, alone: bool = False) -> Weights:
             )
         if (form := form_of(chosen)) != "neither":
             raise ValueError(f"{chosen} must be an index of weights, got {form}")
-        text = chosen.read_bytes()
-        weight_map = read_index(text, chosen)
-        files = [chosen.parent / name for name in sorted(set(weight_map.values()))]
-        for file in files:
-            if not file.is_symlink() and not file.exists():
-                raise FileNotFoundError(
-                    errno.ENOENT, f"must be there, since {chosen} names it", str(file)
-                )
-        found = Weights(files, "", chosen, text, weight_map)
-    else:
-        found = Weights([chosen], "")
-    forms = {}
-    for file in found.files:
+        index = Index.read(chosen, chosen.read_bytes())
+        files = [chosen.parent / name for name in sorted(set(index.weight_map.values()))]
+    elif not path.is_dir() and not alone:
+        check_no_shard(path)
+    forms = set()
+    for file in files:
+        if index and not os.path.lexists(file):
+            problem = f"must be there, since {chosen} names it"
+            raise FileNotFoundError(errno.ENOENT, problem, str(file))
         check_readable(file)
-        forms[form_of(file)] = file
-    for form, file in forms.items():
+        form = form_of(file)
         if form not in (SAFETENSORS, TORCH):
             got = "a file of another kind" if form == "neither" else form
             raise ValueError(
                 f"{file} must be a safetensors file or a file of torch.save, got {got}"
             )
+        forms.add(form)
     if len(forms) > 1:
-        raise ValueError(f"{found.listing} must name files of one form, got {' and '.join(forms)}")
-    return found._replace(form=next(iter(forms)))
+        raise ValueError(f"{chosen} must name files of one form, got {' and '.join(sorted(forms))}")
+    return Weights(files, form, index)
 
 
 def choose_weights(folder: Path) -> Path:
@@ -225,37 +253,6 @@ def check_no_shard(path: Path) -> None:
             f"{path} must be a whole checkpoint, got one of its shards; give the folder "
             f"{path.parent} with {INDEX}"
         )
-
-
-def read_index(text: bytes, path: Path) -> dict[str, str]:
-    """An index's weight_map: tensor name -> name of a file beside it."""
-    try:
-        index = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} must be JSON ({error})") from error
-    weight_map: Any = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(f"{path} must have a weight_map from tensor names to file names")
-    ending = ".bin" if ".bin.index" in path.name else ".safetensors"
-    for file in weight_map.values():
-        # Nothing but a plain name: the output must not be written outside its folder.
-        plain = isinstance(file, str) and Path(file).name == file
-        if not plain or not file.endswith(ending):
-            raise ValueError(f"{path} must name {ending[1:]} files beside it, got {file!r}")
-    return weight_map
-
-
-def check_index(index: Path, weight_map: dict[str, str], home: dict[str, Path]) -> None:
-    """An index must say of every tensor in which file it is."""
-    for name, file in weight_map.items():
-        if name not in home or home[name].name != file:
-            raise ValueError(f"{index} must match its shards, got {name}, not in {file}")
-    for name, path in home.items():
-        if name not in weight_map:
-            raise ValueError(
-                f"{index} must name every tensor of its shards, got no {name}, "
-                f"which is in {path.name}"
-            )
 
 
 def shorten(items: Iterable[str], most: int = 8) -> str:

@@ -51,7 +51,7 @@ def opened(paths: Sequence[Path], flags: int) -> Iterator[list[tuple[int, str]]]
     Outputs are never created: rank 0 may have given up and removed them by now.
     """
     if flags == FILL:
-        flags |= getattr(os, "O_NOFOLLOW", 0)
+        flags |= os.O_NOFOLLOW
     with ExitStack() as stack:
         found: list[tuple[int, str]] = []
         for path in paths:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from .._errors import first_line
-from .._files import SUFFIX, naming, open_safetensors, replacing
+from .._files import naming, open_safetensors
 from ..budgets import Budgets, costs_of, solve
 from ..distributed.launch import group_of
 from ..distributed.ranks import Ranks
@@ -23,24 +23,22 @@ from ..groups import AUX, Choice, Patterns, Slice, choose, part_shape, whole, wh
 from ..groups.nm import NM
 from ..groups.plan import Normalize, Plan, Scope, Sparsity, check_choice
 from ..methods import METHODS
-from ..plots import report_output
 from ..report import Report, build_report
 from . import HUB, open_checkpoint
-from .base import Checkpoint, Progress, Silent, check_apart
+from .base import Checkpoint, Progress, Silent
 from .bitmask import VERSIONS, Format
 from .card import add_card_section
 from .counted import model_of
 from .native import Told
+from .outputs import creating_outputs
 from .shards import Shards
-from .streaming import Stream, StreamPruning, check_agreement, check_dtypes, nan_notes
+from .streaming import Stream, StreamPruning, check_agreement, check_dtypes
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
     from torch.distributed import ProcessGroup
     from typing_extensions import Unpack
 
-    from ..budgets import Wanted
-    from .state_dict import StateDict
+    from ..budgets.asked import Wanted
 
 __all__ = ["Progress", "StreamPruning", "prune_checkpoint", "pruning_checkpoint"]
 
@@ -141,11 +139,8 @@ def pruning_checkpoint(
             groups.refuse(sparsity=sparsity, shares=shares, scope=scope, normalize=normalize)
         ranking = METHODS["uniform" if exact else method]
         scope, normalize = scope or ranking.scope, normalize or ranking.normalize
-        if isinstance(checkpoint, Shards) and (checkpoint.packed or checkpoint.foreign):
-            raise ValueError(
-                f"{checkpoint.path} must be dense, got one stored as bits and values: "
-                "`dimap expand` makes it dense"
-            )
+        if isinstance(checkpoint, Shards):
+            checkpoint.check_dense()
         if groups is not None or scope == "row":
             wanted.refuse(scope)
         checkpoint.choice = choose(patterns, family, ignore) or checkpoint.choice
@@ -199,39 +194,13 @@ def pruning_checkpoint(
             saliency="magnitude" if input_norms is None else method,
         )
 
-        # The first rank creates the outputs, before the work, so that one that cannot be written is
-        # told at once. What is begun last is completed first: OUT before the small files.
-        places = {"OUT": out}
-        if checkpoint.place is not None:
-            places = {"IN": checkpoint.place, "OUT": out}
-        for kind, path in (("masks", masks), ("report", report)):
-            if path is not None:
-                check_apart(kind, Path(path), places)
-                places[kind] = Path(path)
-        ranks.outputs(*(path for kind, path in places.items() if kind != "IN"))
-        reported = None
-        made: tuple[list[Path], Path | None] | None = None
-        if first:
-            if report is not None:
-                output = report_output(Path(report), plan.modules, force=force)
-                reported = stack.enter_context(output)
-                reported.before(checkpoint)
-            packed = None
-            if masks is not None:
-                packed = stack.enter_context(replacing(Path(masks), force=force)).absolute()
-            created = stack.enter_context(checkpoint.creating(out, force=force))
-            if packed is None and all_copies and checkpoint.others:
-                packed = created[0].with_name(f".masks{SUFFIX}").absolute()
-                packed.touch()
-            made = [file.absolute() for file in created], packed
-        stack.enter_context(ranks.stopping_together())  # inside of what removes the outputs
-        made = ranks.gather(made)[0]
-        assert made is not None
-        files, packed = made
-        if packed is not None and masks is not None:
-            stack.enter_context(naming(Path(masks), packed))
-        home = files[0].parent if checkpoint.is_folder else files[0]
-        stack.enter_context(naming(out, home))
+        written = {"masks": masks, "report": report}
+        small = {kind: Path(path) for kind, path in written.items() if path is not None}
+        made = stack.enter_context(
+            creating_outputs(
+                checkpoint, plan, out, small, ranks, force=force, all_copies=all_copies
+            )
+        )
 
         # The work. All ranks fill the files.
         if stream is not None:
@@ -240,38 +209,32 @@ def pruning_checkpoint(
             solved = solve(plan, given, wanted, costs, stream.weights)
             result.sparsity = solved.sparsity
             result.notes += solved.notes
-            stream.fill(solved, format, files, packed, result)
+            stream.fill(solved, format, made.files, made.masks, result)
         elif isinstance(checkpoint, Shards):
             from .by_rows import fill_by_rows
 
-            fill_by_rows(checkpoint, plan, norms, files, packed, result, progress)
+            fill_by_rows(checkpoint, plan, norms, made.files, made.masks, result, progress)
         else:
-            held: StateDict = checkpoint  # type: ignore[assignment]  # the only other kind
-            ending = out.suffix.lower()
-            _prune_state(
-                held,
-                None if exact else given,
-                nm,
-                norms,
-                wanted,
-                input_size,
-                counted,
-                files,
-                ending,
-                packed,
-                format,
-                result,
-                progress,
+            from .in_memory import fill_in_memory
+
+            asked: dict[str, Any] = {
+                "sparsity": None if exact else given,
+                "nm": nm,
+                "budgets": wanted,
+            }
+            asked |= {"input_size": input_size, "counted": counted}
+            fill_in_memory(
+                checkpoint, asked, norms, made.files, out, made.masks, format, result, progress
             )
         if wanted.size is not None:
-            result.size = sum(file.stat().st_size for file in files)
+            result.size = sum(file.stat().st_size for file in made.files)
         result.notes += checkpoint.notes
-        if first and all_copies and checkpoint.others and packed is not None:
+        if first and all_copies and checkpoint.others and made.masks is not None:
             from .copies import mask_others
 
-            result.notes += mask_others(checkpoint, home, packed)
+            result.notes += mask_others(checkpoint, made.home, made.masks)
             if masks is None:
-                packed.unlink()
+                made.masks.unlink()
 
         # What was done.
         def summarize() -> Report:
@@ -286,13 +249,12 @@ def pruning_checkpoint(
             return build_report(result, no_flops=why)
 
         result.summarize = cache(summarize)
-        if reported is not None and report is not None:
-            with naming(Path(report)):
-                reported.write(result.summary(), result)
+        if made.report is not None:
+            with naming(small["report"]):
+                made.report.write(result.summary(), result)
         if first and checkpoint.path.startswith(HUB):
-            add_card_section(home, build_report(result), checkpoint.path)
+            add_card_section(made.home, build_report(result), checkpoint.path)
         yield result
-        ranks.gather(None)  # nothing is renamed before all ranks are here
 
 
 def _completed(block: Callable[P, AbstractContextManager[T]], name: str) -> Callable[P, T]:
@@ -370,45 +332,3 @@ def _check(
                 f"{name} must have a multiple of 8 weights for masks or a bitmask file to be "
                 f"streamed, got {size}: leave --masks out, and take --format compact for a smaller file"
             )
-
-
-def _prune_state(
-    checkpoint: StateDict,
-    sparsity: Sparsity,
-    nm: str | None,
-    norms: Mapping[str, Tensor] | None,
-    budgets: Budgets,
-    input_size: int | Sequence[int] | None,
-    model: nn.Module | None,
-    targets: list[Path],
-    ending: str,
-    masks: Path | None,
-    form: Format,
-    result: StreamPruning,
-    progress: Progress,
-) -> None:
-    """Prune what is in memory, write it, and complete the result."""
-    from ..pruning import decide, has_nan, zero
-
-    progress.step("pruning")
-    state = {name: checkpoint.get(name) for name in wholes(result.shapes)}
-    exact = nm is not None and sparsity is None
-    scope, normalize = (None, None) if exact else (result.scope, result.normalize)
-    saliency = None
-    if norms is not None:
-        from ..saliency import by_norms
-
-        saliency = by_norms(state, norms, patterns=checkpoint.choice)
-    given = saliency, None, None, checkpoint.choice, budgets, input_size, model
-    pruning = decide(state, sparsity, nm, "dimap", scope, normalize, *given)
-    zero(pruning)
-    checkpoint.mask_copies(pruning.masks)
-    progress.step("writing")
-    checkpoint.save(targets, safetensors=ending == ".safetensors", pack=pruning.masks, form=form)
-    if masks is not None:
-        pruning.save_masks(masks)
-    result.thresholds, result.kept = pruning.thresholds, pruning.kept
-    result.sparsity, result.notes = pruning.sparsity, pruning.notes
-    result.nonzero, result.smallest, result.nm = pruning.nonzero, pruning.smallest, pruning.nm
-    others = [n for n, x in checkpoint.tensors.items() if x.dtype.most and n not in pruning.masks]
-    result.notes += nan_notes([n for n in others if has_nan(checkpoint.get(n))])

@@ -17,7 +17,7 @@ from .base import Checkpoint, raw_bytes
 from .bitmask import DENSE_KEY, check_bits, read_layout
 from .compact import Table, decoded, read_table
 from .header import Entry, Header, read_header
-from .locate import Weights, check_index, read_index
+from .locate import Index, Weights
 
 if TYPE_CHECKING:
     import os
@@ -108,7 +108,7 @@ class Shards(Checkpoint):
 
     packed: whether any of the files is a bitmask file.
     foreign: of tensors that another library stored as bits and values, what their parts' names begin with.
-    index: the text of a folder's index, that of the dense shards; None where there is none.
+    index: that of a folder's dense shards; None where there is none.
     """
 
     endings = (".safetensors",)
@@ -134,15 +134,20 @@ class Shards(Checkpoint):
         self.foreign = [stem for stem in stems if all(stem + part in tensors for part in PARTS)]
         if self.packed or self.foreign:
             self.notes = ["stored as bits and nonzero values: `dimap expand` gives the dense one"]
-        self.index: bytes | None = None
-        if found.listing is not None:
-            self.index_name, self.index = found.listing.name, found.text
-            stored = {e.name: s.path for s in self.shards for e in s.stored.entries}
-            check_index(found.listing, found.weight_map, stored)
+        self.index = found.listing
+        if self.index is not None:
+            self.index.check({e.name: s.path for s in self.shards for e in s.stored.entries})
             if self.packed:
-                self.index = _dense_index(found.text, found.listing)
-                dense = read_index(self.index, found.listing)
-                check_index(found.listing, dense, {n: s.path for n, s in self.home.items()})
+                self.index = _dense_index(self.index)
+                self.index.check({name: shard.path for name, shard in self.home.items()})
+
+    def check_dense(self) -> None:
+        """Refuse weights that are stored as bits and values."""
+        if self.packed or self.foreign:
+            raise ValueError(
+                f"{self.path} must be dense, got one stored as bits and values: "
+                "`dimap expand` makes it dense"
+            )
 
     def get(self, name: str) -> Tensor:
         return self.home[name].get(name)
@@ -160,37 +165,40 @@ class Shards(Checkpoint):
     def creating(self, out: str | os.PathLike[str], *, force: bool = False) -> Iterator[list[Path]]:
         with super().creating(out, force=force) as files:
             if self.packed and self.index is not None:
-                self.write_index(files, self.index)
+                self._write_index(files, self.index.text)
             yield files
 
-    def write_index(self, files: Sequence[Path], text: bytes) -> None:
-        """Give an output another index than the copy of this one, which may be read-only."""
-        index = files[0].with_name(self.index_name)
-        index.unlink()
+    def write_index(
+        self, files: Sequence[Path], headers: Sequence[Header], *, packed: bool = False
+    ) -> None:
+        """Give a folder of other files the index of these. packed: they are bitmask files."""
+        if self.index is None:
+            return
+        found = json.loads(self.index.text.decode("utf-8"))
+        stored = found.get("metadata")
+        metadata = dict(stored) if isinstance(stored, dict) else {}
+        metadata["total_size"] = sum(entry.nbytes for h in headers for entry in h.entries)
+        if packed:
+            metadata[DENSE_KEY] = self.index.text.decode("utf-8")
+        home = {
+            e.name: s.path.name
+            for s, h in zip(self.shards, headers, strict=True)
+            for e in h.entries
+        }
+        found |= {"metadata": metadata, "weight_map": dict(sorted(home.items()))}
+        self._write_index(files, f"{json.dumps(found, indent=2)}\n".encode())
+
+    def _write_index(self, files: Sequence[Path], text: bytes) -> None:
+        assert self.index is not None
+        index = files[0].with_name(self.index.path.name)
+        index.unlink()  # a copy of this one's, which may be read-only
         index.write_bytes(text)
 
 
-def _dense_index(text: bytes, path: Path) -> bytes:
-    """The index of the dense shards, which that of bitmask files keeps word for word."""
-    metadata = json.loads(text.decode("utf-8")).get("metadata")
+def _dense_index(index: Index) -> Index:
+    """That of the dense shards, which the index of bitmask files keeps word for word."""
+    metadata = json.loads(index.text.decode("utf-8")).get("metadata")
     dense = metadata.get(DENSE_KEY) if isinstance(metadata, dict) else None
     if not isinstance(dense, str):
-        raise ValueError(f"{path} must hold the index of the dense shards, got none")
-    return dense.encode("utf-8", "surrogatepass")
-
-
-def packed_index(dense: bytes, headers: Mapping[str, Header]) -> bytes:
-    """The index of a folder of bitmask files. dense: that of the dense shards. headers: by file."""
-    return make_index(dense, headers, {DENSE_KEY: dense.decode("utf-8")})
-
-
-def make_index(text: bytes, headers: Mapping[str, Header], more: Mapping[str, str]) -> bytes:
-    """An index like the one of this text, of these files, with more metadata."""
-    index = json.loads(text.decode("utf-8"))
-    metadata = index.get("metadata")
-    metadata = dict(metadata) if isinstance(metadata, dict) else {}
-    entries = {entry.name: (file, entry) for file, h in headers.items() for entry in h.entries}
-    metadata |= {"total_size": sum(entry.nbytes for _, entry in entries.values()), **more}
-    weight_map = {name: entries[name][0] for name in sorted(entries)}
-    index |= {"metadata": metadata, "weight_map": weight_map}
-    return f"{json.dumps(index, indent=2)}\n".encode()
+        raise ValueError(f"{index.path} must hold the index of the dense shards, got none")
+    return Index.read(index.path, dense.encode("utf-8", "surrogatepass"))

@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 from .header import DType, Entry, Header, make_header, refuse
 from .native import READ, opened, read_fully
-from .shards import COMPRESSED, PARTS, Shards, make_index
+from .shards import COMPRESSED, PARTS, Shards
 
 SETTINGS = ("quantization_config", "compression_config")  # in config.json
 STEP = 1 << 20  # bytes of bits that are counted at a time
@@ -95,9 +95,7 @@ class SparseBitmask:
     def finish(self, targets: Sequence[Path]) -> None:
         """Say in the other files of a folder that it is dense."""
         checkpoint = self._checkpoint
-        if checkpoint.index is not None:
-            named = {s.path.name: h for s, h in zip(checkpoint.shards, self.headers, strict=True)}
-            checkpoint.write_index(targets, make_index(checkpoint.index, named, {}))
+        checkpoint.write_index(targets, self.headers)
         config = targets[0].with_name("config.json")
         if not checkpoint.is_folder or not config.is_file():
             return

@@ -23,7 +23,7 @@ from .base import Checkpoint
 from .bitmask import Format, check_storable, write_packed
 from .copies import alike, matrices, tensors_of, under_names
 from .header import Spec
-from .locate import PICKLED, Weights, check_index, shorten
+from .locate import PICKLED, Weights, shorten
 
 # Keys under which training scripts put the weights, and those of their averages.
 NESTS = ("model", "state_dict", "model_state_dict", "model_state", "module", "net", "params")
@@ -157,7 +157,7 @@ def open_pickled(
     nests = {f: choose_nest(_load(f), str(f), key, all_copies) for f in found.files}
     checkpoint = StateDict(path, form, nests, {"format": "pt"})
     if found.listing is not None:
-        check_index(found.listing, found.weight_map, checkpoint.home)
+        found.listing.check(checkpoint.home)
     return checkpoint
 
 

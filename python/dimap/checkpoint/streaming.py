@@ -19,7 +19,7 @@ from .. import _C
 from .._files import naming
 from ..budgets import Solved, Weights
 from ..distributed.ranks import Ranks
-from ..groups import AUX, Slice, whole, wholes
+from ..groups import Slice, whole, wholes
 from ..groups.plan import Plan
 from ..report import Pruned, Report
 from .base import Checkpoint
@@ -27,7 +27,7 @@ from .bitmask import Format, Layout, compact_file, lay_out, size_at_most
 from .compact import Writer
 from .header import DTYPES, Entry, Header, make_header
 from .native import FILL, READ, Told, begin, elements, opened
-from .shards import Shards, packed_index
+from .shards import Shards
 
 ENGINE_DTYPES = {"F32": 0, "BF16": 1, "F16": 2}  # as `_C` numbers them
 ZERO_BITS = {"F32": 0, "BF16": 16, "F16": 13}  # low bits that are zero in every key
@@ -65,10 +65,8 @@ class StreamPruning(Pruned):
 
 def check_dtypes(checkpoint: Checkpoint, plan: Plan) -> None:
     """Refuse weights that the engine cannot read."""
-    if isinstance(checkpoint, Shards) and checkpoint.packed:
-        raise ValueError(
-            f"{checkpoint.path} must be dense, got a bitmask file: `dimap expand` makes it dense"
-        )
+    if isinstance(checkpoint, Shards):
+        checkpoint.check_dense()
     for name in wholes(plan.names):
         dtype = checkpoint.tensors[name].dtype
         if dtype.code not in ENGINE_DTYPES:
@@ -232,9 +230,8 @@ class Stream:
                     with naming(Path(path)):
                         os.fsync(descriptor)
         self._add_up(engine, nonzero_others, solved, keep, result)
-        if form != "dense" and self.checkpoint.index is not None and ranks.rank == 0:
-            named = {s.path.name: header for s, header in zip(self.shards, headers, strict=True)}
-            self.checkpoint.write_index(targets, packed_index(self.checkpoint.index, named))
+        if form != "dense" and ranks.rank == 0:
+            self.checkpoint.write_index(targets, headers, packed=True)
 
     def _decide(
         self, inputs: list[tuple[int, str]], solved: Solved, result: StreamPruning
@@ -314,31 +311,25 @@ class Stream:
         for name, want, got in zip(plan.scope_names, keep, kept, strict=True):
             if want != got:
                 raise ValueError(f"{name} must keep {want} weights, got {got}")
-        parts = self.ranks.gather((engine.nonzero, nonzero_others, engine.smallest, engine.nan))
-        told = zip(self.others, zip(*(p[3] for p in parts), strict=True), strict=True)
-        result.notes += nan_notes([entry.name for (_, entry), nan in told if any(nan)])
-        nonzero = dict(
-            zip(plan.names, map(sum, zip(*(p[0] for p in parts), strict=True)), strict=True)
+        told = self.ranks.gather((engine.nonzero, nonzero_others, engine.smallest, engine.nan))
+        # Of each tensor, what the ranks say.
+        mine, others, smallest, nan = (
+            list(zip(*ranks, strict=True)) for ranks in zip(*told, strict=True)
         )
-        for (_, entry), counts in zip(
-            self.others, zip(*(p[1] for p in parts), strict=True), strict=True
-        ):
+        entries = [entry for _, entry in self.others]
+        odd = [entry.name for entry, found in zip(entries, nan, strict=True) if any(found)]
+        result.notes += nan_notes(odd)
+        nonzero = dict(zip(plan.names, map(sum, mine), strict=True))
+        for entry, counts in zip(entries, others, strict=True):
             nonzero[entry.name] = sum(counts) if entry.dtype.size else entry.numel()
         for name in plan.names:
             if isinstance(name, Slice):
                 for counted in (nonzero, result.kept):
                     counted[name.parameter] = counted.get(name.parameter, 0) + counted[name]
         result.nonzero = {name: nonzero[name] for name in result.shapes}
-        least = {
-            name: min((v for v in values if not math.isnan(v)), default=math.nan)
-            for name, values in zip(
-                plan.names, zip(*(p[2] for p in parts), strict=True), strict=True
-            )
-        }
-        for layer in (
-            x for module, layers in plan.modules.items() if module != AUX for x in layers
-        ):
-            found = [least[p] for p in layer.parameters if not math.isnan(least[p])]
+        least = dict(zip(plan.names, smallest, strict=True))
+        for _, layer in plan.prunable():
+            found = [v for p in layer.parameters for v in least[p] if not math.isnan(v)]
             if found:
                 result.smallest.update(dict.fromkeys(layer.parameters, min(found)))
 

@@ -7,14 +7,13 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from ..report.text import Fitting, make_console
-from .common import Debug, Json, print_json, print_wrote, report_errors
+from ..report.text import Column, Fitting, make_console, table
+from .common import Debug, Json, option, print_json, print_wrote, report_errors
 from .progress import Bar
 
 if TYPE_CHECKING:
     from ..bench import Bench, Row
 
-COLUMNS = ("job", "time", "ns/weight", "GB/s", "× copy", "range", "× plain", "faults")
 LOST = ("faults", "range", "ns/weight", "GB/s", "× plain")  # where there is no room for all
 
 SOURCE = (
@@ -25,31 +24,23 @@ SOURCE = (
 
 def bench(
     source: Annotated[str, typer.Argument(metavar="[IN]", help=SOURCE)] = "swin_b",
-    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Where to run.")] = "cpu",
+    device: Annotated[Literal["cpu", "cuda"], option("Where to run.")] = "cpu",
     dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"] | None,
-        typer.Option(help="Convert the weights first.", show_default=False),
+        Literal["float32", "bfloat16", "float16"] | None, option("Convert the weights first.")
     ] = None,
-    sparsity: Annotated[
-        float, typer.Option("--sparsity", "-s", help="The share of weights to drop.")
-    ] = 0.55,
+    sparsity: Annotated[float, option("The share of weights to drop.", "--sparsity", "-s")] = 0.55,
     scope: Annotated[
-        Literal["module", "global", "layer"], typer.Option(help="Where one threshold holds.")
+        Literal["module", "global", "layer"], option("Where one threshold holds.")
     ] = "module",
     threads: Annotated[
-        int | None,
-        typer.Option(min=1, help="Threads of the CPU. Default: all of them.", show_default=False),
+        int | None, option("Threads of the CPU. Default: all of them.", min=1)
     ] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Rounds of each job.")] = 11,
+    rounds: Annotated[int, option("Rounds of each job.", min=1)] = 11,
     quick: Annotated[
         bool,
-        typer.Option(
-            "--quick", help="Fewer rounds, and plain PyTorch on a part of the weights only."
-        ),
+        option("Fewer rounds, and plain PyTorch on a part of the weights only.", "--quick"),
     ] = False,
-    plot: Annotated[
-        Path | None, typer.Option(help="Draw the times into this file.", show_default=False)
-    ] = None,
+    plot: Annotated[Path | None, option("Draw the times into this file.")] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -76,27 +67,23 @@ def bench(
 
 
 def _print(found: Bench) -> None:
-    from rich import box
-    from rich.table import Table
-
-    machine = found.machine
-    weights = found.rows[0].weights
-    title = (
+    machine, weights = found.machine, found.rows[0].weights
+    columns = [
+        Column("job", lambda row: row.job + ("*" if row.weights < weights else ""), left=True),
+        Column("time", _time),
+        Column("ns/weight", lambda row: _short(row.nanoseconds)),
+        Column("GB/s", lambda row: _short(row.nbytes / row.timing.median / 1e9)),
+        Column("× copy", lambda row: row.job != "copy" and _short(row.beside_copy[0])),
+        Column("range", _range),
+        Column("× plain", _faster),
+        Column("faults", lambda row: f"{row.timing.faults:,}"),
+    ]
+    shown = table(columns, found.rows)
+    shown.title_justify, shown.show_edge = "left", False
+    shown.title = (
         f"{found.source}: {weights / 1e6:.1f} M weights, {found.dtype}, in {found.tensors} tensors"
     )
     where = machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} threads"
-    table = Table(
-        title=title,
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        show_edge=False,
-    )
-    for column in COLUMNS:
-        left = column == "job"
-        table.add_column(column, justify="left" if left else "right", no_wrap=True)
-    for row in found.rows:
-        table.add_row(*_cells(row, weights))
     note = (
         f"{where}, torch {machine['torch']}, load {machine['load_before']:.1f}. Medians of "
         f"{len(found.rows[0].timing.seconds)} rounds, all in turns. × copy: the time over that of a "
@@ -106,22 +93,21 @@ def _print(found: Bench) -> None:
     )
     if any(row.weights < weights for row in found.rows):
         note += " A * was timed on a part of the weights and compared by the weight."
-    make_console().print(Fitting(table, *LOST), note, sep="")
+    make_console().print(Fitting(shown, *LOST), note, sep="")
 
 
-def _cells(row: Row, weights: int) -> tuple[str, ...]:
+def _time(row: Row) -> str:
     seconds = row.timing.median
-    median, low, high = row.beside_copy
-    return (
-        row.job + ("*" if row.weights < weights else ""),
-        f"{seconds * 1e3:.1f} ms" if seconds < 1 else f"{seconds:.1f} s",
-        _short(row.nanoseconds),
-        _short(row.nbytes / seconds / 1e9),
-        "" if row.job == "copy" else _short(median),
-        f"{_short(low)}-{_short(high)}" if low < high else "",
-        "" if row.faster is None or row.job.startswith("plain") else _short(row.faster),
-        f"{row.timing.faults:,}",
-    )
+    return f"{seconds * 1e3:.1f} ms" if seconds < 1 else f"{seconds:.1f} s"
+
+
+def _range(row: Row) -> str:
+    _, low, high = row.beside_copy
+    return f"{_short(low)}-{_short(high)}" if low < high else ""
+
+
+def _faster(row: Row) -> str:
+    return "" if row.faster is None or row.job.startswith("plain") else _short(row.faster)
 
 
 def _short(number: float) -> str:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from typing import Annotated, Any
 
 import typer
 
-from .grouping import adding
+from .common import adding, option
 
-PANEL = "Budgets and limits"
 BUDGETS = {"flops", "nominal_flops", "params", "size"}  # each of which finds a sparsity
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 UNITS |= {f"{unit}i": 1024 ** (i + 1) for i, unit in enumerate("kmgt")}
@@ -44,63 +44,61 @@ def parse_size(text: object) -> int:
     return int(float(found[1]) * UNITS[found[2].lower()])
 
 
-def _option(parser: Any, metavar: str, text: str) -> Any:
-    return Annotated[
+_option = partial(option, rich_help_panel="Budgets and limits")
+_share = partial(_option, parser=parse_share, metavar="SHARE")
+
+
+def parse(
+    flops: Annotated[
         str | None,
-        typer.Option(
-            parser=parser, metavar=metavar, help=text, rich_help_panel=PANEL, show_default=False
+        _share(
+            "Find the smallest sparsity that leaves at most this share of the FLOPs, of nonzero "
+            "weights x tokens; as 60% or 0.6."
         ),
-    ]
-
-
-OPTIONS = {
-    "flops": _option(
-        parse_share,
-        "SHARE",
-        "Find the smallest sparsity that leaves at most this share of the FLOPs, of nonzero weights x "
-        "tokens; as 60% or 0.6.",
-    ),
-    "nominal_flops": _option(
-        parse_share, "SHARE", "The same for the paper's FLOPs: of each layer its module's share."
-    ),
-    "params": _option(parse_share, "SHARE", "The same for the parameters that masks leave."),
-    "size": _option(
-        parse_size, "BYTES", "The same for the size of a bitmask OUT, as 120MB (--format bitmask)."
-    ),
-    "min_keep": _option(
-        parse_share,
-        "SHARE",
-        "Keep at least this share of each layer; others of its scope get less.",
-    ),
-    "max_keep": _option(
-        parse_share, "SHARE", "Keep at most this share of each layer; others of its scope get more."
-    ),
-    "limit": Annotated[
+    ] = None,
+    nominal_flops: Annotated[
+        str | None, _share("The same for the paper's FLOPs: of each layer its module's share.")
+    ] = None,
+    params: Annotated[str | None, _share("The same for the parameters that masks leave.")] = None,
+    size: Annotated[
+        str | None,
+        _option(
+            "The same for the size of a bitmask OUT, as 120MB (--format bitmask).",
+            parser=parse_size,
+            metavar="BYTES",
+        ),
+    ] = None,
+    min_keep: Annotated[
+        str | None, _share("Keep at least this share of each layer; others of its scope get less.")
+    ] = None,
+    max_keep: Annotated[
+        str | None, _share("Keep at most this share of each layer; others of its scope get more.")
+    ] = None,
+    limit: Annotated[
         list[str] | None,
-        typer.Option(
+        _option(
+            "Both for some layers, by name as in 'layers.0.*=30%:' or by module, as mlp=:60%.",
             metavar="PATTERN=LOW:HIGH",
-            help="Both for some layers, by name as in 'layers.0.*=30%:' or by module, as mlp=:60%.",
-            rich_help_panel=PANEL,
-            show_default=False,
         ),
-    ],
-}
-
-
-def parse(limit: list[str] | None, **given: Any) -> dict[str, Any]:
+    ] = None,
+) -> dict[str, Any]:
     """The options as arguments of `dimap.Budgets`, of values that JSON has; those that were given."""
-    found = {name: value for name, value in given.items() if value is not None}
-    for option in limit or []:
-        pattern, equals, ends = option.rpartition("=")
+    found: dict[str, Any] = {
+        "flops": flops, "nominal_flops": nominal_flops, "params": params, "size": size,
+        "min_keep": min_keep, "max_keep": max_keep,
+    }  # fmt: skip
+    found = {name: value for name, value in found.items() if value is not None}
+    for given in limit or []:
+        pattern, equals, ends = given.rpartition("=")
         low, colon, high = ends.partition(":")
         if not (pattern and equals and colon):
-            raise typer.BadParameter(f"--limit must be PATTERN=LOW:HIGH, got {option!r}")
+            raise typer.BadParameter(f"--limit must be PATTERN=LOW:HIGH, got {given!r}")
         try:
-            pair = [parse_share(low) if low else 0.0, parse_share(high) if high else 1.0]
+            pair = [parse_share(low or 0), parse_share(high or 1)]
         except typer.BadParameter as error:
-            raise typer.BadParameter(f"--limit {option}: {error.message}") from None
+            raise typer.BadParameter(f"--limit {given}: {error.message}") from None
         found.setdefault("limits", {})[pattern] = pair
     return found
 
 
-budgeted = adding(OPTIONS, "budgets", parse)
+budgeted = adding("budgets", parse)

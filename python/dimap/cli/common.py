@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import json
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -12,30 +16,69 @@ import typer
 from .._errors import sentence
 from ..report.text import make_console
 
+
+def option(text: str, *names: str, **details: Any) -> Any:
+    """typer's option: its help, then its names where these are not the parameter's own."""
+    return typer.Option(*names, help=text, **details)
+
+
 IN_HELP = (
     "A file of safetensors or of torch.save, a Hugging Face folder, hf:ORG/NAME for one of the hub, "
     "or timm:NAME for a timm model with its pretrained weights."
 )
 
 Source = Annotated[str, typer.Argument(metavar="IN", help=IN_HELP, show_default=False)]
-RandomInit = Annotated[
-    bool, typer.Option("--random-init", help="Fresh weights for timm:NAME, for a dry run.")
-]
+RandomInit = Annotated[bool, option("Fresh weights for timm:NAME, for a dry run.", "--random-init")]
 Key = Annotated[
     str | None,
-    typer.Option(
-        metavar="NAME",
-        help="Where the weights lie in a file of torch.save, as state_dict_ema. Copies of them "
+    option(
+        "Where the weights lie in a file of torch.save, as state_dict_ema. Copies of them "
         "elsewhere in the file are left out of what is written.",
-        show_default=False,
+        metavar="NAME",
     ),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
-Layers = Annotated[bool, typer.Option("--layers", help="Show every layer, too.")]
-Debug = Annotated[
-    bool,
-    typer.Option("--debug", envvar="DIMAP_DEBUG", help="Show the traceback of an error."),
-]
+Force = Annotated[bool, option("Replace outputs that exist.", "--force")]
+Json = Annotated[bool, option("Print one JSON object and nothing else.", "--json")]
+Layers = Annotated[bool, option("Show every layer, too.", "--layers")]
+Debug = Annotated[bool, option("Show the traceback of an error.", "--debug", envvar="DIMAP_DEBUG")]
+
+
+def adding(
+    name: str, parse: Callable[..., Any], options: Iterable[inspect.Parameter] = ()
+) -> Callable[[Any], Any]:
+    """Give a command more options; it is called with what `parse` makes of them as one argument.
+
+    options: those that `parse` declares as its own parameters, unless others are given.
+    """
+    declared = list(options or inspect.signature(parse, eval_str=True).parameters.values())
+    added = [option.replace(kind=option.KEYWORD_ONLY) for option in declared]
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        own = inspect.signature(command, eval_str=True)
+
+        # No functools.wraps: typer would read the annotations of what is wrapped.
+        def run(*arguments: Any, **named: Any) -> None:
+            given = {option.name: named.pop(option.name, option.default) for option in added}
+            command(*arguments, **named, **{name: parse(**given)})
+
+        run.__doc__, run.__name__ = command.__doc__, command.__name__
+        kept = [p for p in own.parameters.values() if p.name != name]
+        run.__signature__ = own.replace(parameters=[*kept, *added])  # type: ignore[attr-defined]
+        return run
+
+    return decorate
+
+
+def read_toml(file: Path, name: str) -> dict[str, Any]:
+    """What a TOML file says. name: of the option that was given the file, for errors."""
+    toml: Any = import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
+    try:
+        found: dict[str, Any] = toml.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise typer.BadParameter(f"{name}: {file}: {error.strerror}") from None
+    except ValueError as error:  # of TOML, or of bytes that are no text
+        raise typer.BadParameter(f"{name} must be a TOML file, got {file}: {error}") from None
+    return found
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from .common import Debug, Json, print_json, print_wrote, report_errors
+from .common import Debug, Json, option, print_json, print_wrote, report_errors
 from .grouping import Grouping, grouped
 from .progress import Bar
 
@@ -30,7 +30,7 @@ def expand(
             metavar="OUT", help="A .safetensors file where IN is a file, a folder where it is one."
         ),
     ],
-    force: Annotated[bool, typer.Option("--force", help="Replace OUT where it exists.")] = False,
+    force: Annotated[bool, option("Replace OUT where it exists.", "--force")] = False,
     as_json: Json = False,
     debug: Debug = False,
     *,

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..report.text import make_console
 from .common import Debug, Json, print_json, report_errors
+
+if TYPE_CHECKING:
+    from ..families import Family
 
 
 def families(
@@ -28,21 +31,7 @@ def families(
             choose(family=name)  # or an error that says what is near
         shown = [known[name]] if name in known else FAMILIES
         if as_json:
-            print_json(
-                [
-                    {
-                        "name": family.name,
-                        "models": family.models,
-                        "language": family.language,
-                        "block": family.block,
-                        "modules": {
-                            row.module: [r.parts for r in family.rows if r.module == row.module]
-                            for row in family.rows
-                        },
-                    }
-                    for family in shown
-                ]
-            )
+            print_json([_to_dict(family) for family in shown])
             return
         from rich import box
         from rich.table import Table
@@ -69,3 +58,11 @@ def families(
                 style="dim",
             )
         )
+
+
+def _to_dict(family: Family) -> dict[str, Any]:
+    modules: dict[str, list[Any]] = {}
+    for row in family.rows:
+        modules.setdefault(row.module, []).append(row.parts)
+    told = {"name": family.name, "models": family.models, "language": family.language}
+    return {**told, "block": family.block, "modules": modules}

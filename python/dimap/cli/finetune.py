@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from ..finetuning.settings import STATE, Settings
-from .common import IN_HELP, Debug, Json, print_json, print_wrote, report_errors
+from .common import IN_HELP, Debug, Json, adding, option, print_json, print_wrote, report_errors
 from .grouping import Grouping, grouped
 
 
@@ -19,30 +19,20 @@ def _numbers(text: str) -> tuple[float, ...]:
     return tuple(float(part) for part in text.split(","))
 
 
-def with_settings(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def with_settings(*names: str) -> Callable[[Any], Any]:
     """Give a command one option for each field of `Settings`, or for those named, beside its own."""
-
-    def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        own = inspect.signature(command, eval_str=True).parameters.values()
-        parameters = [p for p in own if p.kind is not p.VAR_KEYWORD]
-        for name in names or Settings.model_fields:
-            field = Settings.model_fields[name]
-            details: dict[str, Any] = {"help": field.description}
-            details["rich_help_panel"] = field.json_schema_extra["panel"]  # type: ignore[index]
-            kind: Any = field.annotation
-            if name in ("mean", "std"):
-                kind = str | None
-                details |= {"parser": _numbers, "metavar": "N,N,N"}
-            option = Annotated[kind, typer.Option(**details)]
-            parameters.append(
-                inspect.Parameter(
-                    name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=option
-                )
-            )
-        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        return command
-
-    return decorate
+    options = []
+    for name in names or Settings.model_fields:
+        field = Settings.model_fields[name]
+        kind: Any = field.annotation
+        details: dict[str, Any] = {"rich_help_panel": field.json_schema_extra["panel"]}  # type: ignore[index]
+        if name in ("mean", "std"):
+            kind = str | None
+            details |= {"parser": _numbers, "metavar": "N,N,N"}
+        kind = Annotated[kind, option(str(field.description), **details)]
+        parameter = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=kind)
+        options.append(parameter.replace(default=field.default))
+    return adding("settings", dict, options)
 
 
 @with_settings()
@@ -50,44 +40,38 @@ def with_settings(*names: str) -> Callable[[Callable[..., None]], Callable[..., 
 def finetune(
     *,
     checkpoint: Annotated[
-        str, typer.Argument(metavar="CHECKPOINT", help=f"{IN_HELP}", show_default=False)
+        str, typer.Argument(metavar="CHECKPOINT", help=IN_HELP, show_default=False)
     ],
     data: Annotated[
         str,
-        typer.Option(
-            metavar="DATA",
-            help="A folder with train/ and val/, or a data set of timm's factory with its folder, "
+        option(
+            "A folder with train/ and val/, or a data set of timm's factory with its folder, "
             "as in torch/fashion_mnist:FOLDER. Nothing is downloaded.",
+            metavar="DATA",
         ),
     ],
-    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the results go.")],
+    out: Annotated[Path, option("Where the results go.", metavar="FOLDER")],
     masks: Annotated[
         Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="The masks to hold. Without them the zeros of CHECKPOINT are held.",
-        ),
+        option("The masks to hold. Without them the zeros of CHECKPOINT are held.", metavar="FILE"),
     ] = None,
-    dense: Annotated[bool, typer.Option("--dense", help="Hold nothing.")] = False,
+    dense: Annotated[bool, option("Hold nothing.", "--dense")] = False,
     teacher: Annotated[
         str | None,
-        typer.Option(metavar="CHECKPOINT", help="A dense model whose outputs are learned too."),
+        option("A dense model whose outputs are learned too.", metavar="CHECKPOINT"),
     ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="cuda, cpu, …; a GPU where there is one.")
-    ] = None,
+    device: Annotated[str | None, option("cuda, cpu, …; a GPU where there is one.")] = None,
     tensorboard: Annotated[
-        bool,
-        typer.Option("--tensorboard", help="Write logs for TensorBoard to FOLDER/tensorboard."),
+        bool, option("Write logs for TensorBoard to FOLDER/tensorboard.", "--tensorboard")
     ] = False,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on after the last complete epoch in FOLDER.")
+        bool, option("Go on after the last complete epoch in FOLDER.", "--resume")
     ] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace another run in FOLDER.")] = False,
+    force: Annotated[bool, option("Replace another run in FOLDER.", "--force")] = False,
     as_json: Json = False,
     debug: Debug = False,
     grouping: Grouping,
-    **options: Any,
+    settings: dict[str, Any],
 ) -> None:
     """Train a pruned checkpoint; its pruned weights stay exactly zero.
 
@@ -95,15 +79,14 @@ def finetune(
     """
 
     def again() -> str:
-        done = (out / STATE).exists()
-        return (
-            "the same command with --resume goes on after the last complete epoch" if done else ""
-        )
+        if not (out / STATE).exists():
+            return ""
+        return "the same command with --resume goes on after the last complete epoch"
 
     with report_errors(debug, again):
         from ..finetuning import finetune as work
 
-        if dense and (masks is not None or options["masks_from_zeros"]):
+        if dense and (masks is not None or settings["masks_from_zeros"]):
             given = "--masks" if masks is not None else "--masks-from-zeros"
             raise ValueError(f"--dense holds nothing, so {given} must not be given with it")
         result = work(
@@ -117,7 +100,7 @@ def finetune(
             resume=resume,
             force=force,
             **grouping,
-            **options,
+            **settings,
         )
     if os.environ.get("RANK", "0") != "0":
         return

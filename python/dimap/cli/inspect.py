@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import replace
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from ..report.text import Fitting, make_console
+from ..report.text import Column, Fitting, make_console, table
 from .common import Debug, Json, Key, Layers, RandomInit, Source, print_json, report_errors
 from .grouping import Grouping, grouped
 from .progress import Bar
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from ..checkpoint.inspect import Inspection
 
-    from ..checkpoint.inspect import Count, Inspection
-
-COLUMNS = ("weights", "nonzero", "sparsity", "dtype")
+COUNTS = (
+    Column("weights", lambda count: f"{count.weights:,}"),
+    Column("nonzero", lambda count: f"{count.nonzero:,}"),
+    Column("sparsity", lambda count: f"{100 * count.sparsity:.2f} %"),
+    Column("dtype", lambda count: ", ".join(count.dtypes), left=True),
+)
 LOST = ("nonzero", "weights")  # where there is no room for all
 
 
@@ -65,40 +69,24 @@ def print_inspection(found: Inspection, *, layers: bool) -> None:
         head.add_row(title, Text(f"{family.name}: {family.models}"))
     if found.nm:
         head.add_row("N:M", found.nm)
-    table = _table("module", "layers")
-    for module in found.modules:
-        table.add_row(module.name, str(len(module.layers)), *_counts(module))
-    total = str(sum(len(module.layers) for module in found.modules))
-    cells = (found.total.name, total, *_counts(found.total))
-    for column, text in zip(table.columns, cells, strict=True):
-        column.footer = text
-    table.columns[1].justify = "right"
+    names = Column("module", lambda module: module.name, left=True)
+    sizes = Column("layers", lambda module: str(len(module.layers)))
+    every = replace(found.total, layers=[x for m in found.modules for x in m.layers])
+    modules = table([names, sizes, *COUNTS], [*found.modules, every])
+    modules.rows[-2].end_section = True
     notes = (Text(note, style="yellow") for note in found.notes)
-    console.print(head, Fitting(table, "dtype", "layers", *LOST), *notes, sep="\n")
+    console.print(head, Fitting(modules, "dtype", "layers", *LOST), *notes, sep="\n")
     if not layers:
         return
-    table = _table("layer", "module", more=("N:M",) if found.nm else ())
-    table.show_footer = False
-    for module in found.modules:
-        for layer in module.layers if module.name != AUX else ():
-            nm = [layer.nm or ""] if found.nm else []
-            table.add_row(Text(layer.name), module.name, *_counts(layer), *nm)
-        table.add_section()
-    console.print(Fitting(table, "dtype", "module", *LOST))
-
-
-def _table(*columns: str, more: Sequence[str] = ()) -> Table:
-    from rich import box
-    from rich.table import Table
-
-    table = Table(
-        *columns, *COLUMNS, *more, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_footer=True
-    )
-    for column in table.columns[2:5]:
-        column.justify, column.no_wrap = "right", True
-    return table
-
-
-def _counts(count: Count) -> tuple[str, ...]:
-    share, dtypes = f"{100 * count.sparsity:.2f} %", ", ".join(count.dtypes)
-    return (f"{count.weights:,}", f"{count.nonzero:,}", share, dtypes)
+    module_of = {x.name: m.name for m in found.modules if m.name != AUX for x in m.layers}
+    rows = [layer for layer in every.layers if layer.name in module_of]
+    shown = [
+        Column("layer", lambda layer: layer.name, left=True),
+        Column("module", lambda layer: module_of[layer.name], left=True),
+        *COUNTS,
+        Column("N:M", lambda layer: layer.nm),
+    ]
+    made = table(shown, rows)
+    for row, (here, after) in zip(made.rows, pairwise(rows), strict=False):
+        row.end_section = module_of[here.name] != module_of[after.name]
+    console.print(Fitting(made, "dtype", "module", *LOST))

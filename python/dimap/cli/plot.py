@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from .common import IN_HELP, Debug, RandomInit, print_wrote, report_errors
+from .common import IN_HELP, Debug, RandomInit, option, print_wrote, report_errors
 from .grouping import Grouping, grouped
 from .progress import Bar
 
@@ -43,26 +43,24 @@ def plot(
         typer.Argument(metavar="OUT", help="A .png or .svg file.", show_default=False),
     ],
     masks: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Masks of IN, from dimap prune --masks."),
+        Path | None, option("Masks of IN, from dimap prune --masks.", metavar="FILE")
     ] = None,
     layer: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="For mask: the layer, as in layers.2.blocks.1.attn.qkv."),
+        option("For mask: the layer, as in layers.2.blocks.1.attn.qkv.", metavar="NAME"),
     ] = None,
     block: Annotated[
         list[str] | None,
-        typer.Option(
+        option(
+            "For weights: a block to show, as in 2.5 (stage, block) or 5; as often as wanted.",
             metavar="BLOCK",
-            help="For weights: a block to show, as in 2.5 (stage, block) or 5; as often as wanted.",
         ),
     ] = None,
     dense: Annotated[
-        float | None,
-        typer.Option(metavar="PERCENT", help="For accuracy: that of the dense model."),
+        float | None, option("For accuracy: that of the dense model.", metavar="PERCENT")
     ] = None,
-    title: Annotated[str | None, typer.Option(help="Words above the picture.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")] = False,
+    title: Annotated[str | None, option("Words above the picture.")] = None,
+    force: Annotated[bool, option("Replace OUT if it exists.", "--force")] = False,
     random_init: RandomInit = False,
     debug: Debug = False,
     *,
@@ -74,10 +72,10 @@ def plot(
     """
     given = {"masks": masks, "layer": layer, "block": block, "dense": dense}
     given["random_init"] = random_init or None
-    for option, pictures in OPTIONS.items():
-        if given[option] is not None and picture not in pictures:
+    for name, pictures in OPTIONS.items():
+        if given[name] is not None and picture not in pictures:
             names = " and ".join(pictures)
-            raise typer.BadParameter(f"--{option.replace('_', '-')} is for {names} only")
+            raise typer.BadParameter(f"--{name.replace('_', '-')} is for {names} only")
     if picture == "mask" and layer is None:
         raise typer.BadParameter("give --layer NAME, the layer whose mask to draw")
     blocks = _parse_blocks(block or [])

@@ -9,15 +9,18 @@ from typing import Annotated, Any, Literal
 import typer
 
 from ..groups.plan import Normalize, Scope
+from ..methods import METHODS
 from ..report.text import make_console
 from .budgets import BUDGETS, budgeted, parse_sparsity
 from .common import (
     IN_HELP,
     Debug,
+    Force,
     Json,
     Key,
     Layers,
     RandomInit,
+    option,
     parse_input_size,
     parse_shares,
     print_json,
@@ -26,7 +29,7 @@ from .common import (
 )
 from .grouping import Grouping, grouped
 from .progress import Bar
-from .recipes import Recipe, told_by_recipes, write_recipe
+from .recipes import Recipe, write_recipe
 
 PATHS_HELP = f"""{IN_HELP} OUT is a file where IN is a file, a folder where it is a folder.
 
@@ -36,7 +39,6 @@ checkpoint; any other folder stands for the checkpoints directly in it; a quoted
 folders that its wildcards matched, too."""
 
 
-@told_by_recipes
 @grouped
 @budgeted
 def prune(
@@ -47,126 +49,121 @@ def prune(
     ],
     sparsity: Annotated[
         str | None,
-        typer.Option(
+        option(
+            "Share of the weights to drop, as 0.55 or 55%; auto shares a budget among the modules "
+            "by what they lose.",
             "--sparsity",
             "-s",
             parser=parse_sparsity,
             metavar="SHARE|auto",
-            help="Share of the weights to drop, as 0.55 or 55%; auto shares a budget among the modules "
-            "by what they lose.",
         ),
     ] = None,
     nm: Annotated[
         str | None,
-        typer.Option(
-            metavar="N:M",
-            help="Keep N of every M weights along a layer's input, as in 2:4, and no --sparsity; or "
+        option(
+            "Keep N of every M weights along a layer's input, as in 2:4, and no --sparsity; or "
             "auto, or auto:M, where the N of each layer is that of its share at --sparsity.",
-            show_default=False,
+            metavar="N:M",
         ),
     ] = None,
     module: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME=SHARE", help="Another share for one module, as in qkv=0.4."),
+        option("Another share for one module, as in qkv=0.4.", metavar="NAME=SHARE"),
     ] = None,
     method: Annotated[
         Literal["dimap", "lamp", "uniform", "global_magnitude", "wanda"],
-        typer.Option(
-            help="A name for a choice of --scope and --normalize; wanda ranks by magnitude times the "
+        option(
+            "A name for a choice of --scope and --normalize; wanda ranks by magnitude times the "
             "norm of the input, within each row, and needs --input-norms."
         ),
     ] = "dimap",
     input_norms: Annotated[
         Path | None,
-        typer.Option(
-            "--input-norms",
+        option(
+            "For --method wanda: safetensors of what dimap.saliency.input_norms gave.",
             metavar="FILE",
-            help="For --method wanda: safetensors of what dimap.saliency.input_norms gave.",
-            show_default=False,
         ),
     ] = None,
     scope: Annotated[
         Scope | None,
-        typer.Option(
-            help="Where one threshold holds: module (DIMAP), global (LAMP), layer (uniform "
+        option(
+            "Where one threshold holds: module (DIMAP), global (LAMP), layer (uniform "
             "magnitude), row (each output of a layer by itself), type (FC1 and FC2 apart), block or "
-            "stage. Default: the method's.",
-            show_default=False,
+            "stage. Default: the method's."
         ),
     ] = None,
     normalize: Annotated[
         Normalize | None,
-        typer.Option(
-            help="Where the squares of the weights are summed; scope means plain magnitude. "
-            "Default: the method's.",
-            show_default=False,
+        option(
+            "Where the squares of the weights are summed; scope means plain magnitude. "
+            "Default: the method's."
         ),
     ] = None,
     form: Annotated[
         Literal["dense", "bitmask", "compact"],
-        typer.Option(
-            "--format",
-            help="bitmask stores one bit a weight and the nonzero values, compact has these "
+        option(
+            "bitmask stores one bit a weight and the nonzero values, compact has these "
             "compressed; `dimap expand` and dimap.load_file give the dense weights back bit by bit.",
+            "--format",
         ),
     ] = "dense",
     key: Key = None,
     all_copies: Annotated[
         bool,
-        typer.Option(
-            "--all-copies",
-            help="Give other copies of the weights the same masks, too: a teacher's in the file, "
+        option(
+            "Give other copies of the weights the same masks, too: a teacher's in the file, "
             "earlier checkpoints in the folder. Averages (EMA) always get them.",
+            "--all-copies",
         ),
     ] = False,
     masks: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write the masks, one bit a weight.")
+        Path | None, option("Write the masks, one bit a weight.", metavar="FILE")
     ] = None,
     report: Annotated[
         Path | None,
-        typer.Option(
-            metavar="FILE.json|DIR",
-            help="Write the report as JSON; or a folder with the JSON, pictures and a web page "
+        option(
+            "Write the report as JSON; or a folder with the JSON, pictures and a web page "
             "of its own (needs matplotlib).",
+            metavar="FILE.json|DIR",
         ),
     ] = None,
     out_dir: Annotated[
         Path | None,
-        typer.Option(
-            metavar="DIR",
-            help="Prune every IN into DIR, and continue there if the same command ended early. "
+        option(
+            "Prune every IN into DIR, and continue there if the same command ended early. "
             "--masks and --report then name folders, too.",
+            metavar="DIR",
         ),
     ] = None,
     jobs: Annotated[
-        int, typer.Option("--jobs", "-j", min=1, help="With --out-dir: how many IN at a time.")
+        int, option("With --out-dir: how many IN at a time.", "--jobs", "-j", min=1)
     ] = 1,
     checksum: Annotated[
         bool,
-        typer.Option(
-            "--checksum",
-            help="With --out-dir: note the SHA-256 of every file, so that those that were copied or "
+        option(
+            "With --out-dir: note the SHA-256 of every file, so that those that were copied or "
             "touched are not taken for changed ones.",
+            "--checksum",
         ),
     ] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace outputs that exist.")] = False,
+    force: Force = False,
     random_init: RandomInit = False,
     model: Annotated[
         str | None,
-        typer.Option(
+        option(
+            "The model in IN, to count FLOPs, where IN does not say it: timm:NAME, "
+            "torchvision:NAME, hf:ORG/NAME, or a folder with the config.json of transformers.",
             "--model",
             "--timm-model",
             metavar="NAME",
-            help="The model in IN, to count FLOPs, where IN does not say it: timm:NAME, "
-            "torchvision:NAME, hf:ORG/NAME, or a folder with the config.json of transformers.",
         ),
     ] = None,
     input_size: Annotated[
         str | None,
-        typer.Option(
-            metavar="SIZE",
-            help="Input for FLOPs: 224, 224x224 or 3x224x224; of a model of language, tokens. Default: "
+        option(
+            "Input for FLOPs: 224, 224x224 or 3x224x224; of a model of language, tokens. Default: "
             "the model's.",
+            metavar="SIZE",
         ),
     ] = None,
     recipe: Recipe = None,
@@ -197,30 +194,27 @@ def prune(
         )
     if out_dir is None and len(paths) != 2:
         raise typer.BadParameter("give IN and OUT, or any number of IN and --out-dir DIR")
-    for option, given in (("--jobs", jobs > 1), ("--checksum", checksum)):
+    for name, given in (("--jobs", jobs > 1), ("--checksum", checksum)):
         if out_dir is None and given:
-            raise typer.BadParameter(f"{option} is for --out-dir: give it, or leave {option} out")
+            raise typer.BadParameter(f"{name} is for --out-dir: give it, or leave {name} out")
     with report_errors(debug, lambda: "the same command goes on" if out_dir else ""):
-        from ..methods import METHODS
-
+        ranking = None if exact else METHODS[method]
         settings: dict[str, Any] = {
             "sparsity": sparsity,
-            "shares": shares,
+            "shares": shares or None,
             "nm": nm,
-            "scope": scope or (None if exact else METHODS[method].scope),
-            "normalize": normalize or (None if exact else METHODS[method].normalize),
+            "scope": scope or (ranking and ranking.scope),
+            "normalize": normalize or (ranking and ranking.normalize),
             "method": "wanda" if method == "wanda" else None,
             "input_norms": input_norms and str(input_norms),
-            "random_init": random_init,
+            "random_init": random_init or None,
             "format": None if form == "dense" else form,
             "key": key,
-            "all_copies": all_copies,
+            "all_copies": all_copies or None,
             **budgets,
             **grouping,
         }
-        settings = {
-            k: v for k, v in settings.items() if v is not None and v is not False and v != {}
-        }
+        settings = {name: value for name, value in settings.items() if value is not None}
         more: dict[str, Any] = {"model": model, "input_size": size}
         if out_dir is not None:
             from ..checkpoint.many import Job

@@ -24,6 +24,6 @@ recipe.__signature__ = _own.replace(  # type: ignore[attr-defined]
     parameters=[
         p.replace(kind=p.KEYWORD_ONLY)
         for p in _own.parameters.values()
-        if p.name not in ELSEWHERE or p.name == "recipe"
+        if p.name not in ELSEWHERE - {"recipe"}
     ]
 )

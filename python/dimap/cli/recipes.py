@@ -17,40 +17,28 @@ from typing import Annotated, Any
 import typer
 
 from .. import __version__
+from .._files import replacing
 from .budgets import parse_share, parse_sparsity
-from .grouping import read_toml
+from .common import option, read_toml
 
 # Where things are, and how they are shown: no part of what is done.
 ELSEWHERE = {
     "paths", "masks", "report", "out_dir", "jobs", "checksum", "force", "layers", "as_json", "debug",
-    "recipe", "help",
+    "recipe",
 }  # fmt: skip
 
 
-_COMMANDS: list[Callable[..., None]] = []
+def options(ctx: typer.Context) -> dict[str, inspect.Parameter]:
+    """The options that a recipe may say, by their names without dashes: those of the command."""
+    declared = inspect.signature(ctx.command.callback, eval_str=True).parameters  # type: ignore[arg-type]
+    return {
+        option.opts[0].lstrip("-"): declared[option.name]
+        for option in ctx.command.params
+        if option.name in declared and option.name not in ELSEWHERE
+    }
 
 
-def told_by_recipes(command: Callable[..., None]) -> Callable[..., None]:
-    """Mark the command whose options a recipe says."""
-    _COMMANDS[:] = [command]
-    return command
-
-
-def options() -> dict[str, tuple[inspect.Parameter, typer.models.OptionInfo]]:
-    """The options that a recipe may say, by their names without dashes: those of `dimap prune`."""
-    (command,) = _COMMANDS
-    found = {}
-    for parameter in inspect.signature(command, eval_str=True).parameters.values():
-        info = next(iter(getattr(parameter.annotation, "__metadata__", ())), None)
-        if isinstance(info, typer.models.OptionInfo) and parameter.name not in ELSEWHERE:
-            said = (info.default, *(info.param_decls or ()))  # typer reads the first as a name, too
-            names = [name for name in said if isinstance(name, str) and name.startswith("--")]
-            name = names[0] if names else parameter.name.replace("_", "-")
-            found[name.lstrip("-")] = parameter, info
-    return found
-
-
-def _schema() -> Any:
+def _schema(options: Mapping[str, inspect.Parameter]) -> Any:
     """A pydantic model of the options."""
     from pydantic import BeforeValidator, ConfigDict, Field, create_model
 
@@ -67,8 +55,8 @@ def _schema() -> Any:
         return BeforeValidator(parse)
 
     fields: dict[str, Any] = {}
-    for name, (parameter, info) in options().items():
-        kind = parameter.annotation.__origin__
+    for name, parameter in options.items():
+        kind, [info] = parameter.annotation.__origin__, parameter.annotation.__metadata__
         if info.parser is not None:
             kind = Annotated[Any, parsing(info.parser)]
         elif kind == Path | None:
@@ -83,9 +71,9 @@ def _read(ctx: typer.Context, file: Path | None) -> Path | None:
         return None
     from pydantic import ValidationError
 
-    found = read_toml(file, "--recipe")
+    found, known = read_toml(file, "--recipe"), options(ctx)
     try:
-        said = _schema()(**found).model_dump(exclude_unset=True)
+        said = _schema(known)(**found).model_dump(exclude_unset=True)
     except ValidationError as errors:
         lines = file.read_text(encoding="utf-8").splitlines()
         told = []
@@ -97,8 +85,8 @@ def _read(ctx: typer.Context, file: Path | None) -> Path | None:
             if ", got " not in text:
                 text = f"{text}, got {error['input']!r}"
             if error["type"] == "extra_forbidden":
-                near = difflib.get_close_matches(key, options(), 1)
-                better = f"did you mean {near[0]}?" if near else f"there are {', '.join(options())}"
+                near = difflib.get_close_matches(key, known, 1)
+                better = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
                 text = f"is no option of dimap prune; {better}"
             told.append((line, f"{file}, line {line}: {key}: {text}"))
         raise typer.BadParameter("; ".join(text for _, text in sorted(told))) from None
@@ -108,12 +96,11 @@ def _read(ctx: typer.Context, file: Path | None) -> Path | None:
 
 Recipe = Annotated[
     Path | None,
-    typer.Option(
+    option(
+        "Options from a file, as `dimap recipe` prints them and as they are written beside OUT.",
         metavar="FILE.toml",
-        help="Options from a file, as `dimap recipe` prints them and as they are written beside OUT.",
         is_eager=True,
         callback=_read,
-        show_default=False,
     ),
 ]
 
@@ -122,7 +109,7 @@ def recipe_text(ctx: typer.Context, found: Mapping[str, Any] | None = None) -> s
     """The options that were given, as a recipe. found: what came of it, said in comments."""
     lines = [f"# dimap {__version__}: dimap prune IN OUT --recipe FILE.toml"]
     lines += [f"# {name}: {json.dumps(value)}" for name, value in (found or {}).items()]
-    for key, (parameter, _) in options().items():
+    for key, parameter in options(ctx).items():
         source = ctx.get_parameter_source(parameter.name)
         if source is not None and source.name != "DEFAULT":
             value = ctx.params[parameter.name]
@@ -136,12 +123,7 @@ def recipe_text(ctx: typer.Context, found: Mapping[str, Any] | None = None) -> s
 
 def write_recipe(out: Path, ctx: typer.Context, found: Mapping[str, Any] | None = None) -> None:
     """Write the recipe of an output beside it."""
-    from .._files import replacing
-
-    stem = (
-        out.with_suffix("")
-        if out.suffix.lower() in (".safetensors", ".pth", ".pt", ".bin")
-        else out
-    )
+    named = out.suffix.lower() in (".safetensors", ".pth", ".pt", ".bin")
+    stem = out.with_suffix("") if named else out
     with replacing(stem.with_name(f"{stem.name}.recipe.toml"), force=True) as temporary:
         temporary.write_text(recipe_text(ctx, found), encoding="utf-8")

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
-
+from ..report.text import Column, make_console, table
 from .budgets import parse_share
 from .common import (
     Debug,
@@ -16,6 +16,7 @@ from .common import (
     Layers,
     RandomInit,
     Source,
+    option,
     print_json,
     print_wrote,
     report_errors,
@@ -38,21 +39,17 @@ def sensitivity(
     source: Source,
     data: Annotated[
         str | None,
-        typer.Option(
-            metavar="DATA",
-            help="Measure accuracy, too, with each module alone pruned: a folder with val/, or a data "
+        option(
+            "Measure accuracy, too, with each module alone pruned: a folder with val/, or a data "
             "set of timm's factory, as in torch/fashion_mnist:FOLDER.",
+            metavar="DATA",
         ),
     ] = None,
     at: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar="SHARE", help="With --data: a sparsity to measure at. Default: 50%, 70%, 90%."
-        ),
+        option("With --data: a sparsity to measure at. Default: 50%, 70%, 90%.", metavar="SHARE"),
     ] = None,
-    plot: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Draw the curves, .png or .svg.")
-    ] = None,
+    plot: Annotated[Path | None, option("Draw the curves, .png or .svg.", metavar="FILE")] = None,
     key: Key = None,
     random_init: RandomInit = False,
     layers: Layers = False,
@@ -60,7 +57,7 @@ def sensitivity(
     debug: Debug = False,
     *,
     grouping: Grouping,
-    **options: Any,
+    settings: dict[str, Any],
 ) -> None:
     """Show what each module, and each layer, loses if it alone is pruned, at every sparsity.
 
@@ -87,7 +84,7 @@ def sensitivity(
             from ..finetuning.sensitivity import accuracy_alone
 
             found = replace(
-                found, accuracy=accuracy_alone(source, data, shares, choice=choice, **options)
+                found, accuracy=accuracy_alone(source, data, shares, choice=choice, **settings)
             )
         if plot is not None:
             from ..plots import sensitivity_curves
@@ -103,31 +100,31 @@ def sensitivity(
 
 def _print(found: Any, *, layers: bool) -> None:
     """A line for each module, with `layers` for each layer, and what was measured."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
     from rich.text import Text
 
-    console = Console()
-    table = Table("", "weights", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.title, table.title_justify = "distortion in percent, by the share removed", "left"
-    for share in SHOWN:
-        table.add_column(f"{share} %")
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for curves in (found.modules, found.layers if layers else ()):
-        for curve in curves:
-            values = (f"{100 * curve.distortion[share]:.2f}" for share in SHOWN)
-            table.add_row(Text(curve.name), f"{curve.weights:,}", *values)
-        table.add_section()
-    console.print(table)
+    console = make_console()
+    names = Column("", lambda curve: curve.name, left=True)
+    weights = Column("weights", lambda curve: f"{curve.weights:,}")
+    losses = [Column(f"{share} %", partial(_loss, share)) for share in SHOWN]
+    rows = [*found.modules, *(found.layers if layers else ())]
+    shown = table([names, weights, *losses], rows)
+    shown.title, shown.title_justify = "distortion in percent, by the share removed", "left"
+    shown.rows[len(found.modules) - 1].end_section = True
+    console.print(shown)
     if found.accuracy:
-        table = Table("", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-        table.title = f"top-1 in percent, one module pruned; {found.accuracy['dense']:.2f} dense"
-        for share in found.accuracy["sparsities"]:
-            table.add_column(f"{100 * share:g} %", justify="right")
-        for name, values in found.accuracy["modules"].items():
-            table.add_row(Text(name), *(f"{value:.2f}" for value in values))
-        console.print(table)
+        shares = enumerate(found.accuracy["sparsities"])
+        tops = [Column(f"{100 * share:g} %", partial(_top1, at)) for at, share in shares]
+        names = Column("", lambda row: row[0], left=True)
+        shown = table([names, *tops], list(found.accuracy["modules"].items()))
+        shown.title = f"top-1 in percent, one module pruned; {found.accuracy['dense']:.2f} dense"
+        console.print(shown)
     for note in found.notes:
         console.print(Text(note, style="yellow"), soft_wrap=True)
+
+
+def _loss(share: int, curve: Any) -> str:
+    return f"{100 * curve.distortion[share]:.2f}"
+
+
+def _top1(at: int, module: tuple[str, list[float]]) -> str:
+    return f"{module[1][at]:.2f}"

@@ -16,6 +16,7 @@ from pathlib import Path
 from threading import RLock
 from typing import TYPE_CHECKING, Any
 
+from .._errors import need
 from .._files import replacing
 
 if TYPE_CHECKING:
@@ -85,14 +86,8 @@ def check_path(path: str | os.PathLike[str] | None) -> None:
         raise ValueError(f"a picture's path must end in {' or '.join(FORMATS)}, got {path}")
     if path is not None and not Path(path).absolute().parent.is_dir():
         raise FileNotFoundError(errno.ENOENT, "must be in a folder that is there", str(path))
-    try:
-        import matplotlib  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "pictures need the package matplotlib: pip install 'torch-dimap[plot]', or '.[plot]' from a "
-            "checkout",
-            name="matplotlib",
-        ) from error
+    install = "'torch-dimap[plot]', or '.[plot]' from a checkout"
+    need("matplotlib", "pictures need", install=install)
 
 
 def finish(figure: Figure, path: str | os.PathLike[str] | None) -> Figure:

@@ -82,6 +82,7 @@ def table(columns: Sequence[Column], rows: Sequence[Any]) -> Table:
     from rich import box
     from rich.progress_bar import ProgressBar
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, collapse_padding=True)
     used, lines = filled(columns, rows)
@@ -90,7 +91,7 @@ def table(columns: Sequence[Column], rows: Sequence[Any]) -> Table:
         table.add_column(column.title, justify=justify, no_wrap=True)
     bar = partial(ProgressBar, 1, width=BAR, complete_style="cyan", finished_style="cyan")
     for line in lines:
-        table.add_row(*(cell if isinstance(cell, str) else bar(cell) for cell in line))
+        table.add_row(*(Text(cell) if isinstance(cell, str) else bar(cell) for cell in line))
     return table
 
 
