@@ -20,7 +20,7 @@ DIMAP_HD WindowFault fault_of(const int64_t* w) {
 }
 
 // At most `most` bins of a window, from `first` on; those beyond all keys are left out.
-DIMAP_HD View view_of(const int64_t* w, int64_t first, int64_t most) {
+DIMAP_HD View view_through(const int64_t* w, int64_t first, int64_t most) {
   const int64_t start = w[0] + (first << w[1]), base = start < int64_t{kKeyEnd} ? start : int64_t{kKeyEnd};
   const int64_t fit = (int64_t{kKeyEnd} - base) >> w[1];
   return {static_cast<uint32_t>(base), static_cast<uint32_t>(w[1]), static_cast<uint32_t>(fit < most ? fit : most),
@@ -46,7 +46,7 @@ DIMAP_HD bool take_layer(const RowArgs& a, int32_t l) {
   if (fault_of(w) != WindowFault::kNone) return false;
   a.layers[l].total = static_cast<int64_t>(a.solve.table[l * columns_of(a.solve.bins)]);
   a.layers[l].granularity = static_cast<int32_t>(w[2]);
-  a.solve.layers[l] = {view_of(w, 0, a.solve.bins),
+  a.solve.layers[l] = {view_through(w, 0, a.solve.bins),
                        double_of(static_cast<uint64_t>(w[6])),
                        double_of(static_cast<uint64_t>(w[5])),
                        {},

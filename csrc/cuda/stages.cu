@@ -22,7 +22,7 @@ __global__ void views_kernel(const __grid_constant__ Plan plan, const int64_t* w
     return;
   }
   const int left = bins - first;
-  layers[l].view = view_of(w, first, left < kTuning.most_bins ? left : kTuning.most_bins);
+  layers[l].view = view_through(w, first, left < kTuning.most_bins ? left : kTuning.most_bins);
 }
 
 __global__ void __launch_bounds__(kThreads, 1) survey_kernel(const __grid_constant__ SurveyArgs a) {
