@@ -26,9 +26,9 @@ struct LayerIntervals {
   std::vector<int64_t> cumulative;  // counts up to and including each
 };
 
-// The keep-th largest bound. Bounds fall with the magnitude, up to their rounding, so each layer answers by binary search
-// how many of its weights have at least some bound; a layer that is decided is not asked again, and few intervals that
-// are left are put in order.
+// The keep-th largest bound. Bounds fall with the magnitude, up to their rounding, so each layer answers by binary
+// search how many of its weights have at least some bound; a layer that is decided is not asked again, and few
+// intervals that are left are put in order.
 template <typename Bound>
 double select_bound(const std::vector<LayerIntervals>& layers, int64_t keep, Bound bound) {
   struct Open {
@@ -41,7 +41,7 @@ double select_bound(const std::vector<LayerIntervals>& layers, int64_t keep, Bou
     open.push_back({&layer, 0, layer.intervals.size(), 0});
     left += layer.intervals.size();
   }
-  int64_t decided = 0;  // weights of layers that are not open
+  int64_t decided = 0;                                      // weights of layers that are not open
   uint64_t yes = 0, no = std::bit_cast<uint64_t>(1.0) + 1;  // every bound is in [0, 1]
   while (left > kFew && no - yes > 1) {
     const uint64_t middle = yes + (no - yes) / 2;
@@ -63,10 +63,11 @@ double select_bound(const std::vector<LayerIntervals>& layers, int64_t keep, Bou
     });
   }
   if (left > kFew) return std::bit_cast<double>(yes);  // they are equal
-  std::vector<std::pair<double, int64_t>> rest;  // bounds and weights
+  std::vector<std::pair<double, int64_t>> rest;        // bounds and weights
   for (const Open& o : open) {
     decided += o.layer->count(o.begin);
-    for (size_t i = o.begin; i < o.end; ++i) rest.emplace_back(bound(o.layer->intervals[i]), o.layer->intervals[i].count);
+    for (size_t i = o.begin; i < o.end; ++i)
+      rest.emplace_back(bound(o.layer->intervals[i]), o.layer->intervals[i].count);
   }
   std::sort(rest.begin(), rest.end(), std::greater<>());
   for (const auto& [value, weights] : rest)

@@ -57,8 +57,10 @@ double threshold_for(const std::vector<const Sketch*>& sketches, double keep, do
         kept += sketches[l]->total;
         continue;
       }
-      kept += step->above;  // and of this step a part: it is so narrow that a straight line through it will do
-      if (threshold < step->high) kept += (step->high - threshold) / (step->high - step->low) * step->count;
+      kept += step->above;
+      const double high = step->high, range = high - step->low;
+      if (threshold < high)  // and of this step a part: its magnitudes are spread evenly, nearly
+        kept += (high - threshold) * (3 * high + step->low) / (range * (3 * high + threshold)) * step->count;
     }
     return kept;
   };
@@ -86,8 +88,9 @@ double threshold_for(const std::vector<const Sketch*>& sketches, double keep, do
 
 uint32_t finite(double key) { return static_cast<uint32_t>(std::clamp(key, 0.0, static_cast<double>(kNonFinite - 1))); }
 
-// slack: the layer's energy may be wrong by this part of it, and with it all its scores.
-Bracket bracket_of(const Sketch& sketch, const Threshold& threshold, double slack, int granularity) {
+// slack: the layer's energy may be wrong by this part of it, and with it all its scores. look: there will be a closer
+// one.
+Bracket bracket_of(const Sketch& sketch, const Threshold& threshold, double slack, int granularity, bool look) {
   const Crossing upper = cross(sketch, threshold.highest * (1 + slack));
   const Crossing lower = cross(sketch, threshold.lowest / (1 + slack));
   Bracket bracket;
@@ -109,7 +112,7 @@ Bracket bracket_of(const Sketch& sketch, const Threshold& threshold, double slac
   const auto& steps = sketch.steps;
   const auto inside =
       std::partition_point(steps.begin(), steps.end(), [&](const Step& step) { return step.first >= bracket.high; });
-  if (inside != steps.begin()) {
+  if (inside != steps.begin() && !look) {
     const Step& next = *std::prev(inside);
     bracket.high = std::max(bracket.high, next.only != Sketch::kMixed ? next.only : next.first);
   }
@@ -201,8 +204,12 @@ void bracket_module(const Problem& problem, int64_t module, std::span<const int3
     guess.keep = alone ? problem.keep[module] : 0;
     guess.density = cross(*mine[i], threshold.likely).density;
     // A closer look will be surer than the sample.
-    const double slack = std::min(1.0, (alone ? 0 : guess.look ? 1 : kTuning.sigmas) * mine[i]->deviation) + kTuning.slack;
-    guess.bracket = bracket_of(*mine[i], threshold, slack, problem.layer_granularity[layers[i]]);
+    const double slack = std::min(1.0, (alone        ? 0
+                                        : guess.look ? 1
+                                                     : kTuning.sigmas) *
+                                           mine[i]->deviation) +
+                         kTuning.slack;
+    guess.bracket = bracket_of(*mine[i], threshold, slack, problem.layer_granularity[layers[i]], guess.look);
     guess.aside = fill(*mine[i], guess.bracket);
     guess.ladder.clear();
     if (mine[i]->exact) guess.ladder = ladder(*mine[i], guess.bracket);

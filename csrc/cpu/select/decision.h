@@ -63,9 +63,9 @@ class Decision {
   // What is left to solve: layers whose cuts are not settled, and how many weights these keep together.
   std::vector<std::vector<int32_t>> unsettled_;  // [modules]
   std::vector<int64_t> keep_;                    // [modules]
-  std::vector<int64_t> bins_;                 // [layers] of a window over what was set aside
-  std::vector<Window> windows_;               // [layers]
-  const int64_t survey_bins_;                 // of a window over all weights
+  std::vector<int64_t> bins_;                    // [layers] of a window over what was set aside
+  std::vector<Window> windows_;                  // [layers]
+  const int64_t survey_bins_;                    // of a window over all weights
 };
 
 }  // namespace dimap::cpu

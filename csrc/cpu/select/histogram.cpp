@@ -15,8 +15,8 @@ constexpr double kRunMost = 1 << 16;  // with so many weights at most in a run
 }  // namespace
 
 std::pair<uint32_t, uint32_t> Cells::add_keys(std::span<const uint32_t> keys, int coarse) {
-  constexpr uint32_t kNormal = 1 << 24;    // a bin from here on has no denormals
-  int32_t top = 0, bottom = INT32_MAX;  // keys are below 2^31, and processors compare signed numbers
+  constexpr uint32_t kNormal = 1 << 24;  // a bin from here on has no denormals
+  int32_t top = 0, bottom = INT32_MAX;   // keys are below 2^31, and processors compare signed numbers
   for (const uint32_t key : keys) {
     top = std::max(top, static_cast<int32_t>(key));
     bottom = std::min(bottom, static_cast<int32_t>(key));
@@ -32,7 +32,8 @@ std::pair<uint32_t, uint32_t> Cells::add_keys(std::span<const uint32_t> keys, in
       add(bin, 1, key - Sketch::first_of(bin << coarse));
     }
   }
-  return {Sketch::bin_of(static_cast<uint32_t>(bottom)) >> coarse, Sketch::bin_of(static_cast<uint32_t>(top)) >> coarse};
+  return {Sketch::bin_of(static_cast<uint32_t>(bottom)) >> coarse,
+          Sketch::bin_of(static_cast<uint32_t>(top)) >> coarse};
 }
 
 void Cells::take(Cells& other) {
@@ -130,8 +131,13 @@ Sketch sketch_of(const Histogram& histogram, int64_t total, bool exact) {
     const auto mean = std::min(first + static_cast<uint32_t>(bin->rest / bin->count), kNonFinite - 1);
     const bool heavy = static_cast<double>(bin->count) > Sketch::kAtomShare * n;
     const bool equal = (heavy || bin->bin == 0) && bin->rest % bin->count == 0;  // or nearly so: it is a guess
-    sketch.add(first, histogram.first_of(bin->bin + 1), equal ? mean : Sketch::kMixed, static_cast<double>(bin->count) * sketch.scale,
-               squared_value(mean));
+    const uint32_t end = histogram.first_of(bin->bin + 1);
+    double square = squared_value(mean);
+    if (!equal && bin->count > 1) {  // and the variance of what is spread evenly
+      const double width = static_cast<double>(end - first) / significand(mean);
+      square *= 1 + width * width / 12 * static_cast<double>(bin->count - 1) / static_cast<double>(bin->count);
+    }
+    sketch.add(first, end, equal ? mean : Sketch::kMixed, static_cast<double>(bin->count) * sketch.scale, square);
   }
   return sketch;
 }

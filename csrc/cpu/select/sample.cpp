@@ -17,10 +17,10 @@ constexpr struct {
   int64_t ratio_alone = 16;  // one run in this many, where a module has one layer: its cut is a quantile of that layer
   int64_t ratio = 56;        // one run in this many elsewhere, where the layer is neither small
   int64_t least = 8192;      // nor
-  int64_t least_module = 1 << 15;  // (of layers that are looked at closely when they are read: their module needs so
-  int64_t least_close = 512;      // many in its sample, and each of them this many)
-  int64_t most = int64_t{1} << 18;      // large: weights in the sample of a layer
-  int64_t ahead = 24;                   // runs between asking memory for one and reading it
+  int64_t least_module = 1 << 15;   // (of layers that are looked at closely when they are read: their module needs so
+  int64_t least_close = 256;        // many in its sample, and each of them this many)
+  int64_t most = int64_t{1} << 18;  // large: weights in the sample of a layer
+  int64_t ahead = 24;               // runs between asking memory for one and reading it
   int64_t file_run = int64_t{1} << 16;  // bytes of a file read at a time,
   int64_t file_ratio = 96;              // one run in this many, where a layer then has neither fewer
   int64_t file_least = 12;              // nor
@@ -28,7 +28,7 @@ constexpr struct {
   int64_t file_keys = 4096;  // so many weights of each are looked at, since their neighbours tell little more,
   int64_t file_line = 16;    // so many together
   int64_t fine_from = 4096;  // weights in a sample of which there are enough to fill narrow bins
-  int coarse = 2;            // log2 of how many go together where there are not
+  int coarse = 3;            // log2 of how many go together where there are not
 } kTuning;
 
 uint64_t mix(uint64_t x) {  // the finaliser of splitmix64
@@ -101,6 +101,14 @@ void count_keys(Scratch& scratch, double share, int64_t run, Histogram& histogra
     }
   }
   histogram.bins = scratch.cells.move_out(low, high);
+  if (histogram.coarse == 0) return;
+  // Of few and different weights the rests are a multiple of their count too often: they must not be taken for equal.
+  const auto likely = static_cast<int64_t>(Sketch::kAtomShare * static_cast<double>(keys.size()));
+  for (Histogram::Bin& bin : histogram.bins) {
+    if (bin.count <= std::max<int64_t>(likely, 1) || bin.rest % bin.count != 0) continue;
+    const uint32_t mean = histogram.first_of(bin.bin) + static_cast<uint32_t>(bin.rest / bin.count);
+    if (std::ranges::count(keys, mean) != bin.count) ++bin.rest;
+  }
 }
 
 // A layer's histogram from its tensors that lie in memory. layers: in its module; close: it will be looked at closely.

@@ -11,8 +11,8 @@
 
 namespace dimap::cpu {
 
-// Of all layers; guesses: which of them will be looked at closely; exchange: where other ranks hold weights of them too. Positions are pseudo-random but fixed: the same
-// weights give the same sample on every machine and run.
+// Of all layers; guesses: which of them will be looked at closely; exchange: where other ranks hold weights of them
+// too. Positions are pseudo-random but fixed: the same weights give the same sample on every machine and run.
 std::vector<Sketch> sample_layers(const Problem& problem, std::span<const Guess> guesses, Loader& loader,
                                   const Pool& pool, const Exchange* exchange);
 
