@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import forked
 import pytest
 import torch
 
@@ -127,7 +128,7 @@ def test_killed_at_any_moment(tmp_path, form, place):
     else:
         save_file(state, source)
     ended = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(source), place], capture_output=True, text=True
+        [forked.python(), "-c", SCRIPT, str(source), place], capture_output=True, text=True
     )
     assert ended.returncode == 0, ended.stderr
     # It was killed before and after OUT came.

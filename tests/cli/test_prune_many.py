@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import dimap
+import forked
 import pytest
 import torch
 
@@ -575,7 +576,7 @@ def test_no_process_outlives_the_command(hangs, number):
 
 def torchrun(*arguments):
     command = [
-        sys.executable,
+        forked.python(),
         "-m",
         "torch.distributed.run",
         "--standalone",

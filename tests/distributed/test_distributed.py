@@ -11,6 +11,7 @@ import time
 from array import array
 from contextlib import ExitStack, contextmanager
 
+import forked
 import pytest
 import torch
 import torch.distributed as dist
@@ -388,7 +389,7 @@ def test_an_error_that_nobody_hears_since_a_rank_is_gone(tmp_path):
 def test_torchrun(tmp_path):
     source = shards(tmp_path / "in", vit(step=0.01))
     options = ["-s", "0.55", "--masks", "masks.safetensors", "--report", "report.json", "--json"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command = [forked.python(), "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "-m", "dimap", "prune"]
     done = subprocess.run(
         [*command, "in", "out", *options], cwd=tmp_path, capture_output=True, text=True, timeout=60,

@@ -109,14 +109,13 @@ def fill(folder: Path) -> None:
     fashion(folder / "data/FashionMNIST/raw")
     bin = folder / "bin"
     bin.mkdir()
-    python = forked.python("timm.data", "dimap.finetuning", "dimap.plots", "torch.distributed.run")
     # Pretrained weights are not downloaded: timm's models come with fresh ones.
     for name, run in {
         "dimap": '-m dimap "$@" $(case "$*" in *timm:*) echo --random-init;; esac)',
         "torchrun": '-m torch.distributed.run "$@"',
         "python": '"$@"',
     }.items():
-        (bin / name).write_text(f"#!/bin/bash\nexec {python} {run}\n")
+        (bin / name).write_text(f"#!/bin/bash\nexec {forked.python()} {run}\n")
         (bin / name).chmod(0o755)
 
 
@@ -176,7 +175,6 @@ class Reader:
             **os.environ,
             "PATH": f"{folder / 'bin'}:{os.environ['PATH']}",
             "OMP_NUM_THREADS": "1",
-            "PYTHON_EXEC": str(folder / "bin" / "python"),  # what torchrun starts
             "NO_COLOR": "1",
         }
         self.failed: Block | None = None

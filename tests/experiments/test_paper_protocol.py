@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import dimap
+import forked
 import pytest
 import torch
 
@@ -24,7 +25,7 @@ DOCS = PAPER.parents[1] / "docs"
 
 
 def script(name: str, *arguments: object, folder: Path) -> str:
-    command = [sys.executable, str(PAPER / name), *map(str, arguments)]
+    command = [forked.python(), str(PAPER / name), *map(str, arguments)]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     ran = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr

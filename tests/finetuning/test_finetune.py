@@ -7,11 +7,11 @@ import math
 import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import dimap
+import forked
 import numpy as np
 import pytest
 import torch
@@ -602,7 +602,7 @@ def test_resuming_what_is_finished_or_not_begun(made, tmp_path) -> None:
 
 def command(*arguments: object, processes: int = 1) -> list[str]:
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    start = [sys.executable, *(torchrun if processes > 1 else [])]
+    start = [forked.python(), *(torchrun if processes > 1 else [])]
     return [*start, "-m", "dimap", "finetune", *map(str, arguments)]
 
 
@@ -632,7 +632,7 @@ def test_a_terminated_command_resumes_to_the_same_bits(made, tmp_path) -> None:
     settings = {"epochs": 4, "batch_size": 2, "workers": 0, "lr": 1e-3}
     options = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
     options += ["--data", str(images), "--masks", masks_file, "--device", "cpu"]
-    cut = [sys.executable, "-c", TERMINATED, "finetune", str(checkpoint), *map(str, options)]
+    cut = [forked.python(), "-c", TERMINATED, "finetune", str(checkpoint), *map(str, options)]
     cut += ["--out", str(tmp_path / "cut"), "--resume"]
     done = subprocess.run(cut, env=ENV, capture_output=True, text=True)
     assert done.returncode == 128 + signal.SIGTERM, done.stderr

@@ -25,30 +25,42 @@ from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
-IMPORTS = ["torch", "safetensors.torch", "dimap.stream", "dimap.cli.prune"]
+import torch
+
+IMPORTS = [
+    *(
+        "torch.distributed.launcher.api",
+        "torch.utils.tensorboard",
+        "timm.data",
+        "matplotlib.figure",
+    ),
+    *("dimap.finetuning", "dimap.stream", "dimap.plots", "dimap.cli.prune"),
+]
 CLIENT = """#!{python} -IS
 import json, os, signal, socket, sys
 with socket.socket(socket.AF_UNIX) as server:
     server.connect({address!r})
     socket.send_fds(server, [b"."], [0, 1, 2])
-    server.sendall(json.dumps([sys.argv[1:], os.getcwd(), dict(os.environ)]).encode())
-    server.shutdown(socket.SHUT_WR)
+    server.sendall(json.dumps([sys.argv[1:], os.getcwd(), dict(os.environ)]).encode() + b"\\n")
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: server.sendall(bytes([number])))
     code = int(server.recv(16) or 1)
 if code < 0:
-    signal.signal(-code, signal.SIG_DFL)
+    if -code != signal.SIGKILL:
+        signal.signal(-code, signal.SIG_DFL)
     os.kill(os.getpid(), -code)
 sys.exit(code)
 """
 
 
 @cache
-def python(*imports: str) -> str:
-    """The path of a `python` whose programs find these imported. It lives as long as this process."""
+def python() -> str:
+    """The path of this `python`, which is there as long as the process of the tests."""
     folder = Path(tempfile.mkdtemp(prefix="forked-"))
     path, address = folder / "python", str(folder / "socket")
     path.write_text(CLIENT.format(python=sys.executable, address=address))
     path.chmod(0o755)
-    server = subprocess.Popen([sys.executable, __file__, address, *IMPORTS, *imports])
+    server = subprocess.Popen([sys.executable, __file__, address])
     atexit.register(shutil.rmtree, folder)
     atexit.register(server.wait)
     atexit.register(server.kill)
@@ -75,7 +87,7 @@ def serve(address: str) -> tuple[list[str], str, dict[str, str]]:
     with client:
         _, files, _, _ = socket.recv_fds(client, 1, 3)
         with client.makefile("rb") as file:
-            given = json.load(file)
+            given = json.loads(file.readline())
         program = os.fork()
         if program:
             attend(client, program)
@@ -86,13 +98,11 @@ def serve(address: str) -> tuple[list[str], str, dict[str, str]]:
 
 
 def attend(client: socket.socket, program: int) -> None:
-    """Tell the client how its program ends; the program ends where the client does."""
+    """Pass on the client's signals, then how its program ends; the program ends where the client does."""
     os.closerange(0, 3)
-    both = select.poll()
-    both.register(client, 0)
-    both.register(os.pidfd_open(program), select.POLLIN)
-    if any(file == client.fileno() for file, _ in both.poll()):
-        os.kill(program, signal.SIGKILL)
+    ended = os.pidfd_open(program)
+    while ended not in select.select([client, ended], [], [])[0]:
+        os.kill(program, (client.recv(1) or bytes([signal.SIGKILL]))[0])
     code = os.waitstatus_to_exitcode(os.waitpid(program, 0)[1])
     try:
         client.sendall(str(code).encode())
@@ -104,6 +114,11 @@ def run(arguments: list[str], folder: str, environment: dict[str, str]) -> None:
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
+    os.environ["PYTHON_EXEC"] = str(
+        Path(sys.argv[1]).with_name("python")
+    )  # torchrun's for its ranks
+    if "OMP_NUM_THREADS" in environment:  # torch would read it when it is imported
+        torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
     while arguments[0] == "-u":
         del arguments[0]
     what, *others = arguments
@@ -130,8 +145,9 @@ def leave() -> None:
 if __name__ == "__main__":
     code = None  # known where the program does not end by an error
     atexit.register(leave)  # the first: called last
-    for name in sys.argv[2:]:
-        importlib.import_module(name)
+    for name in IMPORTS:
+        with suppress(ImportError):  # what is optional
+            importlib.import_module(name)
     gc.freeze()
     try:
         run(*serve(sys.argv[1]))
