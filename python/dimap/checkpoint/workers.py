@@ -7,82 +7,73 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from itertools import islice
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 
 from .._errors import unwind_on_signals
+from .inputs import Item
 from .many import Job, Outcome, Task, prune_one
 
 
 def prune_all(job: Job, tasks: Iterator[Task], jobs: int) -> Iterator[Outcome]:
     """Prune the checkpoints, `jobs` at a time; the outcomes come as they are done.
 
-    A process has its share of this one's threads. With one job no process is started.
+    A process has its share of this one's threads, and prunes one checkpoint after the other; where it was
+    killed another one is started. With one job there is none.
     """
     if jobs == 1:
         yield from (prune_one(job, *task) for task in tasks)
         return
     threads = max(1, _threads() // jobs)
-    workers = [_Worker(threads) for _ in range(jobs)]
-    idle = list(workers)
-    busy: dict[Connection, _Worker] = {}
+    processes: dict[Connection, BaseProcess] = {}
+    busy: dict[Connection, Item] = {}
     try:
         while True:
-            for task in islice(tasks, len(idle)):
-                worker = idle.pop()
-                busy[worker.begin(job, task)] = worker
+            for item, record in islice(tasks, jobs - len(busy)):
+                idle = [c for c, p in processes.items() if c not in busy and p.is_alive()]
+                connection = idle[0] if idle else _start(threads, processes)
+                connection.send((job, item, record))
+                busy[connection] = item
             if not busy:
                 return
-            for connection in wait(list(busy)):
-                assert isinstance(connection, Connection)
-                worker = busy.pop(connection)
-                idle.append(worker)
-                yield worker.outcome()
+            for ready in wait(list(busy)):
+                assert isinstance(ready, Connection)
+                item = busy.pop(ready)
+                try:
+                    yield ready.recv()
+                except (EOFError, ConnectionError):
+                    yield _outcome_of_killed(item, processes[ready])
     finally:
-        for worker in workers:
-            worker.end()
+        for process in processes.values():
+            process.terminate()  # it removes what it has begun
+        for process in processes.values():
+            process.join()
 
 
-class _Worker:
-    """A process that prunes one checkpoint after the other, and another one once it was killed."""
+def _start(threads: int, processes: dict[Connection, BaseProcess]) -> Connection:
+    """Add a process; returns the connection to it."""
+    spawn = multiprocessing.get_context("spawn")  # a fork would copy locks of threads
+    ours, theirs = spawn.Pipe()
+    process = spawn.Process(target=_serve, args=(theirs, threads))
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        process.start()  # it does not see Ctrl-C: this process ends it, not the terminal
+    finally:
+        signal.signal(signal.SIGINT, before)
+    theirs.close()
+    processes[ours] = process
+    return ours
 
-    def __init__(self, threads: int) -> None:
-        self._threads = threads
-        self._process: BaseProcess | None = None
 
-    def begin(self, job: Job, task: Task) -> Connection:
-        """Prune a checkpoint; returns what can be waited for."""
-        if self._process is None or not self._process.is_alive():
-            spawn = multiprocessing.get_context("spawn")  # a fork would copy locks of threads
-            self._connection, theirs = spawn.Pipe()
-            self._process = spawn.Process(target=_serve, args=(theirs, self._threads))
-            with _ignoring_interrupts():  # this process ends the worker, not the terminal
-                self._process.start()
-            theirs.close()
-        self._item = task[0]
-        self._connection.send((job, *task))
-        return self._connection
-
-    def outcome(self) -> Outcome:
-        """What became of the checkpoint."""
-        assert self._process is not None
-        with suppress(EOFError, ConnectionError):
-            outcome: Outcome = self._connection.recv()
-            return outcome
-        self._process.join()
-        code = self._process.exitcode or 0
-        how = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
-        if code == -signal.SIGKILL:
-            how += ", as where memory runs out"
-        return Outcome(self._item.source, self._item.name, "failed", error=f"its process {how}")
-
-    def end(self) -> None:
-        """End the process; it removes what it has begun."""
-        if self._process is not None:
-            self._process.terminate()
-            self._process.join()
+def _outcome_of_killed(item: Item, process: BaseProcess) -> Outcome:
+    process.join()
+    code = process.exitcode or 0
+    how = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
+    if code == -signal.SIGKILL:
+        how += ", as where memory runs out"
+    return Outcome(item.source, item.name, "failed", error=f"its process {how}")
 
 
 def _serve(connection: Connection, threads: int) -> None:
@@ -106,13 +97,3 @@ def _threads() -> int:
     """How many threads this process may use."""
     first = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
     return int(first) if first.isdecimal() else os.cpu_count() or 1
-
-
-@contextmanager
-def _ignoring_interrupts() -> Iterator[None]:
-    """Processes started in this block do not see Ctrl-C."""
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)

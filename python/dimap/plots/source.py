@@ -82,15 +82,13 @@ def source_of(
             )
         shapes, get = model.shapes, model.parameters.__getitem__  # type: ignore[attr-defined]
         masks = model.masks if masks is None else masks
-    elif hasattr(model, "tensors") and hasattr(model, "get"):  # an open checkpoint
-        shapes, get = model.shapes(), model.get
-        choice = choice or getattr(model, "choice", choice)
-    else:
-        shapes, get = shapes_of(model), named_tensors(model).__getitem__
-    if isinstance(model, Pruned):
         modules = model.modules
     else:
-        ties = model.ties() if hasattr(model, "ties") else tied_in(model)
+        if hasattr(model, "tensors") and hasattr(model, "get"):  # an open checkpoint
+            shapes, get, ties = model.shapes(), model.get, model.ties()
+            choice = choice or model.choice
+        else:
+            shapes, get, ties = shapes_of(model), named_tensors(model).__getitem__, tied_in(model)
         modules = group(shapes, choice, ties).modules
     layers = prunable(modules)
     known = {whole(parameter) for layer in layers for parameter in layer.parameters}
