@@ -39,6 +39,9 @@ using TensorTuple = std::tuple<int32_t, int64_t, int64_t, int, int32_t>;        
 using Piece = std::function<void(int32_t, int64_t, py::memoryview)>;            // file, where in its output, bytes
 using ElementTuple = std::tuple<int32_t, int64_t, int64_t, int64_t, uint64_t>;  // file, offset, count, size, mask
 
+using PatternTuple = std::tuple<int64_t, int64_t, int64_t>;  // n, m, inner
+using NormsTuple = std::tuple<py::buffer, int64_t>;          // float32, inner
+
 std::vector<File> files_of(const Files& given) {
   std::vector<File> files;
   for (const auto& [descriptor, path] : given) files.push_back({descriptor, path});
@@ -75,6 +78,28 @@ class PythonExchange final : public Exchange {
 std::unique_ptr<Exchange> exchange_of(std::optional<Sum> sum) {
   if (!sum) return nullptr;
   return std::make_unique<PythonExchange>(std::move(*sum));
+}
+
+// Tensors in files, which may have norms.
+void set_tensors(Problem& problem, const Files& files, const std::vector<TensorTuple>& tensors,
+                 const std::vector<NormsTuple>& norms) {
+  problem.files = files_of(files);
+  for (const auto& [file, offset, numel, dtype, layer] : tensors)
+    problem.tensors.push_back({nullptr, numel, dtype_of(dtype), layer, file, offset});
+  if (norms.empty()) return;
+  if (norms.size() != tensors.size())
+    throw py::value_error("norms must have one entry for each of the " + std::to_string(tensors.size()) +
+                          " tensors, or none, got " + std::to_string(norms.size()));
+  for (size_t t = 0; t < norms.size(); ++t) {
+    const auto& [values, inner] = norms[t];
+    const py::buffer_info info = values.request();
+    const auto* begin = static_cast<const float*>(info.ptr);
+    const int64_t size = info.size * info.itemsize / 4;
+    if ((size < 1 || inner < 1) && problem.tensors[t].numel > 0)
+      throw py::value_error("norms[" + std::to_string(t) + "] must fit its tensor");
+    problem.tensors[t].dtype = DType::kFloat32;
+    problem.tensors[t].norms = std::make_shared<const Norms>(Norms{{begin, begin + size}, inner});
+  }
 }
 
 // Layers, modules and what they keep; the totals come from the tensors, or are given.
@@ -133,19 +158,18 @@ class Pruning {
  public:
   Pruning(const Files& files, const std::vector<TensorTuple>& tensors, const std::vector<int64_t>& modules,
           const std::vector<int64_t>& keep, int threads, int32_t rank, int32_t size, std::optional<Sum> exchange,
-          Progress progress, int64_t aside, const std::vector<std::tuple<int32_t, int32_t, int64_t>>& patterns)
+          Progress progress, int64_t aside, const std::vector<PatternTuple>& patterns,
+          const std::vector<NormsTuple>& norms)
       : aside_(aside), pool_(threads, watch_of(std::move(progress))), exchange_(exchange_of(std::move(exchange))) {
-    problem_.files = files_of(files);
     problem_.rank = rank, problem_.ranks = size;
-    for (const auto& [file, offset, numel, dtype, layer] : tensors)
-      problem_.tensors.push_back({nullptr, numel, dtype_of(dtype), layer, file, offset});
+    set_tensors(problem_, files, tensors, norms);
     set_modules(problem_, modules, keep, std::nullopt);
     if (!patterns.empty() && patterns.size() != tensors.size())
       throw py::value_error("patterns must have one entry for each of the " + std::to_string(tensors.size()) +
                             " tensors, or none, got " + std::to_string(patterns.size()));
     for (size_t t = 0; t < patterns.size(); ++t) {
       const auto& [n, m, inner] = patterns[t];
-      if (m < 2 || m > cpu::kMostInGroup || n < 0 || n > m || inner < 1 || problem_.tensors[t].numel % (m * inner))
+      if (m < 1 || n < 0 || n > m || inner < 1 || problem_.tensors[t].numel % (m * inner))
         throw py::value_error("patterns[" + std::to_string(t) + "] must fit its tensor");
       problem_.patterns.push_back({n, m, inner});
     }
@@ -250,12 +274,11 @@ std::vector<int64_t> rows_of(const py::buffer& given) {
 }
 
 py::bytes survey(const Files& files, const std::vector<TensorTuple>& tensors, const py::buffer& windows, int64_t bins,
-                 int threads, int32_t rank, int32_t size, std::optional<Sum> exchange, Progress progress) {
+                 int threads, int32_t rank, int32_t size, std::optional<Sum> exchange, Progress progress,
+                 const std::vector<NormsTuple>& norms) {
   Problem problem;
-  problem.files = files_of(files);
   problem.rank = rank, problem.ranks = size;
-  for (const auto& [file, offset, numel, dtype, layer] : tensors)
-    problem.tensors.push_back({nullptr, numel, dtype_of(dtype), layer, file, offset});
+  set_tensors(problem, files, tensors, norms);
   const std::vector<int64_t> given = rows_of(windows);
   const size_t layers = given.size() / static_cast<size_t>(kWindowColumns);
   std::vector<Window> views;
@@ -489,11 +512,11 @@ PYBIND11_MODULE(_C, m) {
   py::class_<Pruning>(m, "Pruning", "Weights in files that are pruned together, or one rank's part of them.")
       .def(py::init<const Files&, const std::vector<TensorTuple>&, const std::vector<int64_t>&,
                     const std::vector<int64_t>&, int, int32_t, int32_t, std::optional<Sum>, Progress, int64_t,
-                    const std::vector<std::tuple<int32_t, int32_t, int64_t>>&>(),
+                    const std::vector<PatternTuple>&, const std::vector<NormsTuple>&>(),
            py::arg("files"), py::arg("tensors"), py::arg("modules"), py::arg("keep"), py::kw_only(),
            py::arg("threads") = 0, py::arg("rank") = 0, py::arg("size") = 1, py::arg("exchange") = py::none(),
            py::arg("progress") = py::none(), py::arg("aside") = cpu::kAsideMost,
-           py::arg("patterns") = std::vector<std::tuple<int32_t, int32_t, int64_t>>{})
+           py::arg("patterns") = std::vector<PatternTuple>{}, py::arg("norms") = std::vector<NormsTuple>{})
       .def("decide", &Pruning::decide)
       .def("count_packed", &Pruning::count_packed)
       .def("write", &Pruning::write, py::arg("targets"), py::arg("places"), py::arg("rest"), py::kw_only(),
@@ -509,7 +532,7 @@ PYBIND11_MODULE(_C, m) {
         py::kw_only(), py::arg("exchange"), py::arg("size"));
   m.def("survey", &survey, py::arg("files"), py::arg("tensors"), py::arg("windows"), py::arg("bins"), py::kw_only(),
         py::arg("threads") = 0, py::arg("rank") = 0, py::arg("size") = 1, py::arg("exchange") = py::none(),
-        py::arg("progress") = py::none());
+        py::arg("progress") = py::none(), py::arg("norms") = std::vector<NormsTuple>{});
   py::class_<PythonCounts>(m, "Counts", "How many weights of each part a pruning keeps, for any `keep`.")
       .def(py::init<const std::vector<std::tuple<int32_t, int64_t>>&,
                     const std::vector<std::tuple<int32_t, int64_t, int64_t>>&, std::vector<int32_t>,
