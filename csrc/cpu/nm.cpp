@@ -3,11 +3,13 @@
 #include <algorithm>
 #include <functional>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "core/problem.h"
 #include "cpu/apply.h"
 #include "cpu/isa/decide.h"
+#include "cpu/large_pages.h"
 #include "cpu/select/chunks.h"
 
 namespace dimap::cpu {
@@ -136,6 +138,9 @@ void mark_largest(const Grouped& piece, int64_t n, int64_t m, int64_t tensor, in
 }
 
 void select_nm(std::span<const Grouped> tensors, int n, int m, const Pool& pool) {
+  std::vector<Range> masks;
+  for (const Grouped& g : tensors) masks.push_back({g.mask, static_cast<size_t>(g.blocks * m * g.inner)});
+  advise_large_pages(std::move(masks));
   each_finite(pieces_of(tensors, m), pool, [&](const Piece& p) { return mark(p.part, n, m, p.part.mask); });
 }
 
