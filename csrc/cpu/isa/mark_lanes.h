@@ -98,30 +98,43 @@ struct Marker {
     b = min(a, b), a = high;
   }
 
-  // The n-th largest of two sorted halves together. first, second: [1 + kHalf], behind the largest of all.
+  // The n-th largest of two sorted halves together: of all ways to take n of their largest, the one whose least is the
+  // most. around: memory that is only used here, so that n need not be known when this is compiled.
   template <int kHalf>
-  static DIMAP_HD Signed largest_of(const Signed* first, const Signed* second, int n) {
-    Signed found = min(first[std::min(n, kHalf)], second[n - std::min(n, kHalf)]);
-    for (int i = std::max(0, n - kHalf); i < std::min(n, kHalf); ++i) found = max(found, min(first[i], second[n - i]));
+  struct Around {
+    Signed keys[3 * kHalf + 1];
+    DIMAP_HD Around() {
+      for (Signed& one : keys) one = Signed{} - 1;
+      keys[kHalf] = Signed{} + kMost;
+    }
+  };
+  template <int kHalf>
+  static DIMAP_HD Signed nth(const Signed* first, const Signed* second, int n, Around<kHalf>& around) {
+    for (int i = 0; i < kHalf; ++i) around.keys[kHalf + 1 + i] = second[i];
+    const Signed* last = around.keys + kHalf + n;
+    Signed found = last[0];
+#pragma GCC unroll 16
+    for (int i = 1; i <= kHalf; ++i) found = max(found, min(first[i - 1], last[-i]));
     return found;
   }
 
   // [blocks, m, inner], m in (kHalf, 2 * kHalf]: columns side by side, at least kStep of them.
   template <int kHalf>
   void columns(const T* weights, int64_t blocks, int64_t inner, int n, int m, uint8_t* mask) {
+    Around<kHalf> around;
     for (int64_t b = 0; b < blocks; ++b, weights += m * inner, mask += m * inner) {
       for (int64_t step = 0; step < inner; step += kStep) {
         const int64_t at = std::min(step, inner - kStep);  // the last ones once more
         Signed cut[kParts];
         for (int p = 0; p < kParts; ++p) {
           const T* from = weights + at + p * kLanes;
-          Signed first[kHalf + 1] = {Signed{} + kMost}, second[kHalf + 1] = {Signed{} + kMost};
+          Signed first[kHalf], second[kHalf];
           for (int i = 0; i < kHalf; ++i) {
-            first[i + 1] = key(from + i * inner);
-            second[i + 1] = i + kHalf < m ? key(from + (i + kHalf) * inner) : Signed{} - 1;
+            first[i] = key(from + i * inner);
+            second[i] = i + kHalf < m ? key(from + (i + kHalf) * inner) : Signed{} - 1;
           }
-          sort<kHalf>(first + 1), sort<kHalf>(second + 1);
-          cut[p] = largest_of<kHalf>(first, second, n);
+          sort<kHalf>(first), sort<kHalf>(second);
+          cut[p] = nth(first, second, n, around);
         }
         Bytes more = Bytes{} - static_cast<uint8_t>(n);
         for (int i = 0; i < m; ++i) {
@@ -186,6 +199,7 @@ struct Marker {
     constexpr int kVectors = kM / kSplit, kSets = kVectors / kUnit, kHalf = kM / 2;
     constexpr int64_t kBatch = kVectors * kLanes;
     const int64_t end = blocks * kM / kBatch * kBatch;
+    Around<kHalf> around;
     for (int64_t at = 0; at < end; at += kBatch) {
       Signed turned[kVectors];
       for (int set = 0; set < kSets; ++set) {
@@ -200,16 +214,10 @@ struct Marker {
           for (int i = 0; i < kUnit; ++i) here[i] = next[i];
         }
       }
-      Signed first[kHalf + 1] = {Signed{} + kMost}, second[kHalf + 1] = {Signed{} + kMost};
-      for (int i = 0; i < kHalf; ++i) first[i + 1] = turned[i];
-      sort<kHalf>(first + 1);
-      if constexpr (kSplit == 2) {
-        for (int i = 1; i <= kHalf; ++i) second[i] = swapped(first[i], kAll);
-      } else {
-        for (int i = 0; i < kHalf; ++i) second[i + 1] = turned[kHalf + i];
-        sort<kHalf>(second + 1);
-      }
-      const Signed cut = largest_of<kHalf>(first, second, n);
+      for (int half = 0; half < kVectors; half += kHalf) sort<kHalf>(turned + half);
+      Signed second[kHalf];
+      for (int i = 0; i < kHalf; ++i) second[i] = kSplit == 2 ? swapped(turned[i], kAll) : turned[kVectors - kHalf + i];
+      const Signed cut = nth(turned, second, n, around);
       Signed cuts[kUnit];
       [&]<int... kNumber>(std::integer_sequence<int, kNumber...>) {
         ((cuts[kNumber] = spread<kNumber>(cut, kAll)), ...);
