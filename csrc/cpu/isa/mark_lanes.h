@@ -122,6 +122,8 @@ struct Marker {
   template <int kHalf>
   void columns(const T* weights, int64_t blocks, int64_t inner, int n, int m, uint8_t* mask) {
     Around<kHalf> around;
+    // A processor does not foresee rows that lie in as many pages: it is told of those of the next block.
+    const int64_t ahead = std::max<int64_t>(m * inner, 1 << 13);
     for (int64_t b = 0; b < blocks; ++b, weights += m * inner, mask += m * inner) {
       for (int64_t step = 0; step < inner; step += kStep) {
         const int64_t at = std::min(step, inner - kStep);  // the last ones once more
@@ -133,9 +135,11 @@ struct Marker {
             first[i] = key(from + i * inner);
             second[i] = i + kHalf < m ? key(from + (i + kHalf) * inner) : Signed{} - 1;
           }
-          // Rows lie in as many pages, of which a processor foresees few: the same place in the next block.
           if (p * Lanes::kBytes % 64 == 0)
-            for (int i = m; i < 2 * m; ++i) __builtin_prefetch(from + i * inner);
+            for (int i = 0; i < m; ++i) {
+              __builtin_prefetch(from + i * inner + ahead);
+              if (p == 0) __builtin_prefetch(mask + i * inner + at + ahead, 1);
+            }
           sort<kHalf>(first), sort<kHalf>(second);
           cut[p] = nth(first, second, n, around);
         }
