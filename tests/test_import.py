@@ -48,7 +48,13 @@ def test_help_imports_what_it_shows_only(command: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "more", ["o.safetensors --report r.json", "--out-dir o", "--out-dir o --json"]
+    "more",
+    [
+        "o.safetensors --report r.json",
+        "o.safetensors --scope row",
+        "--out-dir o",
+        "--out-dir o --json",
+    ],
 )
 def test_files_are_pruned_without_torch(more: str, tmp_path: Path) -> None:
     save_file(vit(), tmp_path / "a.safetensors")

@@ -36,6 +36,7 @@ using Files = std::vector<std::tuple<int, std::string>>;  // descriptor, path
 using Progress = std::optional<std::function<void(const std::string&, int64_t, int64_t)>>;
 using Sum = std::function<void(py::memoryview)>;
 using TensorTuple = std::tuple<int32_t, int64_t, int64_t, int, int32_t>;  // file, offset, weights, dtype, layer
+using NormsTuple = std::tuple<py::buffer, int64_t>;                       // float32, inner
 
 inline std::vector<File> files_of(const Files& given) {
   std::vector<File> files;
@@ -73,6 +74,28 @@ class PythonExchange final : public Exchange {
 inline std::unique_ptr<Exchange> exchange_of(std::optional<Sum> sum) {
   if (!sum) return nullptr;
   return std::make_unique<PythonExchange>(std::move(*sum));
+}
+
+// Tensors in files, which may have norms.
+inline void set_tensors(Problem& problem, const Files& files, const std::vector<TensorTuple>& tensors,
+                        const std::vector<NormsTuple>& norms) {
+  problem.files = files_of(files);
+  for (const auto& [file, offset, numel, dtype, layer] : tensors)
+    problem.tensors.push_back({nullptr, numel, dtype_of(dtype), layer, file, offset});
+  if (norms.empty()) return;
+  if (norms.size() != tensors.size())
+    throw py::value_error("norms must have one entry for each of the " + std::to_string(tensors.size()) +
+                          " tensors, or none, got " + std::to_string(norms.size()));
+  for (size_t t = 0; t < norms.size(); ++t) {
+    const auto& [values, inner] = norms[t];
+    const py::buffer_info info = values.request();
+    const auto* begin = static_cast<const float*>(info.ptr);
+    const int64_t size = info.size * info.itemsize / 4;
+    if ((size < 1 || inner < 1) && problem.tensors[t].numel > 0)
+      throw py::value_error("norms[" + std::to_string(t) + "] must fit its tensor");
+    problem.tensors[t].dtype = DType::kFloat32;
+    problem.tensors[t].norms = std::make_shared<const Norms>(Norms{{begin, begin + size}, inner});
+  }
 }
 
 // Layers, modules and what they keep; the totals come from the tensors, or are given.

@@ -21,12 +21,11 @@ std::vector<int64_t> rows_of(const py::buffer& given) {
 }
 
 py::bytes survey(const Files& files, const std::vector<TensorTuple>& tensors, const py::buffer& windows, int64_t bins,
-                 int threads, int32_t rank, int32_t size, std::optional<Sum> exchange, Progress progress) {
+                 int threads, int32_t rank, int32_t size, std::optional<Sum> exchange, Progress progress,
+                 const std::vector<NormsTuple>& norms) {
   Problem problem;
-  problem.files = files_of(files);
   problem.rank = rank, problem.ranks = size;
-  for (const auto& [file, offset, numel, dtype, layer] : tensors)
-    problem.tensors.push_back({nullptr, numel, dtype_of(dtype), layer, file, offset});
+  set_tensors(problem, files, tensors, norms);
   const std::vector<int64_t> given = rows_of(windows);
   const size_t layers = given.size() / static_cast<size_t>(kWindowColumns);
   std::vector<Window> views;
@@ -116,7 +115,7 @@ class PythonCounts {
 void bind_counts(py::module_& m) {
   m.def("survey", &survey, py::arg("files"), py::arg("tensors"), py::arg("windows"), py::arg("bins"), py::kw_only(),
         py::arg("threads") = 0, py::arg("rank") = 0, py::arg("size") = 1, py::arg("exchange") = py::none(),
-        py::arg("progress") = py::none());
+        py::arg("progress") = py::none(), py::arg("norms") = std::vector<NormsTuple>{});
   py::class_<PythonCounts>(m, "Counts", "How many weights of each part a pruning keeps, for any `keep`.")
       .def(py::init<const std::vector<std::tuple<int32_t, int64_t>>&,
                     const std::vector<std::tuple<int32_t, int64_t, int64_t>>&, std::vector<int32_t>,

@@ -10,6 +10,7 @@ namespace dimap::python {
 namespace {
 
 using Piece = std::function<void(int32_t, int64_t, py::memoryview)>;  // file, where in its output, bytes
+using PatternTuple = std::tuple<int64_t, int64_t, int64_t>;           // n, m, inner
 using CutTuple = std::tuple<int64_t, int64_t>;
 
 CutTuple tuple_of(const Cut& cut) {
@@ -30,19 +31,18 @@ class Pruning {
  public:
   Pruning(const Files& files, const std::vector<TensorTuple>& tensors, const std::vector<int64_t>& modules,
           const std::vector<int64_t>& keep, int threads, int32_t rank, int32_t size, std::optional<Sum> exchange,
-          Progress progress, int64_t aside, const std::vector<std::tuple<int32_t, int32_t, int64_t>>& patterns)
+          Progress progress, int64_t aside, const std::vector<PatternTuple>& patterns,
+          const std::vector<NormsTuple>& norms)
       : aside_(aside), pool_(threads, watch_of(std::move(progress))), exchange_(exchange_of(std::move(exchange))) {
-    problem_.files = files_of(files);
     problem_.rank = rank, problem_.ranks = size;
-    for (const auto& [file, offset, numel, dtype, layer] : tensors)
-      problem_.tensors.push_back({nullptr, numel, dtype_of(dtype), layer, file, offset});
+    set_tensors(problem_, files, tensors, norms);
     set_modules(problem_, modules, keep, std::nullopt);
     if (!patterns.empty() && patterns.size() != tensors.size())
       throw py::value_error("patterns must have one entry for each of the " + std::to_string(tensors.size()) +
                             " tensors, or none, got " + std::to_string(patterns.size()));
     for (size_t t = 0; t < patterns.size(); ++t) {
       const auto& [n, m, inner] = patterns[t];
-      if (m < 2 || m > cpu::kMostInGroup || n < 0 || n > m || inner < 1 || problem_.tensors[t].numel % (m * inner))
+      if (m < 1 || n < 0 || n > m || inner < 1 || problem_.tensors[t].numel % (m * inner))
         throw py::value_error("patterns[" + std::to_string(t) + "] must fit its tensor");
       problem_.patterns.push_back({n, m, inner});
     }
@@ -141,11 +141,11 @@ void bind_pruning(py::module_& m) {
   py::class_<Pruning>(m, "Pruning", "Weights in files that are pruned together, or one rank's part of them.")
       .def(py::init<const Files&, const std::vector<TensorTuple>&, const std::vector<int64_t>&,
                     const std::vector<int64_t>&, int, int32_t, int32_t, std::optional<Sum>, Progress, int64_t,
-                    const std::vector<std::tuple<int32_t, int32_t, int64_t>>&>(),
+                    const std::vector<PatternTuple>&, const std::vector<NormsTuple>&>(),
            py::arg("files"), py::arg("tensors"), py::arg("modules"), py::arg("keep"), py::kw_only(),
            py::arg("threads") = 0, py::arg("rank") = 0, py::arg("size") = 1, py::arg("exchange") = py::none(),
            py::arg("progress") = py::none(), py::arg("aside") = cpu::kAsideMost,
-           py::arg("patterns") = std::vector<std::tuple<int32_t, int32_t, int64_t>>{})
+           py::arg("patterns") = std::vector<PatternTuple>{}, py::arg("norms") = std::vector<NormsTuple>{})
       .def("decide", &Pruning::decide)
       .def("count_packed", &Pruning::count_packed)
       .def("write", &Pruning::write, py::arg("targets"), py::arg("places"), py::arg("rest"), py::kw_only(),

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -10,13 +11,21 @@
 
 namespace dimap {
 
+// What magnitudes in a file are multiplied with before they are ranked: that of weight i is at (i / inner) % size.
+struct Norms {
+  std::vector<float> values;
+  int64_t inner;
+};
+
 struct TensorView {
   const void* data = nullptr;  // contiguous; null where the weights lie in a file:
   int64_t numel = 0;
-  DType dtype = DType::kFloat32;
+  DType dtype = DType::kFloat32;  // of what is ranked
   int32_t layer = 0;
-  int32_t file = -1;   // number in Problem::files,
-  int64_t offset = 0;  // and the byte there
+  int32_t file = -1;                             // number in Problem::files,
+  int64_t offset = 0;                            // and the byte there
+  DType stored = dtype;                          // in the file
+  std::shared_ptr<const Norms> norms = nullptr;  // then float32 products are ranked; null: the weights themselves
 };
 
 // Held open by the caller. The path is for errors.
@@ -25,10 +34,9 @@ struct File {
   std::string path;
 };
 
-// N:M: of every m weights, `inner` apart, the n largest are kept.
+// Of every m weights, `inner` apart, the n largest are kept: N:M, or whole rows.
 struct Pattern {
-  int32_t n, m;
-  int64_t inner;
+  int64_t n, m, inner;
 };
 
 // Several ranks may share one problem. Then the tensors in memory are this rank's own and the totals those of all

@@ -1,12 +1,15 @@
 #include "cpu/nm.h"
 
 #include <algorithm>
+#include <functional>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "core/problem.h"
 #include "cpu/apply.h"
 #include "cpu/isa/decide.h"
+#include "cpu/large_pages.h"
 #include "cpu/select/chunks.h"
 
 namespace dimap::cpu {
@@ -68,6 +71,56 @@ void each_finite(const std::vector<Piece>& pieces, const Pool& pool, Look&& look
   check_finite(p.part.weights, p.n, p.part.dtype, p.tensor, p.offset);
 }
 
+// Marks the n largest of a row of m keys, of equal ones the first.
+void mark_row(const uint32_t* keys, int64_t n, int64_t m, uint8_t* mask, std::vector<uint64_t>& ties) {
+  if (n == 0 || n == m) {
+    std::fill_n(mask, m, n != 0);
+    return;
+  }
+  // By an exponent and three bits, which leave few for a closer look.
+  constexpr int kShift = 20;
+  uint32_t counts[kKeyEnd >> kShift] = {};
+  for (int64_t i = 0; i < m; ++i) ++counts[keys[i] >> kShift];
+  uint32_t cut = kKeyEnd >> kShift;
+  int64_t left = n;
+  while (left > counts[--cut]) left -= counts[cut];
+  ties.resize(static_cast<size_t>(m));
+  size_t count = 0;
+  for (int64_t i = 0; i < m; ++i) {
+    const uint32_t high = keys[i] >> kShift;
+    mask[i] = high > cut;
+    ties[count] = static_cast<uint64_t>(keys[i]) << 32 | static_cast<uint32_t>(~i);
+    count += high == cut;
+  }
+  const auto begin = ties.begin(), end = begin + static_cast<int64_t>(count);
+  std::nth_element(begin, begin + left - 1, end, std::greater<>());
+  for (auto it = begin; it < begin + left; ++it) mask[static_cast<uint32_t>(~*it)] = 1;
+}
+
+// [blocks, m, inner]: some columns at a time become rows. Returns whether all of it is finite.
+template <DType kType>
+bool mark_rows(const Grouped& g, int64_t n, int64_t m) {
+  constexpr int64_t kColumns = 16;
+  const int64_t most = std::min(kColumns, g.inner);
+  std::vector<uint32_t> keys(static_cast<size_t>(most * m));
+  std::vector<uint8_t> marks(keys.size());
+  std::vector<uint64_t> ties;
+  uint32_t largest = 0;
+  for (int64_t begin = 0; begin < g.blocks * m * g.inner; begin += m * g.inner) {
+    for (int64_t column = 0; column < g.inner; column += most) {
+      const int64_t columns = std::min(most, g.inner - column);
+      const auto* weights = static_cast<const storage_t<kType>*>(g.weights) + begin + column;
+      for (int64_t i = 0; i < m; ++i)
+        for (int64_t c = 0; c < columns; ++c) keys[c * m + i] = key_of<kType>(weights[i * g.inner + c]);
+      for (int64_t i = 0; i < columns * m; ++i) largest = std::max(largest, keys[i]);
+      for (int64_t c = 0; c < columns; ++c) mark_row(keys.data() + c * m, n, m, marks.data() + c * m, ties);
+      for (int64_t i = 0; i < m; ++i)
+        for (int64_t c = 0; c < columns; ++c) g.mask[begin + column + i * g.inner + c] = marks[c * m + i];
+    }
+  }
+  return largest < kNonFinite;
+}
+
 bool mark(const Grouped& g, int n, int m, uint8_t* mask) {
   const auto fn = kernels().mark[static_cast<int>(g.dtype)];
   return fn(g.weights, g.blocks, g.inner, n, m, mask) < infinity_bits(g.dtype);
@@ -75,12 +128,19 @@ bool mark(const Grouped& g, int n, int m, uint8_t* mask) {
 
 }  // namespace
 
-void mark_nm(const Grouped& piece, int n, int m, int64_t tensor, int64_t offset) {
-  if (!mark(piece, n, m, piece.mask))
-    check_finite(piece.weights, piece.blocks * m * piece.inner, piece.dtype, tensor, offset);
+void mark_largest(const Grouped& piece, int64_t n, int64_t m, int64_t tensor, int64_t offset) {
+  bool finite = true;
+  if (m >= 2 && m <= kMostInGroup)
+    finite = mark(piece, static_cast<int>(n), static_cast<int>(m), piece.mask);
+  else
+    for_type(piece.dtype, [&]<DType kType>() { finite = mark_rows<kType>(piece, n, m); });
+  if (!finite) check_finite(piece.weights, piece.blocks * m * piece.inner, piece.dtype, tensor, offset);
 }
 
 void select_nm(std::span<const Grouped> tensors, int n, int m, const Pool& pool) {
+  std::vector<Range> masks;
+  for (const Grouped& g : tensors) masks.push_back({g.mask, static_cast<size_t>(g.blocks * m * g.inner)});
+  advise_large_pages(std::move(masks));
   each_finite(pieces_of(tensors, m), pool, [&](const Piece& p) { return mark(p.part, n, m, p.part.mask); });
 }
 

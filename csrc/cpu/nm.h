@@ -1,4 +1,4 @@
-// N:M: of every m weights along one dimension the n of largest magnitude are kept, of equal ones the first.
+// N:M, and rows: of every m weights along one dimension the n of largest magnitude are kept, of equal ones the first.
 #pragma once
 
 #include <cstdint>
@@ -17,8 +17,8 @@ struct Grouped {
   DType dtype;
 };
 
-// Marks groups, or throws NonFinite for weights whose place in their tensor begins at `offset`.
-void mark_nm(const Grouped& piece, int n, int m, int64_t tensor, int64_t offset);
+// Marks groups of any m, or throws NonFinite for weights whose place in their tensor begins at `offset`.
+void mark_largest(const Grouped& piece, int64_t n, int64_t m, int64_t tensor, int64_t offset);
 
 // Writes the masks. Throws NonFinite for the first infinity or NaN.
 void select_nm(std::span<const Grouped> tensors, int n, int m, const Pool& pool);

@@ -34,9 +34,11 @@ class Pruning:
     files: open descriptor and path (for errors) of each. tensors: in the order in which ties are
     kept: (file, offset, weights, dtype, layer). modules: of each layer. keep: of each module, how
     many weights. rank, size, exchange: of several processes that see the same files each does a
-    part, neighbouring bytes. patterns: instead of what modules keep, N:M of each tensor, (n, m, how
-    many weights lie from one of a group to its next): then nothing is read to decide, there are no
-    cuts and thresholds, and what is not finite is found in writing.
+    part, neighbouring bytes. patterns: instead of what modules keep, N:M of each tensor, or the same of
+    its rows, (n, m, how many weights lie from one of a group to its next): then nothing is read to
+    decide, there are no cuts and thresholds, and what is not finite is found in writing. norms: of each
+    tensor float32 numbers and `inner`, or none: |w| of flat index i times number i // inner of them, or
+    of those repeated, is ranked, as float32, in place of |w|.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class Pruning:
         progress: Progress | None = None,
         aside: int = 1 << 25,  # numbers of 4 bytes that may be set aside
         patterns: Sequence[tuple[int, int, int]] = (),
+        norms: Sequence[tuple[Buffer, int]] = (),
     ) -> None: ...
     def decide(self) -> None:
         """Find the cuts. Raises NonFiniteError, OSError."""
@@ -121,10 +124,11 @@ def survey(
     size: int = 1,
     exchange: Exchange | None = None,
     progress: Progress | None = None,
+    norms: Sequence[tuple[Buffer, int]] = (),
 ) -> bytes:
     """`dimap.ops.survey` of weights in files, of all ranks: int64 [layers, 22 + 3 * bins] as bytes.
 
-    files, tensors, rank, size, exchange: as in `Pruning`. windows: int64 [layers, 7].
+    files, tensors, rank, size, exchange, norms: as in `Pruning`. windows: int64 [layers, 7].
     """
 
 class Counts:

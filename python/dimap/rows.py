@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .groups.nm import count_rows
+from .groups.nm import as_rows
 
 CHUNK = 1 << 24  # numbers that are looked at together, which takes some memory
 
@@ -27,8 +27,8 @@ def select_rows(name: str, values: Tensor, axis: int, sparsity: float) -> Tensor
     flip = values.ndim == 2 and axis == -2
     if not values.numel():
         return torch.empty(values.shape, dtype=torch.bool, device=values.device)
-    rows = (values.t() if flip else values).reshape(count_rows(values.shape, axis), -1)
-    length = rows.shape[1]
+    count, length, _ = as_rows(values.shape, axis)
+    rows = (values.t() if flip else values).reshape(count, length)
     keep = length - round(sparsity * length)
     parts = []
     for part in rows.split(max(1, CHUNK // length)):

@@ -5,14 +5,18 @@ from __future__ import annotations
 import dimap
 import pytest
 import torch
+import torch.distributed as dist
 from checkpoints import shards, vit
 from commands import runner
 from dimap import reference
+from dimap.groups import AUX, Slice, whole
+from dimap.groups.nm import input_axes
 from dimap.rows import select_rows
 from dimap.stream import prune_checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
+from ranks import Group
+from safetensors.torch import save_file
 from torch import nn
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -244,55 +248,172 @@ def test_what_has_no_plain_inputs_is_refused():
 
 
 def norms_for(state, path):
+    """Of each prunable tensor: of its inputs, of a part of them the same, some zero."""
     rng = torch.Generator().manual_seed(5)
-    norms = {
-        name: torch.rand(1, *t.shape[1:], generator=rng) for name, t in state.items() if t.ndim > 1
-    }
+    norms = {}
+    shapes = {name: tuple(w.shape) for name, w in state.items()}
+    for part, axis in input_axes(dimap.find_modules(state), shapes).items():
+        shape = list(state[whole(part)].shape)
+        apart = [0] if isinstance(part, Slice) else []  # experts, each with norms of its own
+        at = [*apart, len(shape) + axis]
+        norm = torch.rand([n if d in at else 1 for d, n in enumerate(shape)], generator=rng)
+        norms[whole(part)] = (norm * 16).round() / 16 if "mlp" in part else norm
     save_file(norms, path)
     return norms
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("form", ["file", "folder", "pickled"])
-@pytest.mark.parametrize("method", ["wanda", "dimap"])
-def test_files_are_bit_by_bit_what_memory_gives(tmp_path, dtype, form, method):
-    state = vit(dtype, width=20, step=0.01)
-    names = dimap.select(state, 0.0)
-    norms = norms_for({n: state[n] for n in names}, tmp_path / "norms.safetensors")
-    source, out = tmp_path / "in.safetensors", tmp_path / "out.safetensors"
-    if form == "folder":
-        source, out = tmp_path / "in", tmp_path / "out"
+def prune_both(folder, state, options, form="dense", kind="file", group=None):
+    """From files, bit by bit as in memory."""
+    norms = norms_for(state, folder / "norms.safetensors")
+    source, out = folder / "in.safetensors", folder / "out.safetensors"
+    if kind == "folder":
+        source, out = folder / "in", folder / "out"
         shards(source, state)
-    elif form == "pickled":
-        source, out = tmp_path / "in.pth", tmp_path / "out.pth"
+    elif kind == "pickled":
+        source = folder / "in.pth"
         torch.save(state, source)
     else:
         save_file(state, source, {"format": "pt"})
-    options = {"masks": tmp_path / "masks.safetensors", "scope": "row", "method": method}
-    saliency = None
-    if method == "wanda":
-        options["input_norms"] = tmp_path / "norms.safetensors"
+    here, saliency = dict(options), None
+    if here.pop("method", "dimap") == "wanda":
+        options = {"input_norms": folder / "norms.safetensors"} | options
         saliency = dimap.saliency.by_norms(state, norms)
-    result = prune_checkpoint(source, out, 0.55, **options)
+        if "scope" not in here and "nm" not in here:
+            here["scope"] = "row"
+        if "nm" not in here:
+            here.setdefault("normalize", "layer")
+    masks = folder / "masks.safetensors"
+    options = {**options, "masks": masks, "format": form}
+    if group is None:
+        result = prune_checkpoint(source, out, **options)
+        found = [(result.kept, result.nonzero, result.smallest, result.nm)]
+    else:
+        found = group(on_ranks, source, out, options)
     want = {name: tensor.clone() for name, tensor in state.items()}
-    pruning = dimap.prune(want, 0.55, scope="row", saliency=saliency)
+    pruning = dimap.prune(want, saliency=saliency, **here)
     got = {}
-    for file in sorted(out.glob("*.safetensors")) if form == "folder" else [out]:
-        got |= torch.load(file) if form == "pickled" else load_file(file)
+    for file in sorted(out.glob("*.safetensors")) if kind == "folder" else [out]:
+        got |= dimap.load_file(file)
     assert got.keys() == want.keys()
     for name, tensor in want.items():
         assert torch.equal(got[name].view(torch.uint8), tensor.view(torch.uint8)), name
-    masks = dimap.load_masks(tmp_path / "masks.safetensors")
-    assert all(torch.equal(masks[name], mask) for name, mask in pruning.masks.items())
-    assert result.kept == pruning.kept
-    assert result.nonzero == pruning.nonzero
+    loaded = dimap.load_masks(masks)
+    assert all(torch.equal(loaded[name], mask) for name, mask in pruning.masks.items())
+    layers = [x for module, here in pruning.modules.items() if module != AUX for x in here]
+    for kept, nonzero, smallest, nm in found:
+        assert kept == pruning.kept
+        assert nonzero == pruning.nonzero
+        if not any(
+            isinstance(n, Slice) or len(x.parameters) > 1 for x in layers for n in x.parameters
+        ):
+            assert smallest == pruning.smallest  # else files tell their layer's
+        assert nm == pruning.nm
+    return None if group else (result, pruning)
+
+
+def on_ranks(source, out, options):
+    done = prune_checkpoint(source, out, group=dist.group.WORLD, **options)
+    return done.kept, done.nonzero, done.smallest, done.nm
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("form", ["dense", "bitmask", "compact"])
+@pytest.mark.parametrize("kind", ["file", "folder", "pickled"])
+@pytest.mark.parametrize("method", ["wanda", "dimap"])
+def test_files_are_bit_by_bit_what_memory_gives(tmp_path, dtype, form, kind, method):
+    state = vit(dtype, width=20, step=0.01)
+    options = {"sparsity": 0.55, "scope": "row", "method": method}
+    result, pruning = prune_both(tmp_path, state, options, form, kind)
     assert result.saliency == ("wanda" if method == "wanda" else "magnitude")
+    assert result.thresholds == {}
     assert result.summary().to_dict()["kept"] == pruning.report().to_dict()["kept"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"sparsity": 0.4},
+        {"sparsity": 0.4, "scope": "module"},
+        {"sparsity": 0.7, "scope": "global", "normalize": "scope"},
+        {"sparsity": 0.0},
+        {"sparsity": 1.0, "scope": "layer"},
+        {"sparsity": 0.5, "nm": "auto:8"},
+        {"nm": "3:5"},
+        {"params": 0.6, "scope": "module"},
+        {"sparsity": 0.5, "scope": "module", "min_keep": 0.45},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("step", [0.0, 0.01])
+def test_wanda_in_any_scope(tmp_path, dtype, options, step):
+    """Ranked by float32 products, of which many are equal, or zero where the weights are not."""
+    state = vit(dtype, width=20, step=step)
+    prune_both(tmp_path, state, {"method": "wanda"} | options)
+
+
+@given(seed=st.integers(0, 10**6), sparsity=st.sampled_from([0.1, 0.5, 0.55, 0.9, 1.0]))
+@settings(max_examples=25, deadline=None)
+def test_any_weights_and_norms(tmp_path_factory, seed, sparsity):
+    rng = torch.Generator().manual_seed(seed)
+    width = 4 * int(torch.randint(1, 12, (), generator=rng))
+    state = vit(DTYPES[seed % 3], width=width, seed=seed)
+    special = torch.tensor(SPECIAL)
+    for name in dimap.select(state, 0.0):
+        flat = state[name].view(-1)
+        at = torch.randperm(len(flat), generator=rng)[: len(flat) // 3]
+        flat[at] = special[torch.randint(len(special), (len(at),), generator=rng)].to(flat.dtype)
+        flat[flat.isinf()] = 1.0
+    prune_both(tmp_path_factory.mktemp("any"), state, {"method": "wanda", "sparsity": sparsity})
+
+
+@pytest.fixture(scope="module", params=[2, 3], ids=["2 ranks", "3 ranks"])
+def group(request):
+    if not dist.is_available() or not dist.is_gloo_available():
+        pytest.skip("needs gloo")
+    group = Group(request.param)
+    yield group
+    group.close()
+
+
+@pytest.mark.parametrize(
+    ("options", "form"),
+    [
+        ({"sparsity": 0.55, "scope": "row"}, "dense"),
+        ({"sparsity": 0.55, "method": "wanda"}, "dense"),
+        ({"sparsity": 0.55, "method": "wanda"}, "bitmask"),
+        ({"nm": "2:4", "method": "wanda"}, "bitmask"),
+        ({"sparsity": 0.5, "nm": "auto", "method": "wanda"}, "dense"),
+        ({"sparsity": 0.5, "scope": "module", "method": "wanda"}, "bitmask"),
+    ],
+    ids=str,
+)
+def test_several_ranks(group, tmp_path, options, form):
+    state = vit(torch.bfloat16, width=48, blocks=3, step=0.01)
+    prune_both(tmp_path, state, options, form, "folder", group)
+
+
+def test_ranks_with_other_norms_are_refused(group, tmp_path):
+    state = vit(width=20)
+    norms = norms_for(state, tmp_path / "norms0")
+    for rank in range(1, group.size):
+        norms["blocks.1.mlp.fc2.weight"][0, 3] += rank
+        save_file(norms, tmp_path / f"norms{rank}")
+    save_file(state, tmp_path / "in.safetensors")
+    for name, message in group.outcomes(other_norms, tmp_path):
+        assert name in ("ValueError", "RuntimeError")
+        assert "all ranks must be given the same checkpoint and settings" in message
+
+
+def other_norms(folder):
+    norms = folder / f"norms{dist.get_rank()}"
+    options = {"sparsity": 0.5, "method": "wanda", "input_norms": norms}
+    on_ranks(folder / "in.safetensors", folder / "out.safetensors", options)
 
 
 def test_the_command(tmp_path, capsys):
     state = vit(width=20)
-    norms_for({n: state[n] for n in dimap.select(state, 0.0)}, tmp_path / "norms.safetensors")
+    norms_for(state, tmp_path / "norms.safetensors")
     save_file(state, tmp_path / "in.safetensors")
     given = [
         "prune",
@@ -306,11 +427,9 @@ def test_the_command(tmp_path, capsys):
     code, told, _ = run(*given, "--method", "wanda", *norms)
     assert code == 0
     assert "row" in told
-    for wrong in (
-        ["--method", "wanda"],
-        norms,
-        ["--method", "wanda", *norms, "--format", "bitmask"],
-    ):
+    code, _, _ = run(*given, "--method", "wanda", *norms, "--format", "compact", "--force")
+    assert code == 0
+    for wrong in (["--method", "wanda"], norms):
         (tmp_path / "out.safetensors").unlink(missing_ok=True)
         assert run(*given, *wrong)[0] == 1
         assert not (tmp_path / "out.safetensors").exists()
@@ -327,8 +446,7 @@ def test_a_file_whose_weights_are_not_finite_leaves_nothing(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["in.safetensors"]
 
 
-def test_experts_of_one_tensor_are_pruned_row_by_row(tmp_path):
-    """[experts, in, out] and [experts, out, in]: a row is one output of one expert."""
+def experts():
     transformers = pytest.importorskip("transformers")
     config = transformers.MixtralConfig(
         hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
@@ -336,14 +454,33 @@ def test_experts_of_one_tensor_are_pruned_row_by_row(tmp_path):
     )  # fmt: skip
     torch.manual_seed(0)
     model = transformers.MixtralForCausalLM(config)
-    state = {n: p.detach().clone() for n, p in model.named_parameters()}
-    save_file(state, tmp_path / "in.safetensors")
-    result = prune_checkpoint(
-        tmp_path / "in.safetensors", tmp_path / "out.safetensors", 0.5, scope="row"
-    )
-    pruning = dimap.prune(state, 0.5, scope="row")
-    got = load_file(tmp_path / "out.safetensors")
-    assert all(torch.equal(got[name], tensor) for name, tensor in state.items())
-    assert result.kept == pruning.kept
-    for name, mask in pruning.masks.items():
-        assert (mask.sum(-1) == mask.shape[-1] // 2).all(), name
+    return {n: p.detach().clone() for n, p in model.named_parameters()}
+
+
+def columns():
+    """GPT-2's [in, out], whose rows are columns."""
+    state = {}
+    for block in range(2):
+        for name, n, out in (
+            ("attn.c_attn", 20, 60),
+            ("attn.c_proj", 20, 20),
+            ("mlp.c_fc", 20, 88),
+        ):
+            state[f"h.{block}.{name}.weight"] = torch.randn(n, out)
+            state[f"h.{block}.{name}.bias"] = torch.randn(out)
+        state[f"h.{block}.mlp.c_proj.weight"] = torch.randn(88, 20)
+        state[f"h.{block}.mlp.c_proj.bias"] = torch.randn(20)
+    return state
+
+
+@pytest.mark.parametrize("form", ["dense", "bitmask", "compact"])
+@pytest.mark.parametrize("method", ["wanda", "dimap"])
+@pytest.mark.parametrize("make", [experts, columns])
+def test_rows_of_stacked_and_of_transposed_weights(tmp_path, make, method, form):
+    """[experts, in, out], [experts, out, in] and [in, out]: a row is one output of one expert."""
+    torch.manual_seed(1)
+    state = {name: w.bfloat16() for name, w in make().items()}
+    options = {"sparsity": 0.5, "scope": "row", "method": method}
+    _, pruning = prune_both(tmp_path, state, options, form)
+    kept = 0.5 * sum(mask.numel() for mask in pruning.masks.values())
+    assert sum(int(mask.sum()) for mask in pruning.masks.values()) == kept

@@ -142,19 +142,21 @@ void FilePruning::mark_by_cut(const Chunk& chunk, const void* weights, uint8_t* 
 }
 
 // Zeroes what a chunk does not keep. The worker's mask says afterwards what it keeps, a byte a weight.
-void FilePruning::prune_chunk(Worker& worker, const Chunk& chunk, void* weights) {
-  const DType dtype = problem_.tensors[chunk.tensor].dtype;
+void FilePruning::prune_chunk(int number, Worker& worker, const Chunk& chunk, void* weights) {
+  const TensorView& tensor = problem_.tensors[chunk.tensor];
+  const void* ranked = loader_.ranked(tensor, weights, chunk.offset, chunk.n, number);
   auto* mask = reinterpret_cast<uint8_t*>(worker.mask.room(most_));
   if (decision_) {
-    mark_by_cut(chunk, weights, mask);
+    mark_by_cut(chunk, ranked, mask);
   } else {
-    const Pattern& p = problem_.patterns[chunk.tensor];
-    mark_nm({weights, mask, chunk.n / (p.m * p.inner), p.inner, dtype}, p.n, p.m, chunk.tensor, chunk.offset);
+    const auto [n, m, inner] = problem_.patterns[chunk.tensor];
+    mark_largest({const_cast<void*>(ranked), mask, chunk.n / (m * inner), inner, tensor.dtype}, n, m, chunk.tensor,
+                 chunk.offset);
   }
   int64_t kept = 0;
   uint32_t smallest = kKeyEnd;
   const bool look = worker.written.smallest[chunk.tensor] != 0;
-  for_type(dtype, [&]<DType kType>() {
+  for_type(tensor.stored, [&]<DType kType>() {
     auto* w = static_cast<storage_t<kType>*>(weights);
     for (int64_t i = 0; i < chunk.n; ++i) {
       kept += mask[i];
@@ -175,8 +177,7 @@ void FilePruning::prune_chunk(Worker& worker, const Chunk& chunk, void* weights)
   });
   uint32_t& known_smallest = worker.written.smallest[chunk.tensor];
   known_smallest = std::min(known_smallest, smallest);
-  const auto number = static_cast<size_t>(&chunk - chunks().data());
-  if (kept != chunk_kept_[number]) throw Changed(chunk.tensor);
+  if (kept != chunk_kept_[static_cast<size_t>(&chunk - chunks().data())]) throw Changed(chunk.tensor);
 }
 
 std::vector<int64_t> FilePruning::count_packed() {
@@ -188,11 +189,12 @@ std::vector<int64_t> FilePruning::count_packed() {
   pool_.for_each(static_cast<int64_t>(chunks.size()), [&](int64_t c, int w) {
     const Chunk& chunk = chunks[c];
     if (!chunk.mine || !keeps_zeros(chunk)) return;
-    const int64_t bytes = chunk.n * size_of(problem_.tensors[chunk.tensor].dtype);
+    const TensorView& tensor = problem_.tensors[chunk.tensor];
+    const int64_t size = size_of(tensor.stored), bytes = chunk.n * size;
     char* weights = workers[w].aligned.room(bytes);
-    std::memcpy(weights, loader_.load(chunk, w), static_cast<size_t>(bytes));
-    prune_chunk(workers[w], chunk, weights);
-    chunk_packed_[c] = count_set(weights, chunk.n, bytes / std::max<int64_t>(chunk.n, 1), ~uint64_t{0});
+    read_fully(problem_.files[tensor.file], weights, bytes, tensor.offset + chunk.offset * size);
+    prune_chunk(w, workers[w], chunk, weights);
+    chunk_packed_[c] = count_set(weights, chunk.n, size, ~uint64_t{0});
   });
   sum(chunk_packed_);
   for (size_t c = 0; c < chunks.size(); ++c) packed[chunks[c].tensor] += chunk_packed_[c];
@@ -208,7 +210,7 @@ FilePruning::Written FilePruning::write(const Sink& sink, std::span<const Place>
   for (size_t c = 0; c < chunks.size(); ++c) {
     const Chunk& chunk = chunks[c];
     const TensorView& tensor = problem_.tensors[chunk.tensor];
-    const int64_t size = size_of(tensor.dtype), begin = chunk.offset * size;
+    const int64_t size = size_of(tensor.stored), begin = chunk.offset * size;
     const Place& place = places[chunk.tensor];
     int64_t at = place.values + begin;
     if (place.bits >= 0) {
@@ -245,7 +247,7 @@ FilePruning::Written FilePruning::write(const Sink& sink, std::span<const Place>
   // Of most tensors the smallest kept weight is among what was set aside; the others are looked at in writing.
   std::vector<uint32_t> smallest(problem_.tensors.size(), kKeyEnd);
   for (const Chunk& chunk : chunks) {
-    if (!chunk.mine || !known(chunk)) continue;
+    if (!chunk.mine || !known(chunk) || problem_.tensors[chunk.tensor].norms) continue;
     const Cut& cut = decision_->cuts[chunk.layer];
     uint32_t& least = smallest[chunk.tensor];
     if (chunk.quota > 0) least = std::min(least, cut.tie);
@@ -284,7 +286,7 @@ FilePruning::Written FilePruning::write(const Sink& sink, std::span<const Place>
         weights = worker.aligned.room(s.bytes);
         std::memcpy(weights, data, static_cast<size_t>(s.bytes));
       }
-      prune_chunk(worker, chunk, weights);
+      prune_chunk(w, worker, chunk, weights);
       if (mask_target) {
         const int64_t n = (chunk.n + 7) / 8;
         char* bits = worker.bits.room(n);
@@ -295,7 +297,7 @@ FilePruning::Written FilePruning::write(const Sink& sink, std::span<const Place>
         const int64_t n = (chunk.n + 7) / 8, count = chunk_packed_[s.chunk];
         char* bits = worker.bits.room(n);
         char* values = worker.values.room((chunk.n + 8) * size);
-        for_storage(problem_.tensors[chunk.tensor].dtype, [&]<typename T>() {
+        for_storage(problem_.tensors[chunk.tensor].stored, [&]<typename T>() {
           const T* from = reinterpret_cast<const T*>(weights);
           if (count_set(weights, chunk.n, size, ~uint64_t{0}) != count) throw Changed(chunk.tensor);
           pack_chunk(from, chunk.n, reinterpret_cast<uint8_t*>(bits), reinterpret_cast<T*>(values),

@@ -77,7 +77,7 @@ class FilePruning {
   bool keeps_zeros(const Chunk& chunk) const;
   void share_ties();
   void mark_by_cut(const Chunk& chunk, const void* weights, uint8_t* mask) const;
-  void prune_chunk(Worker& worker, const Chunk& chunk, void* weights);
+  void prune_chunk(int number, Worker& worker, const Chunk& chunk, void* weights);  // number: the worker's
   void sum(std::span<int64_t> numbers) const {
     if (exchange_) exchange_->sum(numbers);
   }

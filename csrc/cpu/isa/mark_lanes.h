@@ -1,5 +1,7 @@
-// Marking the largest of every group of weights, with the vectors of decide_lanes.h: a weight's rank is how many of its
-// group come before it, and the mask keeps the ranks below n. No branch depends on a weight.
+// Marking the n largest of every group of weights, with the vectors of decide_lanes.h. Each lane has a group: a network
+// sorts its halves, whose merge has the n-th largest magnitude, and what is not below that is marked. Where more are
+// than n, some tie with it, and the last of them are taken back. Groups too small to be turned into lanes are ranked
+// where they stand: a weight's rank is how many of its group come before it.
 #pragma once
 
 #include <algorithm>
@@ -15,26 +17,32 @@ namespace {
 template <typename Lanes, typename T>
 struct Marker {
   using Signed = std::conditional_t<sizeof(T) == 4, typename Lanes::SignedWords, typename Lanes::SignedShorts>;
+  using Bytes = typename Lanes::Bytes;
   using Lane = std::make_signed_t<T>;  // magnitudes are below its sign bit
   static constexpr int kParts = sizeof(T), kLanes = Lanes::kBytes / kParts;
   static constexpr int kStep = Lanes::kBytes;  // weights whose mask fills a vector
+  static constexpr Lane kMost = std::numeric_limits<Lane>::max();
 
   Signed largest{};  // of all that were seen
 
+  static DIMAP_HD Signed magnitude(const T* from) { return loaded<Signed>(from) & kMost; }
   DIMAP_HD Signed key(const T* from) {
-    const Signed magnitude = loaded<Signed>(from) & std::numeric_limits<Lane>::max();
-    largest = magnitude > largest ? magnitude : largest;
-    return magnitude;
+    const Signed key = magnitude(from);
+    largest = max(key, largest);
+    return key;
   }
+  static DIMAP_HD Signed max(Signed a, Signed b) { return a > b ? a : b; }
+  static DIMAP_HD Signed min(Signed a, Signed b) { return a < b ? a : b; }
 
-  static DIMAP_HD void store(const Signed* kept, uint8_t* mask) {
-    typename Lanes::Bytes marked;
+  static DIMAP_HD Bytes narrow(const Signed* kept) {
     if constexpr (kParts == 4)
-      marked = Lanes::narrow(kept[0], kept[1], kept[2], kept[3]);
+      return Lanes::narrow(kept[0], kept[1], kept[2], kept[3]);
     else
-      marked = Lanes::narrow(kept[0], kept[1]);
-    marked &= 1;
-    memcpy(mask, &marked, sizeof marked);
+      return Lanes::narrow(kept[0], kept[1]);
+  }
+  static DIMAP_HD void store(Bytes kept, uint8_t* mask) {
+    kept &= 1;
+    memcpy(mask, &kept, sizeof kept);
   }
 
   // Which lanes come after the one that stands kTurn further in their group of kM, the first after the last.
@@ -51,43 +59,205 @@ struct Marker {
     return rank;
   }
 
-  // Groups of kM weights side by side: compared inside of a vector.
+  // Groups of kM weights side by side, compared inside of a vector.
   template <int kM>
-  void adjacent(const T* weights, int64_t blocks, int n, uint8_t* mask) {
-    if constexpr (kM > kLanes) return strided(weights, blocks, 1, n, kM, mask);
+  void small(const T* weights, int64_t blocks, int n, uint8_t* mask) {
     const Lane limit = static_cast<Lane>(n);
     const int64_t end = blocks * kM / kStep * kStep;
     for (int64_t at = 0; at < end; at += kStep) {
       Signed kept[kParts];
       for (int p = 0; p < kParts; ++p)
         kept[p] = rank<kM>(key(weights + at + p * kLanes), std::make_integer_sequence<int, kM - 1>{}) < limit;
-      store(kept, mask + at);
+      store(narrow(kept), mask + at);
     }
     strided(weights + end, blocks - end / kM, 1, n, kM, mask + end);
   }
 
-  // [blocks, m, inner]: columns side by side, at least kStep of them.
+  // Batcher's odd-even merge sort, the largest first.
+  template <int kCount, int kApart>
+  static DIMAP_HD void merge(Signed* keys) {
+    if constexpr (2 * kApart < kCount) {
+      merge<kCount, 2 * kApart>(keys);
+      merge<kCount, 2 * kApart>(keys + kApart);
+#pragma GCC unroll 16
+      for (int i = kApart; i + kApart < kCount; i += 2 * kApart) order(keys[i], keys[i + kApart]);
+    } else {
+      order(keys[0], keys[kApart]);
+    }
+  }
+  template <int kCount>
+  static DIMAP_HD void sort(Signed* keys) {
+    if constexpr (kCount > 1) {
+      sort<kCount / 2>(keys);
+      sort<kCount / 2>(keys + kCount / 2);
+      merge<kCount, 1>(keys);
+    }
+  }
+  static DIMAP_HD void order(Signed& a, Signed& b) {
+    const Signed high = max(a, b);
+    b = min(a, b), a = high;
+  }
+
+  // The n-th largest of two sorted halves together: of all ways to take n of their largest, the one whose least is the
+  // most. around: memory that is only used here, so that n need not be known when this is compiled.
+  template <int kHalf>
+  struct Around {
+    Signed keys[3 * kHalf + 1];
+    DIMAP_HD Around() {
+      for (Signed& one : keys) one = Signed{} - 1;
+      keys[kHalf] = Signed{} + kMost;
+    }
+  };
+  template <int kHalf>
+  static DIMAP_HD Signed nth(const Signed* first, const Signed* second, int n, Around<kHalf>& around) {
+    for (int i = 0; i < kHalf; ++i) around.keys[kHalf + 1 + i] = second[i];
+    const Signed* last = around.keys + kHalf + n;
+    Signed found = last[0];
+#pragma GCC unroll 16
+    for (int i = 1; i <= kHalf; ++i) found = max(found, min(first[i - 1], last[-i]));
+    return found;
+  }
+
+  // [blocks, m, inner], m in (kHalf, 2 * kHalf]: columns side by side, at least kStep of them.
+  template <int kHalf>
   void columns(const T* weights, int64_t blocks, int64_t inner, int n, int m, uint8_t* mask) {
-    const Lane limit = static_cast<Lane>(n);
-    Signed keys[kMostInGroup][kParts];
+    Around<kHalf> around;
+    // A processor does not foresee rows that lie in as many pages: it is told of those of the next block.
+    const int64_t ahead = std::max<int64_t>(m * inner, 1 << 13);
     for (int64_t b = 0; b < blocks; ++b, weights += m * inner, mask += m * inner) {
       for (int64_t step = 0; step < inner; step += kStep) {
         const int64_t at = std::min(step, inner - kStep);  // the last ones once more
-        for (int i = 0; i < m; ++i)
-          for (int p = 0; p < kParts; ++p) keys[i][p] = key(weights + i * inner + at + p * kLanes);
+        Signed cut[kParts];
+        for (int p = 0; p < kParts; ++p) {
+          const T* from = weights + at + p * kLanes;
+          Signed first[kHalf], second[kHalf];
+          for (int i = 0; i < kHalf; ++i) {
+            first[i] = key(from + i * inner);
+            second[i] = i + kHalf < m ? key(from + (i + kHalf) * inner) : Signed{} - 1;
+          }
+          if (p * Lanes::kBytes % 64 == 0)
+            for (int i = 0; i < m; ++i) {
+              __builtin_prefetch(from + i * inner + ahead);
+              if (p == 0) __builtin_prefetch(mask + i * inner + at + ahead, 1);
+            }
+          sort<kHalf>(first), sort<kHalf>(second);
+          cut[p] = nth(first, second, n, around);
+        }
+        Bytes more = Bytes{} - static_cast<uint8_t>(n);
         for (int i = 0; i < m; ++i) {
           Signed kept[kParts];
-          for (int p = 0; p < kParts; ++p) {
-            const Signed own = keys[i][p];
-            Signed rank{};
-            for (int j = 0; j < i; ++j) rank -= keys[j][p] >= own;
-            for (int j = i + 1; j < m; ++j) rank -= keys[j][p] > own;
-            kept[p] = rank < limit;
-          }
-          store(kept, mask + i * inner + at);
+          for (int p = 0; p < kParts; ++p) kept[p] = magnitude(weights + i * inner + at + p * kLanes) >= cut[p];
+          const Bytes marked = narrow(kept);
+          more -= marked;
+          store(marked, mask + i * inner + at);
         }
+        if (Lanes::bits(reinterpret_cast<Bytes>(more != 0))) take_back(weights + at, inner, cut, n, m, mask + at);
       }
     }
+  }
+
+  // Of kStep columns, marked down to their cuts: the last of those equal to it are no more marked where they are too
+  // many.
+  static void take_back(const T* weights, int64_t inner, const Signed* cut, int n, int m, uint8_t* mask) {
+    Signed more[kParts];
+    for (int p = 0; p < kParts; ++p) {
+      more[p] = Signed{} - static_cast<Lane>(n);
+      for (int i = 0; i < m; ++i) more[p] -= magnitude(weights + i * inner + p * kLanes) >= cut[p];
+    }
+    for (int i = m - 1; i >= 0; --i) {
+      Signed kept[kParts];
+      for (int p = 0; p < kParts; ++p) {
+        const Signed own = magnitude(weights + i * inner + p * kLanes);
+        const Signed over = (own == cut[p]) & (more[p] > 0);
+        more[p] += over;
+        kept[p] = (own >= cut[p]) & ~over;
+      }
+      store(narrow(kept), mask + i * inner);
+    }
+  }
+
+  // Lanes a and b in turns, of the lower or the upper half of each 16 bytes.
+  template <int kUpper, int... kLane>
+  static DIMAP_HD Signed interleaved(Signed a, Signed b, std::integer_sequence<int, kLane...>) {
+    constexpr int kUnit = 16 / sizeof(T);
+    const Signed places = {
+        static_cast<Lane>(kLane / kUnit * kUnit + kUpper * kUnit / 2 + kLane % kUnit / 2 + kLane % 2 * kLanes)...};
+    return __builtin_shuffle(a, b, places);
+  }
+  // In each 16 bytes the lane of this number, everywhere.
+  template <int kNumber, int... kLane>
+  static DIMAP_HD Signed spread(Signed v, std::integer_sequence<int, kLane...>) {
+    constexpr int kUnit = 16 / sizeof(T);
+    const Signed places = {static_cast<Lane>(kLane / kUnit * kUnit + kNumber)...};
+    return __builtin_shuffle(v, places);
+  }
+  template <int... kLane>
+  static DIMAP_HD Signed swapped(Signed v, std::integer_sequence<int, kLane...>) {
+    const Signed places = {static_cast<Lane>((kLane + kLanes / 2) % kLanes)...};
+    return __builtin_shuffle(v, places);
+  }
+
+  // Groups of kM weights side by side, of 16 bytes or more. The 16 bytes of as many groups as they have lanes are
+  // turned, so that each group has a lane, or two, one in either half of a vector of 32 bytes.
+  template <int kM>
+  void adjacent(const T* weights, int64_t blocks, int n, uint8_t* mask) {
+    constexpr auto kAll = std::make_integer_sequence<int, kLanes>{};
+    constexpr int kUnit = 16 / sizeof(T), kSplit = kM > kUnit && Lanes::kBytes == 32 ? 2 : 1;
+    constexpr int kVectors = kM / kSplit, kSets = kVectors / kUnit, kHalf = kM / 2;
+    constexpr int64_t kBatch = kVectors * kLanes;
+    const int64_t end = blocks * kM / kBatch * kBatch;
+    Around<kHalf> around;
+    for (int64_t at = 0; at < end; at += kBatch) {
+      Signed turned[kVectors];
+      for (int set = 0; set < kSets; ++set) {
+        Signed* here = turned + set * kUnit;
+        for (int i = 0; i < kUnit; ++i) here[i] = key(weights + at + (i * kSets + set) * kLanes);
+        for (int done = 1; done < kUnit; done *= 2) {
+          Signed next[kUnit];
+          for (int i = 0; i < kUnit / 2; ++i) {
+            next[2 * i] = interleaved<0>(here[i], here[i + kUnit / 2], kAll);
+            next[2 * i + 1] = interleaved<1>(here[i], here[i + kUnit / 2], kAll);
+          }
+          for (int i = 0; i < kUnit; ++i) here[i] = next[i];
+        }
+      }
+      for (int half = 0; half < kVectors; half += kHalf) sort<kHalf>(turned + half);
+      Signed second[kHalf];
+      for (int i = 0; i < kHalf; ++i) second[i] = kSplit == 2 ? swapped(turned[i], kAll) : turned[kVectors - kHalf + i];
+      const Signed cut = nth(turned, second, n, around);
+      Signed cuts[kUnit];
+      [&]<int... kNumber>(std::integer_sequence<int, kNumber...>) {
+        ((cuts[kNumber] = spread<kNumber>(cut, kAll)), ...);
+      }(std::make_integer_sequence<int, kUnit>{});
+      for (int v = 0; v < kVectors; v += kParts) {
+        const T* from = weights + at + v * kLanes;
+        Signed kept[kParts], tied[kParts];
+        for (int p = 0; p < kParts; ++p) {
+          const Signed own = magnitude(from + p * kLanes), least = cuts[(v + p) / kSets];
+          kept[p] = own >= least, tied[p] = own == least;
+        }
+        const Bytes marked = narrow(kept);
+        store(marked, mask + at + v * kLanes);
+        const uint32_t bits = Lanes::bits(marked);
+        if (__builtin_popcount(bits) != kStep / kM * n)
+          take_back<kM>(bits, Lanes::bits(narrow(tied)), n, mask + at + v * kLanes);
+      }
+    }
+    strided(weights + end, blocks - end / kM, 1, n, kM, mask + end);
+  }
+
+  // As above, of kStep weights as bits.
+  template <int kM>
+  static void take_back(uint32_t kept, uint32_t tied, int n, uint8_t* mask) {
+    constexpr uint32_t kGroup = (uint32_t{1} << kM) - 1;
+    for (int group = 0; group < kStep; group += kM) {
+      uint32_t last = kept & tied & kGroup << group;
+      for (int more = __builtin_popcount(kept >> group & kGroup) - n; more > 0; --more) {
+        const uint32_t bit = uint32_t{1} << (31 - __builtin_clz(last));
+        last ^= bit, kept ^= bit;
+      }
+    }
+    for (int i = 0; i < kStep; ++i) mask[i] = kept >> i & 1;
   }
 
   // Groups of any size, whose weights are `inner` apart: brought into columns.
@@ -104,9 +274,16 @@ struct Marker {
         }
       };
       each([&](int place, int64_t from) { values[place] = weights[from]; });
-      columns(values, 1, kStep, n, m, marks);
+      any_columns(values, 1, kStep, n, m, marks);
       each([&](int place, int64_t to) { mask[to] = marks[place]; });
     }
+  }
+
+  void any_columns(const T* weights, int64_t blocks, int64_t inner, int n, int m, uint8_t* mask) {
+    if (m == 2) return columns<1>(weights, blocks, inner, n, m, mask);
+    if (m <= 4) return columns<2>(weights, blocks, inner, n, m, mask);
+    if (m <= 8) return columns<4>(weights, blocks, inner, n, m, mask);
+    columns<8>(weights, blocks, inner, n, m, mask);
   }
 };
 
@@ -115,15 +292,15 @@ uint32_t mark_groups(const void* given, int64_t blocks, int64_t inner, int n, in
   const auto* weights = static_cast<const T*>(given);
   Marker<Lanes, T> marker;
   if (inner == 1 && m == 2)
-    marker.template adjacent<2>(weights, blocks, n, mask);
+    marker.template small<2>(weights, blocks, n, mask);
   else if (inner == 1 && m == 4)
-    marker.template adjacent<4>(weights, blocks, n, mask);
+    marker.template small<4>(weights, blocks, n, mask);
   else if (inner == 1 && m == 8)
     marker.template adjacent<8>(weights, blocks, n, mask);
   else if (inner == 1 && m == 16)
     marker.template adjacent<16>(weights, blocks, n, mask);
   else if (inner >= Lanes::kBytes)
-    marker.columns(weights, blocks, inner, n, m, mask);
+    marker.any_columns(weights, blocks, inner, n, m, mask);
   else
     marker.strided(weights, blocks, inner, n, m, mask);
   uint32_t largest = 0;

@@ -42,7 +42,7 @@ class Shares {
  public:
   explicit Shares(const Problem& problem) : ranks_(problem.ranks), before_(problem.files.size()) {
     for (const TensorView& t : problem.tensors)
-      if (t.file >= 0) before_[t.file] = std::max(before_[t.file], t.offset + t.numel * size_of(t.dtype));
+      if (t.file >= 0) before_[t.file] = std::max(before_[t.file], t.offset + t.numel * size_of(t.stored));
     for (int64_t& file : before_) total_ += std::exchange(file, total_);
   }
   int32_t rank_of(int32_t file, int64_t byte) const {
@@ -68,7 +68,7 @@ inline std::vector<Chunk> chunks_of(const Problem& problem) {
     }
     for (int64_t at = 0; at < tensor.numel; at += step) {
       const bool mine = tensor.file < 0 || problem.ranks == 1 ||
-                        shares.rank_of(tensor.file, tensor.offset + at * size_of(tensor.dtype)) == problem.rank;
+                        shares.rank_of(tensor.file, tensor.offset + at * size_of(tensor.stored)) == problem.rank;
       chunks.push_back({static_cast<int32_t>(t), tensor.layer, problem.layer_module[tensor.layer], at,
                         std::min(step, tensor.numel - at), mine});
     }

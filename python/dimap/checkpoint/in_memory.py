@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..groups import wholes
 from ..pruning import decide, has_nan, zero
-from ..saliency import by_norms
+from ..saliency import scaled
 from .base import Checkpoint, Progress
 from .bitmask import Format
 from .state_dict import StateDict
@@ -40,7 +40,7 @@ def fill_in_memory(
     scope, normalize = (None, None) if exact else (result.scope, result.normalize)
     saliency = None
     if norms is not None:
-        saliency = by_norms(state, norms, patterns=held.choice)
+        saliency = {name: scaled(state[name], norm) for name, norm in norms.items()}
     pruning = decide(
         state, method="dimap", scope=scope, normalize=normalize, saliency=saliency, data=None,
         loss=None, choice=held.choice, **asked,

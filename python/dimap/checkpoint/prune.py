@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import cache, wraps
+from hashlib import sha256
 from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
@@ -25,7 +26,7 @@ from ..groups.plan import Normalize, Plan, Scope, Sparsity, check_choice
 from ..methods import METHODS
 from ..report import Report, build_report
 from . import HUB, open_checkpoint
-from .base import Checkpoint, Progress, Silent
+from .base import Checkpoint, Progress, Silent, raw_bytes
 from .bitmask import VERSIONS, Format
 from .card import add_card_section
 from .counted import model_of
@@ -35,6 +36,7 @@ from .shards import Shards
 from .streaming import Stream, StreamPruning, check_agreement, check_dtypes
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from torch.distributed import ProcessGroup
     from typing_extensions import Unpack
 
@@ -86,7 +88,7 @@ def pruning_checkpoint(
     sparsity, nm, scope, normalize, patterns, family, ignore: as in `dimap.select`. shares: other
         sparsities of single modules, by name.
     method: "dimap", "lamp", "uniform", "global_magnitude" or "wanda": the scope and normalization
-        where these are not given. Scope "row" is read tensor by tensor, by one process.
+        where these are not given.
     input_norms: for "wanda", a safetensors file of what `dimap.saliency.input_norms` gave.
     masks: a file for the masks (see `dimap.load_masks`), one bit a weight.
     report: a file that ends in .json for the report; or a folder for it, pictures and a page.
@@ -156,24 +158,22 @@ def pruning_checkpoint(
             plan.keep(given)  # a wrong one is told before any work
         _check(checkpoint, plan, out, format, masks is not None, ranks)
         progress = progress if progress is not None and first else Silent()
-        norms = None
+        norms = digest = None
         if input_norms is not None:
-            with open_safetensors(Path(input_norms)) as file:
-                norms = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            norms, digest = _read_norms(Path(input_norms), shapes, wholes(plan.names))
         stream = None
-        if isinstance(checkpoint, Shards) and (scope == "row" or (exact and norms is not None)):
-            if format != "dense" or (groups is not None and not exact) or ranks.size > 1:
-                raise ValueError(
-                    "scope 'row' and Wanda need one process, the dense format and no nm 'auto' for "
-                    f"safetensors, got format={format!r}, nm={nm}, {ranks.size} processes"
-                )
-        elif isinstance(checkpoint, Shards):
-            if norms is not None:
-                raise ValueError(
-                    f"method='wanda' needs scope 'row' for safetensors, got {scope}: dimap.prune takes others"
-                )
-            stream = Stream(checkpoint, plan, ranks, Told(progress))
-            settings = (given, wanted.settings(), scope, normalize, masks is None, format, nm)
+        if isinstance(checkpoint, Shards):
+            stream = Stream(checkpoint, plan, ranks, Told(progress), norms)
+            settings = (
+                given,
+                wanted.settings(),
+                scope,
+                normalize,
+                masks is None,
+                format,
+                nm,
+                digest,
+            )
             check_agreement(checkpoint, plan, settings, ranks)
         parts = [p for layers in plan.modules.values() for x in layers for p in x.parameters]
         names = wholes(parts)
@@ -210,10 +210,6 @@ def pruning_checkpoint(
             result.sparsity = solved.sparsity
             result.notes += solved.notes
             stream.fill(solved, format, made.files, made.masks, result)
-        elif isinstance(checkpoint, Shards):
-            from .by_rows import fill_by_rows
-
-            fill_by_rows(checkpoint, plan, norms, made.files, made.masks, result, progress)
         else:
             from .in_memory import fill_in_memory
 
@@ -255,6 +251,21 @@ def pruning_checkpoint(
         if first and checkpoint.path.startswith(HUB):
             add_card_section(made.home, build_report(result), checkpoint.path)
         yield result
+
+
+def _read_norms(
+    path: Path, shapes: Mapping[str, tuple[int, ...]], names: Sequence[str]
+) -> tuple[dict[str, Tensor], str]:
+    """The norms of a file, checked, of the parameters of these names; a digest of them."""
+    from ..saliency import fit_norms
+
+    with open_safetensors(path) as file:
+        found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    norms = fit_norms(found, shapes, names)
+    digest = sha256()
+    for norm in norms.values():
+        digest.update(raw_bytes(norm))
+    return norms, digest.hexdigest()
 
 
 def _completed(block: Callable[P, AbstractContextManager[T]], name: str) -> Callable[P, T]:

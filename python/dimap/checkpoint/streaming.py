@@ -13,21 +13,24 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .. import _C
 from .._files import naming
 from ..budgets import Solved, Weights
 from ..distributed.ranks import Ranks
-from ..groups import Slice, whole, wholes
+from ..groups import Slice, part_shape, whole, wholes
 from ..groups.plan import Plan
 from ..report import Pruned, Report
-from .base import Checkpoint
+from .base import Checkpoint, raw_bytes
 from .bitmask import Format, Layout, compact_file, lay_out, size_at_most
 from .compact import Writer
 from .header import DTYPES, Entry, Header, make_header
 from .native import FILL, READ, Told, begin, elements, opened
 from .shards import Shards
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 ENGINE_DTYPES = {"F32": 0, "BF16": 1, "F16": 2}  # as `_C` numbers them
 ZERO_BITS = {"F32": 0, "BF16": 16, "F16": 13}  # low bits that are zero in every key
@@ -117,8 +120,20 @@ def _skipped(name: str, size: int) -> int:
 class Stream:
     """One pruning from files to files, by one rank or by several."""
 
-    def __init__(self, checkpoint: Shards, plan: Plan, ranks: Ranks, told: Told) -> None:
+    def __init__(
+        self,
+        checkpoint: Shards,
+        plan: Plan,
+        ranks: Ranks,
+        told: Told,
+        norms: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """norms: what the magnitudes are multiplied with to be ranked, checked and by parameter."""
         self.checkpoint, self.plan, self.ranks, self.told = checkpoint, plan, ranks, told
+        self.norms: list[tuple[memoryview, int]] = []
+        if norms is not None:
+            shapes = checkpoint.shapes()
+            self.norms = [_norms_of(n, part_shape(shapes, n), norms[whole(n)]) for n in plan.names]
         self.shards = checkpoint.shards
         located = {
             e.name: (file, e) for file, s in enumerate(self.shards) for e in s.header.entries
@@ -133,8 +148,9 @@ class Stream:
 
     def weights(self) -> Weights:
         """The weights of all ranks, for budgets and limits."""
-        codes = [entry.dtype.code for _, entry in self.tensors]
-        return Weights(self.plan, [ZERO_BITS[code] for code in codes], self._survey)
+        codes = ["F32" if self.norms else entry.dtype.code for _, entry in self.tensors]
+        bits = [ZERO_BITS[code] for code in codes]
+        return Weights(self.plan, bits, self._survey, dense=bool(self.norms))
 
     def _survey(self, rows: Mapping[int, int], windows: bytes, bins: int) -> bytes:
         self.surveys += 1
@@ -148,6 +164,7 @@ class Stream:
                 size=self.ranks.size,
                 exchange=self.ranks.exchange if self.ranks.size > 1 else None,
                 progress=self.told,
+                norms=[self.norms[i] for i in rows] if self.norms else [],
             )
 
     def _place(self, tensor: int) -> tuple[int, int, int, int]:
@@ -163,6 +180,7 @@ class Stream:
         except _C.NonFiniteError as error:
             number, index, kind = error.args
             name = self.plan.names[numbers[number]]
+            name = f"saliency of {name}" if self.norms else name
             raise ValueError(f"{name} must be finite, got {kind} at flat index {index}") from error
         except _C.ChangedError as error:
             file, entry = self.tensors[numbers[error.args[0]]]
@@ -243,7 +261,7 @@ class Stream:
         plan, ranks = solved.plan, self.ranks
         module_of = dict(zip(plan.layers, plan.scopes, strict=True))
 
-        def decide(patterns: Sequence[tuple[int, int, int]] = ()) -> _C.Pruning:
+        def decide(*patterns: tuple[int, int, int]) -> _C.Pruning:
             engine = _C.Pruning(
                 inputs,
                 [(*self._place(i), layer) for i, layer in enumerate(plan.layers)],
@@ -255,20 +273,32 @@ class Stream:
                 progress=self.told,
                 aside=ASIDE,
                 patterns=patterns,
+                norms=self.norms,
             )
             engine.decide()
             return engine
 
+        rows = (
+            [
+                (n - round(share * n), max(n, 1), max(inner, 1))
+                for (_, n, inner), share in zip(
+                    plan.rows, plan.of_rows(solved.sparsity), strict=True
+                )
+            ]
+            if plan.rows
+            else []
+        )
         if plan.nm is None:
-            return decide(), solved.keep
-        counts = plan.counts(decide().kept if plan.nm.n is None else ())
+            return decide(*rows), solved.keep
+        counts = plan.counts(decide(*rows).kept if plan.nm.n is None else ())
         m, kept = plan.nm.m, plan.by_tensor(counts)
         result.nm = {name: f"{n}:{m}" for name, n in counts.items()}
         keep = [0] * len(solved.keep)
         for n, size, scope in zip(kept, plan.sizes, plan.scopes, strict=True):
             keep[scope] += size // m * n
-        patterns = [(n, m, max(inner, 1)) for n, inner in zip(kept, plan.inners, strict=True)]
-        return decide(patterns), keep
+        return decide(
+            *((n, m, max(inner, 1)) for n, inner in zip(kept, plan.inners, strict=True))
+        ), keep
 
     def packed_size(self, values: Mapping[str, int]) -> int:
         """Bytes of the bitmask files, if the pruned parameters have so many values at most."""
@@ -301,7 +331,7 @@ class Stream:
         """Complete the result, once it is sure that exactly what was asked for is kept."""
         plan = solved.plan
         result.readings = self.surveys + engine.readings
-        if plan.nm is None:
+        if plan.nm is None and not plan.rows:
             thresholds = dict(zip(plan.scope_names, engine.thresholds, strict=True))
             result.thresholds = solved.thresholds or thresholds
         result.kept = dict(zip(plan.names, engine.kept, strict=True))
@@ -332,6 +362,16 @@ class Stream:
             found = [v for p in layer.parameters for v in least[p] if not math.isnan(v)]
             if found:
                 result.smallest.update(dict.fromkeys(layer.parameters, min(found)))
+
+
+def _norms_of(name: str, shape: Sequence[int], norms: Tensor) -> tuple[memoryview, int]:
+    """What `_C` is given: norms of neighbouring dimensions, float32, and the weights behind these."""
+    if isinstance(name, Slice):
+        norms = norms[name.at if len(norms) > 1 else 0]
+    wide = [d for d, size in enumerate(norms.shape) if size > 1]
+    first, end = (wide[0], wide[-1] + 1) if wide else (0, 0)
+    values = norms.expand([n if first <= d < end else -1 for d, n in enumerate(shape)])
+    return raw_bytes(values), max(1, math.prod(shape[end:]))
 
 
 def masks_header(plan: Plan, result: StreamPruning) -> Header:

@@ -136,11 +136,14 @@ def as_groups(shape: Sequence[int], axis: int) -> tuple[int, int, int]:
     return prod(shape[:at]), shape[at], prod(shape[at + 1 :])
 
 
-def count_rows(shape: Sequence[int], axis: int) -> int:
-    """How many rows a tensor has: outputs, each with its weights. axis: its input, of `input_axes`."""
-    if len(shape) < 2:
-        return 1
-    return shape[1] if len(shape) == 2 and axis == -2 else shape[0]
+def as_rows(shape: Sequence[int], axis: int) -> tuple[int, int, int]:
+    """Rows, each the weights of one output; the weights of one, and how far each is from its next.
+
+    axis: the input, of `input_axes`.
+    """
+    if len(shape) == 2 and axis == -2:
+        return shape[1], shape[0], shape[1]
+    return (1, prod(shape), 1) if len(shape) < 2 else (shape[0], prod(shape[1:]), 1)
 
 
 def in_layers(patterns: Sequence[str | None]) -> str:

@@ -27,7 +27,7 @@ from . import (
     whole,
     wholes,
 )
-from .nm import NM, as_groups, count_rows, input_axes, leave_ragged, round_kept
+from .nm import NM, as_groups, as_rows, input_axes, leave_ragged, round_kept
 from .tied import check_apart
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class Plan:
     nm: N:M in place of scopes, or beside them where they say which N; None: neither.
     axes, inners: with it, of each tensor the axis of its groups, counted from the end, and how many
         weights lie behind that.
-    rows: with scope "row", of each tensor how many it has; its `axes` then say what a row is.
+    rows: with scope "row", of each tensor `as_rows`; its `axes` then say what a row is.
     """
 
     modules: dict[str, list[Layer]]
@@ -68,7 +68,7 @@ class Plan:
     nm: NM | None = None
     axes: list[int] = field(default_factory=list)
     inners: list[int] = field(default_factory=list)
-    rows: list[int] = field(default_factory=list)
+    rows: list[tuple[int, int, int]] = field(default_factory=list)
 
     @staticmethod
     def of_shapes(
@@ -117,7 +117,7 @@ class Plan:
                     plan.axes.append(axes[parameter])
                     plan.inners.append(as_groups(shape, axes[parameter])[2])
                 if scope == "row":
-                    plan.rows.append(count_rows(shape, axes[parameter]))
+                    plan.rows.append(as_rows(shape, axes[parameter]))
                 plan.layers.append(number)
                 plan.scopes.append(scopes[name])
         if not plan.names:
@@ -176,9 +176,8 @@ class Plan:
         ratios = self.ratios(sparsity)
         if self.rows:
             kept = [0] * len(self.scope_names)
-            each = zip(self.sizes, self.rows, self.of_rows(ratios), self.scopes, strict=True)
-            for size, rows, share, scope in each:
-                n = size // max(1, rows)
+            each = zip(self.rows, self.of_rows(ratios), self.scopes, strict=True)
+            for (rows, n, _), share, scope in each:
                 kept[scope] += rows * (n - round(share * n))
             return kept
         totals = [0] * len(self.scope_names)
