@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from .. import _timm
+from .._errors import near
 from . import HUB, TIMM
 from .base import Checkpoint
 
@@ -82,7 +83,7 @@ def _torchvision_model(checkpoint: Checkpoint, name: str) -> nn.Module:
 
     models = _import("torchvision.models", "torchvision")
     if name not in (known := models.list_models(module=models)):
-        raise ValueError(f"torchvision must know the model, got {name!r}{_timm.near(name, known)}")
+        raise ValueError(f"torchvision must know the model, got {name!r}{near(name, known)}")
     with torch.device("meta"):
         model = models.get_model(name, weights=None)
         given = checkpoint.shapes()

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import TypeAlias
 
+from .._errors import near
 from ..families import FAMILIES
 from .layers import (
     AUX,
@@ -46,11 +46,9 @@ class Choice:
             )
         known = [TRANSFORMER, *(family.name for family in FAMILIES)]
         if self.family is not None and self.family not in known:
-            near = difflib.get_close_matches(str(self.family), known, n=3, cutoff=0.5)
-            hint = f"; near it are {', '.join(near)}" if near else ""
             raise ValueError(
                 f"family must be one of those that `dimap families` lists, or {TRANSFORMER}, "
-                f"got {self.family!r}{hint}"
+                f"got {self.family!r}{near(str(self.family), known)}"
             )
 
     def __bool__(self) -> bool:
