@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 import signal
 import sys
+from collections.abc import Iterable
+from difflib import get_close_matches
 from importlib import import_module
 from typing import Any
 
@@ -29,6 +31,12 @@ def sentence(error: BaseException) -> str:
     if isinstance(error, RuntimeError) and first:  # of the operators, and of a forward pass
         return _SOURCE.sub("", first)
     return f"{type(error).__name__}: {first} (--debug shows where)"
+
+
+def near(name: str, known: Iterable[str]) -> str:
+    """What an error of an unknown name ends with: the known ones that look like it, if there are."""
+    found = get_close_matches(name, list(known), n=3, cutoff=0.5)
+    return f"; near it are {', '.join(found)}" if found else ""
 
 
 def first_line(error: BaseException) -> str:

@@ -98,18 +98,6 @@ def check_out(weights: _Tensors, out: _Tensors, dtype: torch.dtype) -> list[Tens
     return list(out)
 
 
-@torch.library.register_fake("dimap::score.out")
-def _(weights: _Tensors, layers: _Ints, *, out: _Tensors) -> None:
-    _check(weights, layers=layers)
-    check_out(weights, out, torch.float32)
-
-
-@torch.library.register_fake("dimap::select.out")
-def _(weights: _Tensors, layers: _Ints, modules: _Ints, keep: _Ints, *, out: _Tensors) -> None:
-    _check(weights, layers=layers, modules=modules)
-    check_out(weights, out, torch.bool)
-
-
 @torch.library.register_fake("dimap::prune_")
 def _(weights: _Tensors, layers: _Ints, modules: _Ints, keep: _Ints) -> None:
     _check(weights, layers=layers, modules=modules)
@@ -207,28 +195,30 @@ def _check_apart(weights: _Tensors, out: _Tensors) -> None:
         furthest[output] = max(furthest.get(output, (0, "")), (end, name))
 
 
-def _score_out(weights: _Tensors, layers: _Ints, *, out: _Tensors) -> None:
-    _check_apart(weights, check_out(weights, out, torch.float32))
-    for o, scores in zip(out, torch.ops.dimap.score(weights, layers), strict=True):
-        o.copy_(scores)
+def _add_out(name: str, dtype: torch.dtype) -> None:
+    """Outputs that are at hand, for backends that have no kernel of their own to write them."""
+
+    def fake(weights: _Tensors, *numbers: _Ints, out: _Tensors) -> None:
+        _check(weights, **dict(zip(("layers", "modules"), numbers, strict=False)))
+        check_out(weights, out, dtype)
+
+    def kernel(weights: _Tensors, *numbers: _Ints, out: _Tensors) -> None:
+        _check_apart(weights, check_out(weights, out, dtype))
+        for o, found in zip(out, getattr(torch.ops.dimap, name)(weights, *numbers), strict=True):
+            o.copy_(found)
+
+    torch.library.register_fake(f"dimap::{name}.out", fake)
+    _IMPLEMENTATIONS.impl(f"{name}.out", kernel, "CompositeExplicitAutograd")
 
 
-def _select_out(
-    weights: _Tensors, layers: _Ints, modules: _Ints, keep: _Ints, *, out: _Tensors
-) -> None:
-    _check_apart(weights, check_out(weights, out, torch.bool))
-    for o, mask in zip(out, torch.ops.dimap.select(weights, layers, modules, keep), strict=True):
-        o.copy_(mask)
+_add_out("score", torch.float32)
+_add_out("select", torch.bool)
 
 
-# For backends that have no kernel of their own to write outputs that are at hand.
-_IMPLEMENTATIONS.impl("score.out", _score_out, "CompositeExplicitAutograd")
-_IMPLEMENTATIONS.impl("select.out", _select_out, "CompositeExplicitAutograd")
-
-
-def _count_writes(name: str, overload: str, written: str) -> None:
+def _count_writes(name: str, written: str = "weights") -> None:
     """Let autograd know that the operator writes tensors, as it knows of torch's operators."""
-    operator = getattr(getattr(torch.ops.dimap, name), overload)
+    base, _, overload = name.partition(".")
+    operator = getattr(getattr(torch.ops.dimap, base), overload or "default")
 
     def kernel(
         keys: torch._C.DispatchKeySet, weights: _Tensors, *rest: object, **named: _Tensors
@@ -240,12 +230,10 @@ def _count_writes(name: str, overload: str, written: str) -> None:
         after = keys & torch._C._after_ADInplaceOrView_keyset
         operator.redispatch(after, weights, *rest, **named)
 
-    full = name if overload == "default" else f"{name}.{overload}"
-    _IMPLEMENTATIONS.impl(full, kernel, "ADInplaceOrView", with_keyset=True)
+    _IMPLEMENTATIONS.impl(name, kernel, "ADInplaceOrView", with_keyset=True)
 
 
-_count_writes("prune_", "default", "weights")
-_count_writes("apply_", "default", "weights")
-_count_writes("nm_", "default", "weights")
-_count_writes("score", "out", "out")
-_count_writes("select", "out", "out")
+for _name in ("prune_", "apply_", "nm_"):
+    _count_writes(_name)
+for _name in ("score.out", "select.out"):
+    _count_writes(_name, "out")

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import json
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from ._errors import need
+from ._errors import near, need
 from .groups.identity import same_weights
 
 if TYPE_CHECKING:
@@ -51,8 +51,8 @@ def with_weights(
     Raises ModuleNotFoundError without timm, ValueError where timm cannot build the model, or where
     a name or shape in `state` is not the model's.
     """
-    state = _as_timm_names(architecture, config, state)
-    model = _skeleton(architecture, _with_classes(architecture, config, state))
+    config, state = _fitted(architecture, config, state)
+    model = _skeleton(architecture, config)
     claim = f"the weights must be those of timm's {architecture}"
     _check_fit(claim, dict(model.named_parameters()), state, state)
     model.requires_grad_(False).load_state_dict(state, strict=False, assign=True)
@@ -73,8 +73,7 @@ def with_all_weights(
 
     Raises as `with_weights`, and ValueError where `state` lacks a tensor of the model.
     """
-    state = _as_timm_names(architecture, config, state)
-    config = _with_classes(architecture, config, state)
+    config, state = _fitted(architecture, config, state)
     model = seeded(seed, lambda: _build(architecture, config)).float()
     wanted = model.state_dict()
     claim = f"{name} must hold the weights of timm's {architecture}"
@@ -83,19 +82,26 @@ def with_all_weights(
     return model
 
 
-def _as_timm_names(
+def _fitted(
     architecture: str, config: Mapping[str, Any], state: Mapping[str, Tensor]
-) -> Mapping[str, Tensor]:
-    """The tensors under timm's names, where theirs differ by a prefix, wrappers or another library."""
-    wanted = _skeleton(architecture, config).state_dict()
-    shapes, own = ({n: tuple(t.shape) for n, t in some.items()} for some in (state, wanted))
-    try:
+) -> tuple[Mapping[str, Any], Mapping[str, Tensor]]:
+    """The tensors under timm's names, where theirs differ by a prefix, wrappers or another library; the
+    arguments with as many classes as their classifier tells apart."""
+    model = _skeleton(architecture, config)
+    shapes, own = ({n: tuple(t.shape) for n, t in x.items()} for x in (state, model.state_dict()))
+    with suppress(ValueError):  # the check of what fits will say what does not
         pairs = same_weights(shapes, own)
-    except ValueError:  # the check of what fits will say what does not
-        return state
-    if any(len(given) > 1 or len(name) > 1 for given, name in pairs):
-        return state
-    return {name[0]: state[given[0]] for given, name in pairs}
+        if all(len(given) == len(name) == 1 for given, name in pairs):
+            state = {name[0]: state[given[0]] for given, name in pairs}
+    head = getattr(model, "pretrained_cfg", {}).get("classifier")
+    weight = state.get(f"{head}.weight")
+    if (
+        weight is not None
+        and weight.ndim
+        and weight.shape[0] != getattr(model, "num_classes", None)
+    ):
+        config = {**config, "num_classes": weight.shape[0]}
+    return config, state
 
 
 def _check_fit(
@@ -140,18 +146,6 @@ def _build(architecture: str, config: Mapping[str, Any]) -> nn.Module:
         ) from error
 
 
-def _with_classes(
-    architecture: str, config: Mapping[str, Any], state: Mapping[str, Tensor]
-) -> dict[str, Any]:
-    """The arguments, with as many classes as the classifier in `state` tells apart."""
-    model = _skeleton(architecture, config)
-    head = getattr(model, "pretrained_cfg", {}).get("classifier")
-    weight = state.get(f"{head}.weight")
-    if weight is None or not weight.ndim or weight.shape[0] == getattr(model, "num_classes", None):
-        return dict(config)
-    return {**config, "num_classes": weight.shape[0]}
-
-
 def described(path: str, metadata: Mapping[str, str]) -> tuple[str, dict[str, Any]] | None:
     """Architecture and arguments that a checkpoint names for itself, or None.
 
@@ -194,12 +188,6 @@ def _check_known(timm: Any, name: str) -> None:
         return
     hint = near(name.split(".")[0], timm.list_models())
     raise ValueError(f"timm must know the model, got {name!r}{hint}")
-
-
-def near(name: str, known: Iterable[str]) -> str:
-    """What an error of an unknown name ends with: the known ones that look like it, if there are."""
-    found = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
-    return f"; near it are {', '.join(found)}" if found else ""
 
 
 def _object(text: str) -> dict[str, Any]:

@@ -107,7 +107,7 @@ def _inputs(
         named = {w: torch.zeros(1, tokens, dtype=torch.long, device=META) for w in words}
         if "pixel_values" not in takes:
             return (tokens,), [], named
-    size = _full_size(model, default_input_size(model) if input_size is None else input_size)
+    size = full_size(model, default_input_size(model) if input_size is None else input_size)
     image = torch.empty(1, *size, device=META)
     if "pixel_values" in takes:
         return size, [], {**named, "pixel_values": image}
@@ -146,7 +146,7 @@ def default_input_size(model: nn.Module) -> tuple[int, ...]:
     )
 
 
-def _full_size(model: nn.Module, size: int | Sequence[int]) -> tuple[int, ...]:
+def full_size(model: nn.Module, size: int | Sequence[int]) -> tuple[int, ...]:
     """(channels, height, width); channels default to what the first convolution reads, else 3."""
     sides = (size, size) if isinstance(size, int) else tuple(size)
     if len(sides) not in (2, 3) or not all(isinstance(n, int) and n > 0 for n in sides):

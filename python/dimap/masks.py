@@ -122,22 +122,20 @@ class MaskFile(Mapping[str, Tensor]):
         self,
         path: Path,
         file: Any,
-        shapes: Mapping[str, list[int]],
+        shapes: Mapping[str, tuple[int, ...]],
         addresses: Mapping[str, Address],
     ) -> None:
-        self._path, self._file, self._shapes = path, file, shapes
-        self.shapes = {name: tuple(shape) for name, shape in shapes.items()}
-        self.addresses = addresses
+        self._path, self._file = path, file
+        self.shapes, self.addresses = shapes, addresses
 
     def __getitem__(self, name: str) -> Tensor:
-        shape = self._shapes[name]
-        return _unpack(self._path, name, self._file.get_tensor(name), shape)
+        return _unpack(self._path, name, self._file.get_tensor(name), self.shapes[name])
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._shapes)
+        return iter(self.shapes)
 
     def __len__(self) -> int:
-        return len(self._shapes)
+        return len(self.shapes)
 
 
 def apply_masks(model: nn.Module | Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> None:
@@ -276,12 +274,12 @@ def pack(mask: Tensor) -> Tensor:
     return torch.from_numpy(np.frombuffer(bytearray(_C.pack_bits(flat.data)), np.uint8))
 
 
-def _unpack(path: Path, name: str, packed: Tensor, shape: list[int]) -> Tensor:
+def _unpack(path: Path, name: str, packed: Tensor, shape: tuple[int, ...]) -> Tensor:
     count = math.prod(shape)
     want = (count + 7) // 8
     if packed.dtype != torch.uint8 or tuple(packed.shape) != (want,):
         raise ValueError(
-            f"{path}: the mask of {name} must be uint8 [{want}] for shape {shape}, "
+            f"{path}: the mask of {name} must be uint8 [{want}] for shape {list(shape)}, "
             f"got {packed.dtype} {list(packed.shape)}"
         )
     bits = np.unpackbits(packed.numpy(), bitorder="little")
@@ -290,11 +288,11 @@ def _unpack(path: Path, name: str, packed: Tensor, shape: list[int]) -> Tensor:
     return torch.from_numpy(bits[:count]).view(torch.bool).reshape(shape)
 
 
-def _shapes(path: Path, text: str) -> dict[str, list[int]]:
+def _shapes(path: Path, text: str) -> dict[str, tuple[int, ...]]:
     from pydantic import NonNegativeInt, TypeAdapter
 
     try:
-        return TypeAdapter(dict[str, list[NonNegativeInt]]).validate_json(text, strict=True)
+        return TypeAdapter(dict[str, tuple[NonNegativeInt, ...]]).validate_json(text, strict=True)
     except ValueError:
         got = repr(text[:80])
         raise ValueError(f"{path} must hold the shapes of its masks as JSON, got {got}") from None

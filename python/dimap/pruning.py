@@ -16,7 +16,6 @@ from . import ops
 from .budgets import Budgets, Weights, costs_of, solve
 from .distributed import check_whole, is_sharded
 from .groups import (
-    AUX,
     Choice,
     Model,
     Patterns,
@@ -25,6 +24,7 @@ from .groups import (
     named_tensors,
     part_of,
     part_shape,
+    prunable,
 )
 from .groups.nm import LARGEST, NM
 from .groups.plan import Normalize, Plan, Scope, Sparsity, check_choice, renamed
@@ -387,8 +387,7 @@ class Pruning(Pruned):
 
     def _slices(self) -> list[str]:
         """The slices that are layers: they are listed beside their parameters."""
-        layers = (x for name, found in self.modules.items() if name != AUX for x in found)
-        return [p for layer in layers for p in layer.parameters if isinstance(p, Slice)]
+        return [p for x in prunable(self.modules) for p in x.parameters if isinstance(p, Slice)]
 
     def save_masks(self, path: str | os.PathLike[str]) -> None:
         """Write the masks to a safetensors file, one bit a weight (see `dimap.load_masks`)."""

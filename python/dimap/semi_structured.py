@@ -8,7 +8,17 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from .groups import AUX, Choice, Patterns, choose, group, named_tensors, shapes_of, tied_in, wholes
+from .groups import (
+    Choice,
+    Patterns,
+    choose,
+    group,
+    named_tensors,
+    prunable,
+    shapes_of,
+    tied_in,
+    wholes,
+)
 from .groups.nm import input_axes
 from .pruning import most_in_groups
 
@@ -64,13 +74,12 @@ def to_semi_structured(
     shapes = shapes_of(model)
     modules = group(shapes, choose(patterns, family, ignore), tied_in(model)).modules
     axes = input_axes(modules, shapes)
-    names = [p for m, found in modules.items() if m != AUX for x in found for p in x.parameters]
     parameters = named_tensors(model)
     done = SemiStructured()
-    for name in wholes(names):
+    for name in wholes(p for layer in prunable(modules) for p in layer.parameters):
         weight = parameters[name]
         owner = model.get_submodule(name.rpartition(".")[0])
-        reasons = _reasons(model, owner, name, weight.detach(), axes.get(name))
+        reasons = _reasons(model, owner, weight, axes.get(name))
         if not reasons:
             try:
                 sparse = torch.sparse.to_sparse_semi_structured(weight.detach())
@@ -86,14 +95,12 @@ def to_semi_structured(
     return done
 
 
-def _reasons(
-    model: nn.Module, owner: nn.Module, name: str, weight: Tensor, axis: int | None
-) -> list[str]:
+def _reasons(model: nn.Module, owner: nn.Module, weight: Tensor, axis: int | None) -> list[str]:
     """Why a weight is left dense; empty where it seems to be torch's to convert."""
     reasons = []
     if type(owner) is not nn.Linear:
         reasons.append(f"its module is {type(owner).__name__}, torch takes nn.Linear alone")
-    elif sum(p is owner.weight for p in _parameters(model)) > 1:
+    elif sum(p is weight for _, p in model.named_parameters(remove_duplicate=False)) > 1:
         reasons.append("another module has it, too")
     if axis is None:
         reasons.append("it stacks several layers")
@@ -119,10 +126,6 @@ def _reasons(
         got = " x ".join(map(str, weight.shape))
         reasons.append(f"it is {got}, torch takes multiples of {least[0]} x {least[1]}")
     return reasons
-
-
-def _parameters(model: nn.Module) -> list[nn.Parameter]:
-    return [p for _, p in model.named_parameters(remove_duplicate=False)]
 
 
 def _multiples(dtype: torch.dtype) -> tuple[int, int] | None:

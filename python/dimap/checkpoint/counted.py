@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from .. import _timm
-from .._errors import need
+from .._errors import near, need
 from . import HUB, TIMM
 from .base import Checkpoint
 
@@ -82,7 +82,7 @@ def _torchvision_model(checkpoint: Checkpoint, name: str) -> nn.Module:
 
     models = need("torchvision", "the model needs", module="torchvision.models")
     if name not in (known := models.list_models(module=models)):
-        raise ValueError(f"torchvision must know the model, got {name!r}{_timm.near(name, known)}")
+        raise ValueError(f"torchvision must know the model, got {name!r}{near(name, known)}")
     with torch.device("meta"):
         model = models.get_model(name, weights=None)
         given = checkpoint.shapes()

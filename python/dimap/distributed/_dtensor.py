@@ -146,11 +146,25 @@ def _place(name: str, tensor: DTensor) -> tuple[tuple[int, ...], tuple[int, ...]
     return tuple(offset), tuple(shape)
 
 
-def share_out(held: Sequence[Local], ranks: Ranks) -> set[str]:
-    """Let the first rank of those that hold a box count it, and see that all boxes are the whole.
+def hold(
+    names: Sequence[str],
+    tensors: Sequence[Tensor],
+    ranks: Ranks,
+    layers: Sequence[int] | None = None,
+    modules: Sequence[int] | None = None,
+    *,
+    signed: bool = True,
+) -> tuple[list[Local], set[str]]:
+    """What this rank holds of each tensor, and the kinds of devices of all ranks: "cpu", "cuda".
 
-    Returns the kinds of devices that weights are on, of all ranks: "cpu", "cuda".
+    Of those that hold the same box the first rank counts it; all boxes together are the whole.
+    signed: as in `select_cuts`.
     """
+    alike = [0] * len(names)
+    numbered = zip(names, tensors, layers or alike, modules or alike, strict=True)
+    held = [local_of(*each) for each in numbered]
+    for local in held if not signed else ():
+        local.check_positive()
     kinds = {local.weights.device.type for local in held}
     told = ranks.gather(([(local.name, local.box) for local in held], kinds))
     holders = [boxes for boxes, _ in told]
@@ -171,7 +185,7 @@ def share_out(held: Sequence[Local], ranks: Ranks) -> set[str]:
                 f"{local.name} must be on the ranks without gap or overlap: {local.tensor.numel()} "
                 f"weights, got {covered}"
             )
-    return set().union(*(kinds for _, kinds in told))
+    return held, set().union(*(kinds for _, kinds in told))
 
 
 # Masks of all
@@ -205,10 +219,7 @@ def select_cuts(
     another rank, and ConnectionError if one does not answer within its group's timeout.
     """
     with _ranks_of(tensors) as ranks:
-        held = [local_of(*each) for each in zip(names, tensors, layers, modules, strict=True)]
-        for local in held if not signed else ():
-            local.check_positive()
-        devices = share_out(held, ranks)
+        held, devices = hold(names, tensors, ranks, layers, modules, signed=signed)
         sizes, module_of = [0] * (max(layers) + 1), [0] * (max(layers) + 1)  # of each layer
         for local in held:
             sizes[local.layer] += local.tensor.numel()
@@ -237,10 +248,7 @@ def select_nm(
 ) -> list[Tensor]:
     """`dimap.ops.select_nm` on DTensors, of which each rank must hold whole groups. As `select_cuts`."""
     with _ranks_of(tensors) as ranks:
-        held = [local_of(*each, 0, 0) for each in zip(names, tensors, strict=True)]
-        for local in held if not signed else ():
-            local.check_positive()
-        share_out(held, ranks)
+        held, _ = hold(names, tensors, ranks, signed=signed)
         for local in held:
             begin, size = local.offset[axis], local.weights.shape[axis]
             if begin % m or size % m:
@@ -264,11 +272,9 @@ def placed(tensor: Tensor, like: Tensor) -> Tensor:
         return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
     placements = tuple(Replicate() if p.is_partial() else p for p in like.placements)
     if isinstance(tensor, DTensor) and tensor.device_mesh == like.device_mesh:
-        return (
-            tensor
-            if tensor.placements == placements
-            else tensor.redistribute(like.device_mesh, placements)
-        )
+        if tensor.placements == placements:
+            return tensor
+        return tensor.redistribute(like.device_mesh, placements)
     whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.to(like.device)
     return distribute_tensor(whole, like.device_mesh, placements, src_data_rank=None)
 
@@ -304,15 +310,14 @@ def nm_(weights: Sequence[Tensor], n: int, m: int, dim: int) -> None:
     apply_(weights, select_nm(names, weights, n, m, dim))
 
 
-def _register(name: str, rule: Callable[..., None]) -> None:
+def _register(rule: Callable[..., None]) -> None:
     torch.library.register_torch_dispatch(
-        f"dimap::{name}", DTensor, lambda _, __, ___, args=(), ____=None: rule(*args)
+        f"dimap::{rule.__name__}", DTensor, lambda _, __, ___, args=(), ____=None: rule(*args)
     )
 
 
-_register("apply_", apply_)
-_register("prune_", prune_)
-_register("nm_", nm_)
+for _rule in (apply_, prune_, nm_):
+    _register(_rule)
 
 
 def _ranks_of(tensors: Sequence[Tensor]) -> Group:
@@ -390,13 +395,11 @@ def surveyor(
 
     def survey(rows: Mapping[int, int], windows: bytes, bins: int) -> memoryview:
         with _ranks_of(tensors) as ranks:
-            held = [local_of(names[i], tensors[i], 0, 0) for i in rows]
-            share_out(held, ranks)
+            held, _ = hold([names[i] for i in rows], [tensors[i] for i in rows], ranks)
             here = held[0].weights.device if held else torch.device("cpu")
             views = torch.frombuffer(bytearray(windows), dtype=torch.int64).reshape(-1, 7)
-            return (
-                _survey(held, list(rows.values()), views.to(here), bins, ranks).cpu().numpy().data
-            )
+            table = _survey(held, list(rows.values()), views.to(here), bins, ranks)
+            return table.cpu().numpy().data
 
     return survey
 

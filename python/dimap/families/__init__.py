@@ -13,7 +13,8 @@ prefix is a tower of its own, and the first family of `FAMILIES` that fits a tow
 A family fits if every parameter of two or more dimensions inside the blocks is claimed, by a row (to
 be pruned) or by `block_aux` (never pruned), and every block has as many layers as `per_block` says.
 What stands outside the blocks is never pruned. Biases, norms and other parameters of fewer
-dimensions are aux without being named. To add a family, add a `Family`; nothing else has to change.
+dimensions are aux without being named. To add a family, add one; nothing else has to change. The
+tables write them in short, by `table.family`.
 
 Models of no family can be grouped by the words in their names: `roles`.
 """
@@ -21,21 +22,9 @@ Models of no family can be grouped by the words in their names: `roles`.
 from __future__ import annotations
 
 from . import hierarchical, language, swin, vit
-from .table import MATRIX, POINTWISE, Counts, Family, Row, named, stacked
+from .table import Counts, Family, Row
 
-__all__ = [
-    "BESIDE",
-    "BUFFERS",
-    "FAMILIES",
-    "MATRIX",
-    "POINTWISE",
-    "WRAPPERS",
-    "Counts",
-    "Family",
-    "Row",
-    "named",
-    "stacked",
-]
+__all__ = ["BESIDE", "BUFFERS", "FAMILIES", "WRAPPERS", "Counts", "Family", "Row"]
 
 # Components that wrappers insert into names: torch.compile, FSDP, activation checkpointing, PEFT.
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "base_layer")

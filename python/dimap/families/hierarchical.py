@@ -2,433 +2,266 @@
 
 from __future__ import annotations
 
-from .swin import FUSED, HEAD, HF_DENSE, HF_MEMORY, PATCH_EMBED
-from .table import POINTWISE, Counts, Family, named
-from .vit import SPLIT, VIT_AUX
+from .swin import HEAD, HF_DISK, HF_MEMORY, PATCH_EMBED
+from .table import family
+from .vit import VIT_AUX
 
-_STAGE = r"stages[._](?P<stage>\d+)\."
-_BLOCK = _STAGE + r"blocks\.(?P<block>\d+)\."
-_HEAD = r"(?:head|head_dist|aux_head)\.(?:.+\.)?weight"
-_STEM = r"(?:stem|patch_embed)\.(?:.+\.)?weight"
-_DOWN = r"stages[._]\d+\.downsample\.(?:.+\.)?weight"
-_AUX = (_STEM, _DOWN, _HEAD, r"(?:cls_token|pos_embed)")
-_WHOLE: Counts = {"qkv": 1, "proj": 1, "mlp": 2}
-_NONE: Counts = {"qkv": 0, "proj": 0, "mlp": 0}  # a block of convolutions
-_MLP: Counts = {"qkv": 0, "proj": 0, "mlp": 2}
+_BLOCK = "stages[._]<stage>.blocks.<block>."
+_HEAD = "(head|head_dist|aux_head)..weight"
+_STEM = "(stem|patch_embed)..weight"
+_AUX = f"{_STEM} stages[._]*.downsample..weight {_HEAD} (cls_token|pos_embed)"
+_WHOLE = (1, 1, 2)
+_NONE = (0, 0, 0)  # a block of convolutions
+_MLP = (0, 0, 2)
 
-_ANY = tuple(
-    named(module, name, ndims=POINTWISE)
-    for module, name in (
-        ("qkv", "attn.qkv"),
-        ("proj", "attn.proj"),
-        ("mlp", "mlp.fc1"),
-        ("mlp", "mlp.fc2"),
-    )
-)
-_POS = (r"attn\.rel_pos\.relative_position_bias_table", r"attn\.rel_pos\.mlp\.fc[12]\.weight")
+_CONVOLUTIONS = "mlp.fc1:24 mlp.fc2:24"  # an MLP of 1 x 1 convolutions, or of matrices
+_TABLE = "rel_pos.relative_position_bias_table"
+_POS = rf"{_TABLE} rel_pos.mlp.fc[12].weight"
 _CONV = (
-    r"conv[123]_(?:1x1|kxk|dw)\.weight",
-    r"conv_dw\.weight",
-    r"se(?:_early)?\.fc[12]\.weight",
-    r"shortcut\.expand\.weight",
+    "conv[123]_(1x1|kxk|dw).weight conv_dw.weight se(_early)?.fc[12].weight shortcut.expand.weight"
 )
 
 
-def _within(prefix: str, *patterns: str) -> tuple[str, ...]:
-    return tuple(prefix + pattern for pattern in patterns)
+def _within(prefix: str, names: str) -> str:
+    return " ".join(prefix + name for name in names.split())
 
 
 FAMILIES = (
-    Family(
-        name="pvt_v2",
-        models="timm PVTv2",
-        block=_BLOCK,
-        stage=_STAGE,
-        rows=(named("qkv", "attn.q", "attn.kv"), *FUSED[1:]),
-        block_aux=(r"attn\.sr\.weight", r"mlp\.dwconv\.weight"),
+    family(
+        "pvt_v2: timm PVTv2",
+        _BLOCK,
+        qkv="attn.{q,kv}",
+        block_aux="attn.sr.weight mlp.dwconv.weight",
         aux=_AUX,
     ),
-    Family(
-        name="twins",
-        models="timm Twins (PCPVT, SVT)",
-        block=r"blocks\.(?P<stage>\d+)\.(?P<block>\d+)\.",
-        rows=(FUSED[0], named("qkv", "attn.q", "attn.kv"), *FUSED[1:]),
-        block_aux=(r"attn\.sr\.weight",),
-        aux=(r"patch_embeds\.\d+\.proj\.weight", r"pos_block\.\d+\.proj\.\d+\.weight", HEAD),
+    family(
+        "twins: timm Twins (PCPVT, SVT)",
+        "blocks.<stage>.<block>.",
+        qkv="attn.qkv attn.{q,kv}",
+        block_aux="attn.sr.weight",
+        aux=f"patch_embeds.*.proj.weight pos_block.*.proj.*.weight {HEAD}",
     ),
-    Family(
-        name="mvitv2",
-        models="timm MViTv2",
-        block=_BLOCK,
-        stage=_STAGE,
-        rows=FUSED,
-        block_aux=(
-            r"attn\.pool_[qkv]\.weight",
-            r"attn\.rel_pos_[hw]",
-            r"shortcut_proj_(?:attn|mlp)\.weight",
-        ),
+    family(
+        "mvitv2: timm MViTv2",
+        _BLOCK,
+        block_aux="attn.pool_[qkv].weight attn.rel_pos_[hw] shortcut_proj_(attn|mlp).weight",
         aux=_AUX,
     ),
-    Family(
-        name="coatnet",
-        models="timm CoAtNet, CoAtNeXt",
-        block=_BLOCK,
-        stage=_STAGE,
-        rows=_ANY,
-        mark=r"conv(?:1_1x1|_dw)\.weight",
-        block_aux=(*_POS, *_CONV),
+    family(
+        "coatnet: timm CoAtNet, CoAtNeXt",
+        _BLOCK,
+        qkv="attn.qkv:24",
+        proj="attn.proj:24",
+        mlp=_CONVOLUTIONS,
+        mark="conv(1_1x1|_dw).weight",
+        block_aux=f"{_within('attn.', _POS)} {_CONV}",
         aux=_AUX,
-        per_block=(_WHOLE, _NONE, _MLP),
+        per_block=[_WHOLE, _NONE, _MLP],
     ),
-    Family(
-        name="maxvit",
-        models="timm MaxViT, MaxxViT",
-        block=_BLOCK,
-        stage=_STAGE,
-        rows=(
-            *(
-                named(module, f"attn_{part}.{name}")
-                for part in ("block", "grid")
-                for module, name in (
-                    ("qkv", "attn.qkv"),
-                    ("proj", "attn.proj"),
-                    ("mlp", "mlp.fc1"),
-                    ("mlp", "mlp.fc2"),
-                )
-            ),
-            named("qkv", "attn.attn_block.qkv"),
-            named("qkv", "attn.attn_grid.qkv"),
-            named("proj", "attn.attn_block.proj"),
-            named("proj", "attn.attn_grid.proj"),
-            named("mlp", "attn.mlp.fc1"),
-            named("mlp", "attn.mlp.fc2"),
-        ),
-        block_aux=(
-            *_within(r"attn_(?:block|grid)\.", *_POS),
-            r"attn\.attn_(?:block|grid)\.rel_pos\.relative_position_bias_table",
-            *_within(r"conv\.(?:\d+\.)?", *_CONV, r"mlp\.fc[12]\.weight"),
-        ),
+    family(
+        "maxvit: timm MaxViT, MaxxViT",
+        _BLOCK,
+        qkv="attn_block.attn.qkv attn_grid.attn.qkv attn.attn_block.qkv attn.attn_grid.qkv",
+        proj="attn_block.attn.proj attn_grid.attn.proj attn.attn_block.proj attn.attn_grid.proj",
+        mlp="attn_block.mlp.fc1 attn_block.mlp.fc2 attn_grid.mlp.fc1 attn_grid.mlp.fc2 "
+        "attn.mlp.fc1 attn.mlp.fc2",
+        block_aux=f"{_within('attn_(block|grid).attn.', _POS)} attn.attn_(block|grid).{_TABLE} "
+        + _within(r"conv.(*.)?", f"{_CONV} mlp.fc[12].weight"),
         aux=_AUX,
-        per_block=(
-            {"qkv": 2, "proj": 2, "mlp": 4},
-            {"qkv": 2, "proj": 2, "mlp": 2},  # block and grid side by side, with one MLP
-            {"qkv": 1, "proj": 1, "mlp": 2},  # grid alone
-        ),
+        per_block=[
+            (2, 2, 4),
+            (2, 2, 2),  # block and grid side by side, with one MLP
+            (1, 1, 2),  # grid alone
+        ],
     ),
-    Family(
-        name="hiera",
-        models="timm Hiera, SAM 2's HieraDet",
-        block=r"blocks\.(?P<block>\d+)\.",
-        rows=FUSED,
-        block_aux=(r"proj\.weight",),
-        mark=r"proj\.weight",
+    family(
+        "hiera: timm Hiera, SAM 2's HieraDet",
+        "blocks.<block>.",
+        block_aux="proj.weight",
+        mark="proj.weight",
         aux=VIT_AUX,
     ),
-    Family(
-        name="focalnet",
-        models="timm FocalNet",
-        block=r"layers[._](?P<stage>\d+)\.blocks\.(?P<block>\d+)\.",
-        stage=r"layers[._](?P<stage>\d+)\.",
-        rows=(
-            named("qkv", "modulation.f", ndims=POINTWISE),
-            named("proj", "modulation.h", ndims=POINTWISE),
-            named("proj", "modulation.proj", ndims=POINTWISE),
-            *_ANY[2:],
-        ),
-        block_aux=(r"modulation\.focal_layers\.\d+\.\d+\.weight",),
-        aux=(_STEM, r"layers[._]\d+\.downsample\.proj\.weight", _HEAD),
-        per_block=({"qkv": 1, "proj": 2, "mlp": 2},),
+    family(
+        "focalnet: timm FocalNet",
+        "layers[._]<stage>.blocks.<block>.",
+        qkv="modulation.f:24",
+        proj="modulation.h:24 modulation.proj:24",
+        mlp=_CONVOLUTIONS,
+        block_aux="modulation.focal_layers.*.*.weight",
+        aux=f"{_STEM} layers[._]*.downsample.proj.weight {_HEAD}",
+        per_block=[(1, 2, 2)],
     ),
-    Family(
-        name="efficientformer",
-        models="timm EfficientFormer, CAFormer, FastViT with attention",
-        block=_BLOCK,
-        stage=_STAGE,
-        rows=(
-            named("qkv", "token_mixer.qkv"),
-            named("proj", "token_mixer.proj"),
-            *_ANY[2:],
-        ),
-        block_aux=(
-            r"token_mixer\.attention_biases",
-            r"token_mixer\.(?:pwconv[12]|dwconv)\.weight",
-            r"token_mixer\.(?:norm|mixer)\.(?:.+\.)?weight",
-            r"mlp\.conv\.conv\.weight",
-            r"(?:token_mixer\.)?layer_scale(?:_[12])?\.gamma",
-        ),
-        aux=(*_AUX, r"stages[._]\d+\.pos_emb\..+", r"final_conv\..+"),
-        per_block=(_WHOLE, _MLP),
+    family(
+        "efficientformer: timm EfficientFormer, CAFormer, FastViT with attention",
+        _BLOCK,
+        qkv="token_mixer.qkv",
+        proj="token_mixer.proj",
+        mlp=_CONVOLUTIONS,
+        block_aux="token_mixer.attention_biases token_mixer.(pwconv[12]|dwconv).weight "
+        "token_mixer.(norm|mixer)..weight mlp.conv.conv.weight "
+        "(token_mixer.)?layer_scale(_[12])?.gamma",
+        aux=f"{_AUX} stages[._]*.pos_emb... final_conv...",
+        per_block=[_WHOLE, _MLP],
     ),
-    Family(
-        name="efficientformer_v2",
-        models="timm EfficientFormerV2",
-        block=_BLOCK,
-        stage=_STAGE,
-        rows=tuple(
-            named(module, *names, ndims=POINTWISE)
-            for module, names in (
-                ("qkv", ("token_mixer.q.conv", "token_mixer.k.conv", "token_mixer.v.conv")),
-                ("proj", ("token_mixer.proj.conv",)),
-                ("mlp", ("mlp.fc1.conv",)),
-                ("mlp", ("mlp.fc2.conv",)),
-            )
-        ),
-        block_aux=(
-            r"token_mixer\.attention_biases",
-            r"token_mixer\.(?:stride_conv|v_local)\.conv\.weight",
-            r"token_mixer\.talking_head[12]\.weight",
-            r"mlp\.mid\.conv\.weight",
-        ),
-        aux=(*_AUX, r"stages[._]\d+\.downsample\.attn\.attention_biases"),
-        per_block=(_WHOLE, _MLP),
+    family(
+        "efficientformer_v2: timm EfficientFormerV2",
+        _BLOCK,
+        qkv="token_mixer.{q,k,v}.conv:24",
+        proj="token_mixer.proj.conv:24",
+        mlp="mlp.fc1.conv:24 mlp.fc2.conv:24",
+        block_aux="token_mixer.attention_biases token_mixer.(stride_conv|v_local).conv.weight "
+        "token_mixer.talking_head[12].weight mlp.mid.conv.weight",
+        aux=f"{_AUX} stages[._]*.downsample.attn.attention_biases",
+        per_block=[_WHOLE, _MLP],
     ),
-    Family(
-        name="davit",
-        models="timm DaViT, Florence-2's vision tower",
+    family(
+        "davit: timm DaViT, Florence-2's vision tower",
         # a spatial block and a channel block, or only one of them, in turn
-        block=r"stages[._](?P<stage>\d+)\.blocks\.(?P<block>\d+)\.(?:\d|spatial_block|channel_block)\.",
-        stage=_STAGE,
-        rows=tuple(
-            named(module, name)
-            for module, name in (
-                ("qkv", "attn.qkv"),
-                ("proj", "attn.proj"),
-                ("mlp", "mlp.fc1"),
-                ("mlp", "mlp.fc2"),
-            )
-        ),
-        block_aux=(r"cpe[12]\.proj\.weight",),
+        rf"{_BLOCK}(\d|spatial_block|channel_block).",
+        block_aux="cpe[12].proj.weight",
         aux=_AUX,
-        per_block=({"qkv": 2, "proj": 2, "mlp": 4}, _WHOLE),
+        per_block=[(2, 2, 4), _WHOLE],
     ),
-    Family(
-        name="nest",
-        models="timm NesT",
-        block=r"levels\.(?P<stage>\d+)\.transformer_encoder\.(?P<block>\d+)\.",
-        stage=r"levels\.(?P<stage>\d+)\.",
-        rows=FUSED,
-        aux=(PATCH_EMBED, r"levels\.\d+\.pos_embed", r"levels\.\d+\.pool\.conv\.weight", HEAD),
+    family(
+        "nest: timm NesT",
+        "levels.<stage>.transformer_encoder.<block>.",
+        aux=f"{PATCH_EMBED} levels.*.pos_embed levels.*.pool.conv.weight {HEAD}",
     ),
-    Family(
-        name="gcvit",
-        models="timm GCViT",
-        block=_BLOCK,
-        stage=_STAGE,
-        rows=FUSED,
-        block_aux=_POS[:1],
-        aux=(*_AUX, r"stages[._]\d+\.global_block\..+"),
+    family(
+        "gcvit: timm GCViT",
+        _BLOCK,
+        block_aux=f"attn.{_TABLE}",
+        aux=f"{_AUX} stages[._]*.global_block...",
     ),
-    Family(
-        name="cait",
-        models="timm CaiT",
-        block=r"(?P<stage>blocks|blocks_token_only)\.(?P<block>\d+)\.",
+    family(
+        "cait: timm CaiT",
+        "<stage:blocks|blocks_token_only>.<block>.",
+        qkv="attn.qkv attn.{q,k,v}",
         stages=("blocks", "blocks_token_only"),
-        rows=(FUSED[0], SPLIT[1], *FUSED[1:]),
-        block_aux=(r"attn\.proj_[lw]\.weight",),
-        mark=r"attn\.q\.weight",
+        block_aux="attn.proj_[lw].weight",
+        mark="attn.q.weight",
         aux=VIT_AUX,
     ),
-    Family(
-        name="xcit",
-        models="timm XCiT",
-        block=r"(?P<stage>blocks|cls_attn_blocks)\.(?P<block>\d+)\.",
+    family(
+        "xcit: timm XCiT",
+        "<stage:blocks|cls_attn_blocks>.<block>.",
+        qkv="attn.qkv attn.{q,k,v}",
         stages=("blocks", "cls_attn_blocks"),
-        rows=(FUSED[0], SPLIT[1], *FUSED[1:]),
-        mark=r"attn\.temperature",
-        block_aux=(r"attn\.temperature", r"local_mp\.conv[12]\.weight"),
-        aux=(*VIT_AUX, r"pos_embed\.token_projection\.weight"),
+        mark="attn.temperature",
+        block_aux="attn.temperature local_mp.conv[12].weight",
+        aux=f"{VIT_AUX} pos_embed.token_projection.weight",
     ),
-    Family(
-        name="tiny_vit",
-        models="timm TinyViT",
-        block=_BLOCK,
-        stage=_STAGE,
-        rows=FUSED,
-        block_aux=(
-            r"attn\.attention_biases",
-            r"local_conv\.conv\.weight",
-            r"conv[123]\.conv\.weight",
-        ),
+    family(
+        "tiny_vit: timm TinyViT",
+        _BLOCK,
+        block_aux="attn.attention_biases local_conv.conv.weight conv[123].conv.weight",
         aux=_AUX,
-        per_block=(_WHOLE, _NONE),
+        per_block=[_WHOLE, _NONE],
     ),
-    Family(
-        name="pit",
-        models="timm PiT",
-        block=r"transformers\.(?P<stage>\d+)\.blocks\.(?P<block>\d+)\.",
-        stage=r"transformers\.(?P<stage>\d+)\.",
-        rows=FUSED,
-        aux=(*_AUX, r"transformers\.\d+\.pool\.(?:.+\.)?weight"),
+    family(
+        "pit: timm PiT",
+        "transformers.<stage>.blocks.<block>.",
+        aux=f"{_AUX} transformers.*.pool..weight",
     ),
-    Family(
-        name="convit",
-        models="timm ConViT",
-        block=r"blocks\.(?P<block>\d+)\.",
-        rows=(FUSED[0], named("qkv", "attn.qk", "attn.v"), *FUSED[1:]),
-        block_aux=(r"attn\.pos_proj\.weight",),
+    family(
+        "convit: timm ConViT",
+        "blocks.<block>.",
+        qkv="attn.qkv attn.{qk,v}",
+        block_aux="attn.pos_proj.weight",
         aux=VIT_AUX,
     ),
-    Family(
-        name="levit",
-        models="timm LeViT",
-        block=_BLOCK,
-        stage=_STAGE,
-        rows=tuple(
-            named(module, name, ndims=POINTWISE)
-            for module, name in (
-                ("qkv", "attn.qkv.linear"),
-                ("proj", "attn.proj.ln.linear"),
-                ("mlp", "mlp.ln1.linear"),
-                ("mlp", "mlp.ln2.linear"),
-            )
-        ),
-        block_aux=(r"attn\.attention_biases",),
-        aux=(*_AUX, r"stages[._]\d+\.downsample\.attn_downsample\.attention_biases"),
+    family(
+        "levit: timm LeViT",
+        _BLOCK,
+        qkv="attn.qkv.linear:24",
+        proj="attn.proj.ln.linear:24",
+        mlp="mlp.ln1.linear:24 mlp.ln2.linear:24",
+        block_aux="attn.attention_biases",
+        aux=f"{_AUX} stages[._]*.downsample.attn_downsample.attention_biases",
     ),
-    Family(
-        name="tnt",
-        models="timm TNT",
-        block=r"blocks\.(?P<block>\d+)\.",
-        rows=(
-            *(
-                row
-                for part in ("in", "out")
-                for row in (
-                    named("qkv", f"attn_{part}.qk", f"attn_{part}.v"),
-                    named("proj", f"attn_{part}.proj"),
-                )
-            ),
-            *(named("mlp", f"{mlp}.fc{n}") for mlp in ("mlp_in", "mlp") for n in (1, 2)),
-        ),
-        block_aux=(r"proj\.weight",),
-        aux=(*VIT_AUX, r"pixel_embed\..+", r"(?:patch|pixel)_pos", r"proj\.weight"),
-        per_block=({"qkv": 2, "proj": 2, "mlp": 4},),
+    family(
+        "tnt: timm TNT",
+        "blocks.<block>.",
+        qkv="attn_in.{qk,v} attn_out.{qk,v}",
+        proj="attn_in.proj attn_out.proj",
+        mlp="mlp_in.fc1 mlp_in.fc2 mlp.fc1 mlp.fc2",
+        block_aux="proj.weight",
+        aux=f"{VIT_AUX} pixel_embed... (patch|pixel)_pos proj.weight",
+        per_block=[(2, 2, 4)],
     ),
-    Family(
-        name="coat",
-        models="timm CoaT",
-        block=r"(?P<stage>serial_blocks[1-4]|parallel_blocks)\.(?P<block>\d+)\.",
+    family(
+        "coat: timm CoaT",
+        "<stage:serial_blocks[1-4]|parallel_blocks>.<block>.",
+        qkv="factoratt_crpe.qkv factoratt_crpe2.qkv factoratt_crpe3.qkv factoratt_crpe4.qkv",
+        proj="factoratt_crpe.proj factoratt_crpe2.proj factoratt_crpe3.proj factoratt_crpe4.proj",
+        mlp="mlp.fc1 mlp.fc2 mlp2.fc1 mlp2.fc2",
         stages=(*(f"serial_blocks{n}" for n in range(1, 5)), "parallel_blocks"),
-        rows=(
-            *(
-                named(module, f"factoratt_crpe{n}.{name}")
-                for n in ("", "2", "3", "4")
-                for module, name in (("qkv", "qkv"), ("proj", "proj"))
-            ),
-            *FUSED[2:],
-            named("mlp", "mlp2.fc1"),
-            named("mlp", "mlp2.fc2"),
-        ),
-        aux=(
-            r"cls_token[1-4]",
-            r"(?:patch_embed|cpe|crpe)[1-4]\..+",
-            r"aggregate\.weight",
-            _HEAD,
-        ),
-        per_block=(_WHOLE, {"qkv": 3, "proj": 3, "mlp": 2}),
+        aux=f"cls_token[1-4] (patch_embed|cpe|crpe)[1-4]... aggregate.weight {_HEAD}",
+        per_block=[_WHOLE, (3, 3, 2)],
     ),
-    Family(
-        name="visformer",
-        models="timm Visformer",
-        block=r"stage(?P<stage>[123])\.(?P<block>\d+)\.",
+    family(
+        "visformer: timm Visformer",
+        "stage<stage:[123]>.<block>.",
+        qkv="attn.qkv:24",
+        proj="attn.proj:24",
+        mlp="mlp.conv1:4 mlp.conv3:4",
         stages=range(1, 4),
-        rows=(
-            *_ANY[:2],
-            named("mlp", "mlp.conv1", ndims=(4,)),
-            named("mlp", "mlp.conv3", ndims=(4,)),
-        ),
-        block_aux=(r"mlp\.conv2\.weight",),
-        aux=(r"pos_embed[123]", r"stem\..+", r"patch_embed[123]\..+", _HEAD),
-        per_block=(_WHOLE, _MLP),
+        block_aux="mlp.conv2.weight",
+        aux=f"pos_embed[123] stem... patch_embed[123]... {_HEAD}",
+        per_block=[_WHOLE, _MLP],
     ),
-    Family(
-        name="volo",
-        models="timm VOLO",
-        block=r"(?P<stage>network\.\d+|post_network)\.(?P<block>\d+)\.",
+    family(
+        "volo: timm VOLO",
+        "<stage:network.*|post_network>.<block>.",
+        # attn.v alone is of the outlook attention, which computes its weights
+        qkv="attn.qkv attn.{q,kv} attn.v",
         stages=(*(f"network.{n}" for n in range(10)), "post_network"),
-        rows=(
-            FUSED[0],
-            named("qkv", "attn.q", "attn.kv"),
-            named("qkv", "attn.v"),  # of the outlook attention, which computes its weights
-            *FUSED[1:],
-        ),
-        block_aux=(r"attn\.attn\.weight",),
-        aux=(*VIT_AUX, r"network\.\d+\.proj\.weight", _HEAD),
+        block_aux="attn.attn.weight",
+        aux=f"{VIT_AUX} network.*.proj.weight {_HEAD}",
     ),
-    Family(
-        name="edgenext",
-        models="timm EdgeNeXt",
-        block=_BLOCK,
-        stage=_STAGE,
-        rows=(named("qkv", "xca.qkv"), named("proj", "xca.proj"), *FUSED[2:]),
-        block_aux=(
-            r"xca\.temperature",
-            r"conv_dw\.weight",
-            r"convs\.\d+\.weight",
-            r"pos_embd\.token_projection\.weight",
-        ),
+    family(
+        "edgenext: timm EdgeNeXt",
+        _BLOCK,
+        qkv="xca.qkv",
+        proj="xca.proj",
+        block_aux="xca.temperature conv_dw.weight convs.*.weight pos_embd.token_projection.weight",
         aux=_AUX,
-        per_block=(_WHOLE, _MLP),
+        per_block=[_WHOLE, _MLP],
     ),
-    Family(
-        name="nextvit",
-        models="timm Next-ViT",
-        block=_BLOCK,
-        stage=_STAGE,
-        rows=(
-            named("qkv", "e_mhsa.q", "e_mhsa.k", "e_mhsa.v"),
-            named("proj", "e_mhsa.proj"),
-            *_ANY[2:],
-        ),
-        block_aux=(
-            r"mhca\.(?:group_conv3x3|projection)\.weight",
-            r"(?:patch_embed|projection)\.conv\.weight",
-        ),
+    family(
+        "nextvit: timm Next-ViT",
+        _BLOCK,
+        qkv="e_mhsa.{q,k,v}",
+        proj="e_mhsa.proj",
+        mlp=_CONVOLUTIONS,
+        block_aux="mhca.(group_conv3x3|projection).weight (patch_embed|projection).conv.weight",
         aux=_AUX,
-        per_block=(_WHOLE, _MLP),
+        per_block=[_WHOLE, _MLP],
     ),
-    Family(
-        name="crossvit",
-        models="timm CrossViT",
+    family(
+        "crossvit: timm CrossViT",
         # a stage has two branches of blocks, and what mixes them
-        block=r"blocks\.(?P<stage>\d+)\.(?:blocks|fusion)\.(?P<block>\d+)\.(?:\d+\.)?",
-        rows=(FUSED[0], named("qkv", "attn.wq", "attn.wk", "attn.wv"), *FUSED[1:]),
-        aux=(
-            r"(?:pos_embed|cls_token)_[01]",
-            r"patch_embed\..+",
-            r"blocks\.\d+\.(?:projs|revert_projs)\..+",
-            r"head\.[01]\.weight",
-        ),
-        per_block=({"qkv": None, "proj": None, "mlp": None},),
+        "blocks.<stage>.(blocks|fusion).<block>.(*.)?",
+        qkv="attn.qkv attn.{wq,wk,wv}",
+        aux="(pos_embed|cls_token)_[01] patch_embed... blocks.*.(projs|revert_projs)... "
+        "head.[01].weight",
+        per_block=[(None, None, None)],
     ),
-    Family(
-        name="segformer",
-        models="Hugging Face SegFormer in memory",
+    family(
+        "segformer: Hugging Face SegFormer in memory",
+        "stages.<stage>.blocks.<block>.",
+        *HF_MEMORY,
         network="segformer",
-        block=r"stages\.(?P<stage>\d+)\.blocks\.(?P<block>\d+)\.",
-        stage=r"stages\.(?P<stage>\d+)\.",
-        rows=HF_MEMORY,
-        block_aux=(
-            r"attention\.sequence_reduction\.(?:.+\.)?weight",
-            r"mlp\.dwconv\.dwconv\.weight",
-        ),
-        aux=(r"stages\.\d+\.patch_embeddings\..+", r"decode_head\..+", r"classifier\..+"),
+        block_aux="attention.sequence_reduction..weight mlp.dwconv.dwconv.weight",
+        aux="stages.*.patch_embeddings... decode_head... classifier...",
     ),
-    Family(
-        name="segformer_disk",
-        models="Hugging Face SegFormer on disk, PVT, GLPN",
+    family(
+        "segformer_disk: Hugging Face SegFormer on disk, PVT, GLPN",
+        "block.<stage>.<block>.",
+        *HF_DISK[:2],
+        "mlp.dense1 mlp.dense2",
         network="segformer",
-        block=r"block\.(?P<stage>\d+)\.(?P<block>\d+)\.",
-        rows=(
-            named("qkv", "attention.self.query", "attention.self.key", "attention.self.value"),
-            HF_DENSE[0],
-            named("mlp", "mlp.dense1"),
-            named("mlp", "mlp.dense2"),
-        ),
-        block_aux=(
-            r"attention\.self\.(?:sr|sequence_reduction)\.weight",
-            r"mlp\.dwconv\.dwconv\.weight",
-        ),
-        aux=(r"patch_embeddings\..+", r"decode_head\..+", r"classifier\..+"),
+        block_aux="attention.self.(sr|sequence_reduction).weight mlp.dwconv.dwconv.weight",
+        aux="patch_embeddings... decode_head... classifier...",
     ),
 )

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 
 from .. import _timm
 from ..checkpoint import open_checkpoint
-from ..groups import AUX, Choice, find_modules, wholes
+from ..flops import default_input_size, full_size
+from ..groups import Choice, find_modules, prunable, wholes
 from ..masks import fit_masks, load_masks
 from .settings import Settings
 
@@ -95,18 +97,15 @@ def input_of(source: Source, settings: Settings) -> dict[str, Any]:
     """
     from timm.data import resolve_data_config
 
-    model, pretrained = source.model, _pretrained(source.model)
-    convolution = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
-    channels = 3 if convolution is None else convolution.in_channels
-    if channels not in (1, 3):
+    side: int | Sequence[int] = settings.input_size or 224
+    if settings.input_size is None:
+        with suppress(ValueError):  # it does not say its own
+            side = default_input_size(source.model)
+    size = full_size(source.model, side)
+    if (channels := size[0]) not in (1, 3):
         raise ValueError(f"{source.name} must take images of 1 or 3 channels, got {channels}")
-    sides = getattr(getattr(model, "patch_embed", None), "img_size", None)
-    if settings.input_size is not None:
-        sides = (settings.input_size,) * 2
-    elif not isinstance(sides, tuple):
-        sides = tuple(pretrained.get("input_size", (3, 224, 224))[1:])
     given: dict[str, Any] = {
-        "input_size": (channels, *sides),
+        "input_size": size,
         "mean": settings.mean or _numbers(source.metadata.get("mean")),
         "std": settings.std or _numbers(source.metadata.get("std")),
         "crop_pct": settings.crop_pct,
@@ -118,7 +117,7 @@ def input_of(source: Source, settings: Settings) -> dict[str, Any]:
                 f"{name} must have one number for each of the {channels} channels, "
                 f"got {len(given[name])}"
             )
-    found = resolve_data_config(given, pretrained_cfg=pretrained)
+    found = resolve_data_config(given, pretrained_cfg=_pretrained(source.model))
     for name in ("mean", "std"):
         if len(found[name]) != channels:  # of colours, for a gray image: their mean
             found[name] = (sum(found[name]) / len(found[name]),) * channels
@@ -194,8 +193,7 @@ def masks_of(
 
 def _prunable(model: nn.Module, choice: Choice) -> list[str]:
     """The names of the weights that may be pruned."""
-    modules = {n: layers for n, layers in find_modules(model, choice).items() if n != AUX}
-    return wholes(p for layers in modules.values() for layer in layers for p in layer.parameters)
+    return wholes(p for layer in prunable(find_modules(model, choice)) for p in layer.parameters)
 
 
 def _check_agreement(

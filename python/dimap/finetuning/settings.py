@@ -12,19 +12,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from .._timm import near
+from .._errors import near
 
 STATE = "state.pt"  # in the folder of a run: what --resume needs
 
-POLICIES = (
-    "rand",
-    "augmix",
-    "original",
-    "originalr",
-    "v0",
-    "v0r",
-    "3a",
-)  # timm's, by how they begin
+# timm's, by how they begin.
+POLICIES = ("rand", "augmix", "original", "originalr", "v0", "v0r", "3a")
 
 Pixels = Annotated[tuple[float, ...], Field(strict=False, min_length=1)] | None  # a channel each
 Resize = Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"]
@@ -81,8 +74,8 @@ class Settings(BaseModel):
     crop_pct: float | None = _images(
         None, "Share of a validation image that is seen; the model's if not given.", gt=0, le=1
     )
-    interpolation: Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"] | None = (
-        _images(None, "How images are resized; the model's if not given.")
+    interpolation: Resize | None = _images(
+        None, "How images are resized; the model's if not given."
     )
     pad: int = _images(0, "Black pixels put around every image before all else.", ge=0)
     augment: bool = _images(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import IterableDataset
 
-from .._timm import near
+from .._errors import near
 from ..distributed.ranks import Ranks
 from ..holding import hold_masks
 from .settings import Settings

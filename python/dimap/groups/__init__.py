@@ -18,19 +18,21 @@ from .choice import Choice, Patterns, choose
 from .known import Names, Tower, bare, fitting, merge, tower_names, towers
 from .layers import (
     AUX,
-    Found,
     Layer,
     Located,
     Modules,
     Shape,
     Slice,
+    aux_layer,
     by_module,
+    claimed,
     first,
     kind_of,
     kinds,
     part_of,
     part_shape,
     position,
+    prunable,
     whole,
     wholes,
 )
@@ -63,6 +65,7 @@ __all__ = [
     "part_shape",
     "position",
     "propose",
+    "prunable",
     "shapes_of",
     "tied_in",
     "whole",
@@ -224,9 +227,14 @@ def group(
 def propose(shapes: Mapping[str, Sequence[int]]) -> tuple[Guess, Modules]:
     """What the words of any model's names say of its layers, however little; never an error."""
     seen = without_buffers(shapes)
-    names = [(bare(name), name) for name in seen]
-    guess = by_roles(names, seen)
-    return guess, _in_towers(guess, seen)
+    guess = by_roles([(bare(name), name) for name in seen], seen)
+    return guess, _modules_of(guess, seen)
+
+
+def _modules_of(guess: Guess, shapes: Mapping[str, Shape]) -> Modules:
+    known = claimed(guess.found)
+    aux = (aux_layer(name) for name in shapes if name not in known)
+    return by_module(guess.found, dict.fromkeys(layer.module for layer in guess.found), aux)
 
 
 _BUFFER = re.compile("|".join(BUFFERS))
@@ -269,7 +277,7 @@ def _by_roles(
     names: Names, shapes: Mapping[str, Shape], ignored: set[str], notes: list[str]
 ) -> Modules:
     guess = by_roles(names, shapes, ignored)
-    modules = _in_towers(guess, shapes)
+    modules = _modules_of(guess, shapes)
     if guess.covered < LEAST:
         raise ValueError(
             f"family='transformer' must find the roles of {100 * LEAST:.0f} % of the weights in the "
@@ -287,38 +295,11 @@ def _by_roles(
 
 def describe(modules: Mapping[str, Sequence[Layer]]) -> str:
     """Which kinds of names are in which module, numbers as *."""
-    lines = []
-    for module, layers in modules.items():
-        if module == AUX:
-            continue
-        found = Counter(
-            " + ".join(kind_of(p).replace("[*]", "") for p in wholes(layer.parameters))
-            for layer in layers
-        )
-        lines += [f"  {module}: {count} x {kind}" for kind, count in found.items()]
-    return "\n".join(first(lines, 24))
-
-
-def _in_towers(guess: Guess, shapes: Mapping[str, Shape]) -> Modules:
-    """The layers of a guess by module, each tower's by themselves."""
-    prefixes = dict.fromkeys(f.layer.tower for f in guess.found)
-    titles = (
-        tower_names({p: None for p in (_words(prefix) for prefix in prefixes)}) if prefixes else {}
+    found = Counter(
+        (layer.module, " + ".join(map(kind_of, wholes(layer.parameters))))
+        for layer in prunable(modules)
     )
-    found: list[Found] = []
-    for f in guess.found:
-        title = titles[_words(f.layer.tower)]
-        module = f"{title}.{f.layer.module}" if title else f.layer.module
-        layer = Layer(f.layer.name, module, f.layer.parameters, f.layer.stage, f.layer.block, title)
-        found.append(Found(layer, f.rule))
-    claimed = {whole(p) for f in found for p in f.layer.parameters}
-    aux = [Layer(n.removesuffix(".weight"), AUX, (n,)) for n in shapes if n not in claimed]
-    return by_module(found, dict.fromkeys(f.layer.module for f in found), aux)
-
-
-def _words(prefix: str) -> str:
-    """A tower's prefix without its numbers: stages and blocks of one tower."""
-    return ".".join(part for part in prefix.split(".") if part != "*")
+    return "\n".join(first([f"  {m}: {count} x {kind}" for (m, kind), count in found.items()], 24))
 
 
 def _describe_unknown(families: Sequence[Family], shapes: Mapping[str, Shape]) -> str:
@@ -370,10 +351,9 @@ def _example(shapes: Mapping[str, Shape]) -> dict[str, list[str]]:
     """Patterns for the model's own names: by the roles of their words as far as they go."""
     _, modules = propose(shapes)
     found: dict[str, dict[str, None]] = {}
-    for module, layers in modules.items():
-        for layer in layers if module != AUX else ():
-            for name in wholes(layer.parameters):
-                found.setdefault(module, {})[_regex(kind_of(name))] = None
+    for layer in prunable(modules):
+        for name in wholes(layer.parameters):
+            found.setdefault(layer.module, {})[_regex(kind_of(name))] = None
     if not found:
         matrices = [kind_of(name) for name, shape in shapes.items() if len(shape) > 1]
         numbered = [kind for kind in matrices if "*" in kind] or matrices or ["*.weight"]

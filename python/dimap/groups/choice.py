@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import TypeAlias
 
+from .._errors import near
 from ..families import FAMILIES
-from .layers import AUX, Layer, Modules, Shape, Slice, kinds, whole
+from .layers import (
+    AUX,
+    Layer,
+    Modules,
+    Shape,
+    Slice,
+    aux_layer,
+    claimed,
+    compiled,
+    kinds,
+    prunable,
+    whole,
+)
 from .roles import TRANSFORMER
 
 Patterns: TypeAlias = "Mapping[str, str | Sequence[str | Sequence[str]]]"
@@ -34,11 +46,9 @@ class Choice:
             )
         known = [TRANSFORMER, *(family.name for family in FAMILIES)]
         if self.family is not None and self.family not in known:
-            near = difflib.get_close_matches(str(self.family), known, n=3, cutoff=0.5)
-            hint = f"; near it are {', '.join(near)}" if near else ""
             raise ValueError(
                 f"family must be one of those that `dimap families` lists, or {TRANSFORMER}, "
-                f"got {self.family!r}{hint}"
+                f"got {self.family!r}{near(str(self.family), known)}"
             )
 
     def __bool__(self) -> bool:
@@ -46,7 +56,7 @@ class Choice:
 
     def ignored(self, shapes: Mapping[str, Shape]) -> set[str]:
         """The parameters whose names are matched by `ignore`."""
-        return {n for regex in self._regexes() for n in shapes if regex.fullmatch(n)}
+        return {name for regex in self._regexes() for name in shapes if regex.fullmatch(name)}
 
     def leave_out(self, modules: Modules, shapes: Mapping[str, Shape]) -> tuple[Modules, list[str]]:
         """Modules with the layers that `ignore` matches in "aux", and notes that say so.
@@ -55,67 +65,42 @@ class Choice:
         """
         if not self.ignore:
             return modules, []
-        names = self.ignored(shapes)
-        out: dict[str, None] = {}  # parameters, each once
-        layers = [layer for m, found in modules.items() if m != AUX for layer in found]
-        notes = []
+        out, named = self.ignored(shapes), set[Layer]()
+        ignored = frozenset(out)
+        layers, notes = prunable(modules), []
         for regex in self._regexes():
-            hit = [x for x in layers if regex.fullmatch(x.name) or _within(x, names, regex)]
-            others = [n for n in shapes if regex.fullmatch(n)]
-            if not hit and not others:
+            names = {name for name in shapes if regex.fullmatch(name)}
+            named |= {x for x in layers if regex.fullmatch(x.name)}
+            hit = [x for x in layers if regex.fullmatch(x.name) or names & claimed([x])]
+            if not hit and not names:
                 raise ValueError(
                     f"ignore (--ignore) must match the whole name of a layer or parameter, got none "
                     f"for {regex.pattern!r} among:\n{kinds(shapes)}"
                 )
-            out |= {whole(p): None for x in hit for p in x.parameters} | dict.fromkeys(others)
-            told = (
-                f"{len(hit)} layers, {hit[0].name} the first" if hit else f"{len(others)} tensors"
-            )
+            out |= claimed(hit)
+            told = f"{len(hit)} layers, {hit[0].name} the first" if hit else f"{len(names)} tensors"
             notes.append(f"ignored, thus never pruned, by {regex.pattern!r}: {told}")
-        left = set_aside(modules, shapes, out)
-        hidden = {x.name for x in layers}
-        hidden -= {x.name for m, found in left.items() if m != AUX for x in found}
         for x in layers:
-            matched = x.name in hidden and any(r.fullmatch(x.name) for r in self._regexes())
-            sliced = [p for p in x.parameters if isinstance(p, Slice) and p.parameter not in names]
-            if x.name in hidden and sliced and not matched:
+            some = [p for p in x.parameters if isinstance(p, Slice) and p.parameter not in ignored]
+            if some and x not in named and out & claimed([x]):
                 raise ValueError(
                     "ignore (--ignore) must leave out all layers of a tensor that stacks them, or "
-                    f"none, got some of {whole(sliced[0])}"
+                    f"none, got some of {whole(some[0])}"
                 )
-        return left, notes
+        return set_aside(modules, shapes, out), notes
 
     def _regexes(self) -> list[re.Pattern[str]]:
-        found = []
-        for text in self.ignore:
-            try:
-                found.append(re.compile(text))
-            except re.error as error:
-                got = f"{text!r}: {error}"
-                raise ValueError(f"ignore (--ignore) must be valid regexes, got {got}") from error
-        return found
+        return [compiled("ignore (--ignore) must be", text) for text in self.ignore]
 
 
-def set_aside(modules: Modules, shapes: Mapping[str, Shape], out: Mapping[str, None]) -> Modules:
+def set_aside(modules: Modules, shapes: Mapping[str, Shape], out: Set[str]) -> Modules:
     """Modules with the layers that have any of these parameters in "aux"."""
-    layers = [layer for m, found in modules.items() if m != AUX for layer in found]
-    left: Modules = {}
-    for module, found in modules.items():
-        if module != AUX:
-            left[module] = [x for x in found if not out.keys() & {*map(whole, x.parameters)}]
-    places = {p: x for x in layers for p in map(whole, x.parameters)}
+    left = {m: [x for x in found if not out & claimed([x])] for m, found in modules.items()}
+    places = {p: x for x in prunable(modules) for p in claimed([x]) & out}
+    aux = [aux_layer(name, x.stage, x.block, x.tower) for name, x in places.items()]
     order = {name: place for place, name in enumerate(shapes)}
-    aux = [*modules[AUX], *(_aside(name, places[name]) for name in out if name in places)]
-    aux.sort(key=lambda layer: order[layer.parameters[0]])
+    aux = sorted([*modules[AUX], *aux], key=lambda layer: order[layer.parameters[0]])
     return {**{m: found for m, found in left.items() if found}, AUX: aux}
-
-
-def _within(layer: Layer, names: Iterable[str], regex: re.Pattern[str]) -> bool:
-    return any(whole(p) in names and regex.fullmatch(whole(p)) for p in layer.parameters)
-
-
-def _aside(name: str, layer: Layer) -> Layer:
-    return Layer(name.removesuffix(".weight"), AUX, (name,), layer.stage, layer.block, layer.tower)
 
 
 def choose(

@@ -5,25 +5,22 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
-from typing import NamedTuple
 
-from ..families import BESIDE, WRAPPERS, Counts, Family
+from ..families import BESIDE, WRAPPERS, Counts, Family, Row
 from .layers import (
-    AUX,
-    Found,
     Layer,
     Modules,
-    Rule,
     Shape,
     assemble,
+    aux_layer,
     by_module,
+    claimed,
     kind_of,
     locate,
     natural,
     show,
-    whole,
 )
 
 Names = Sequence[tuple[str, str]]  # (bare, as the model has it)
@@ -45,14 +42,14 @@ class Tower:
 
     family: Family
     prefix: str
-    found: list[Found]
+    found: list[Layer]
     problems: list[str] = field(default_factory=list)
     names: set[str] = field(default_factory=set)
 
     @property
     def whole(self) -> bool:
         """Whether it has a layer in every module."""
-        return {f.layer.module for f in self.found} >= {row.module for row in self.family.rows}
+        return {layer.module for layer in self.found} >= {row.module for row in self.family.rows}
 
 
 def bare(name: str) -> str:
@@ -60,55 +57,34 @@ def bare(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
-class _Compiled(NamedTuple):
-    rules: tuple[Rule, ...]
-    block: re.Pattern[str]
-    block_aux: re.Pattern[str] | None
-    aux: re.Pattern[str] | None
-    mark: re.Pattern[str] | None
-    places: tuple[re.Pattern[str], ...]  # beginnings of names that tell block or stage
+def _pattern(*patterns: str, begin: str = "") -> re.Pattern[str]:
+    """Any of the patterns behind this beginning. `re` remembers what it has compiled."""
+    return re.compile(rf"(?:{begin})(?:{'|'.join(patterns)})")
 
 
 @cache
-def _compiled(family: Family) -> _Compiled:
-    block = rf"(?:{family.block})"
-    rules = []
-    for place, row in enumerate(family.rows):
-        parts = tuple(re.compile(rf"{block}(?:{part})") for part in row.parts)
-        rules.append(
-            Rule(
-                row.module,
-                parts,
-                row.name or row.module,
-                row.ndims,
-                place,
-                row.optional,
-                row.stacked,
-            )
+def _rows(family: Family) -> tuple[Row, ...]:
+    """The rows, with patterns of whole names behind a tower's prefix."""
+    return tuple(
+        replace(
+            row,
+            parts=tuple(rf"(?:{family.block})(?:{part})" for part in row.parts),
+            name=row.name or row.module,
         )
-    inside = "|".join(family.block_aux)
-    outside = "|".join(family.aux)
-    places = [block, family.stage] if family.stage else [block]
-    return _Compiled(
-        tuple(rules),
-        re.compile(block),
-        re.compile(rf"{block}(?:{inside})") if inside else None,
-        re.compile(outside) if outside else None,
-        re.compile(rf"{block}(?:{family.mark})") if family.mark else None,
-        tuple(map(re.compile, places)),
+        for row in family.rows
     )
-
-
-@cache
-def _anywhere(family: Family) -> re.Pattern[str]:
-    """The prefix of a prunable name, whatever it is."""
-    parts = "|".join(re.sub(r"\?P<\w+>", "?:", part) for row in family.rows for part in row.parts)
-    return re.compile(rf"{_PREFIX}(?:{family.block})(?:{parts})")
 
 
 @cache
 def _begins(family: Family) -> re.Pattern[str]:
     return re.compile(rf"{_PREFIX}(?:{family.block})")
+
+
+@cache
+def _anywhere(family: Family) -> re.Pattern[str]:
+    """The prefix of a prunable name, whatever it is."""
+    parts = (re.sub(r"\?P<\w+>", "?:", part) for row in family.rows for part in row.parts)
+    return _pattern(*parts, begin=_begins(family).pattern)
 
 
 def towers(
@@ -153,27 +129,27 @@ def _tower(
     shapes: Mapping[str, Shape],
     ignored: Collection[str],
 ) -> Tower | None:
-    compiled = _compiled(family)
+    begin = re.compile(family.block)
     inside = [
         (short[len(prefix) :], name)
         for short, name in names
-        if short.startswith(prefix) and compiled.block.match(short, len(prefix))
+        if short.startswith(prefix) and begin.match(short, len(prefix))
     ]
-    if compiled.mark and not any(compiled.mark.fullmatch(short) for short, _ in inside):
+    mark = _pattern(family.mark, begin=family.block)
+    if family.mark and not any(mark.fullmatch(short) for short, _ in inside):
         return None
-    found, problems = assemble(inside, shapes, compiled.rules, family.stages)
+    found, problems, _ = assemble(inside, shapes, _rows(family), family.stages, in_order=True)
     tower = Tower(family, prefix, found, problems, {name for _, name in inside})
-    claimed = {whole(p) for f in found for p in f.layer.parameters}
+    known = claimed(found) | set(ignored)
+    block_aux = _pattern(*family.block_aux, begin=family.block)
     blocks: dict[tuple[int | None, int | None], None] = {}  # an ordered set
     for short, name in inside:
-        match = compiled.block.match(short)
+        match = begin.match(short)
         assert match is not None
         blocks[locate(match.groupdict(), name, family.stages)] = None
-        if name in claimed or name in ignored or len(shapes[name]) < 2:
-            continue
-        if not (compiled.block_aux and compiled.block_aux.fullmatch(short)):
+        if name not in known and len(shapes[name]) > 1 and not block_aux.fullmatch(short):
             problems.append(f"unknown weight {show(name, shapes[name])}")
-    counts = Counter((f.layer.stage, f.layer.block, f.layer.module) for f in found)
+    counts = Counter((layer.stage, layer.block, layer.module) for layer in found)
     for stage, block in blocks:
         problems += _missing(family.per_block, counts, stage, block)
     return tower
@@ -253,48 +229,38 @@ def merge(
 ) -> tuple[Modules, list[str]]:
     """The modules of the towers, each tower's by themselves, and what is unknown outside of them."""
     titles = tower_names(tower.prefix for tower in fit)
-    found: list[Found] = []
+    found: list[Layer] = []
     modules: dict[str, None] = {}
     for tower in sorted(fit, key=lambda tower: natural(titles[tower.prefix])):
         title = titles[tower.prefix]
+        found += (layer.in_tower(title) for layer in tower.found)
+        here = {layer.module for layer in tower.found}
         head = f"{title}." if title else ""
-        for f in tower.found:
-            layer = f.layer
-            moved = Layer(
-                layer.name, head + layer.module, layer.parameters, layer.stage, layer.block, title
-            )
-            found.append(Found(moved, f.rule))
-        here = {f.layer.module for f in tower.found}
         modules |= {head + row.module: None for row in tower.family.rows if row.module in here}
-    claimed = {whole(p) for f in found for p in f.layer.parameters}
+    known = claimed(found)
     longest = sorted(fit, key=lambda tower: -len(tower.prefix))
+    expected = [(_above(tower.prefix), _pattern(*tower.family.aux)) for tower in fit]
     aux, unknown = [], []
     for short, name in names:
-        if name in claimed:
+        if name in known:
             continue
-        stage = block = None
-        title = ""
+        place: tuple[int | None, int | None, str] = None, None, ""
         for tower in longest:
-            if not short.startswith(tower.prefix):
-                continue
-            rest = short[len(tower.prefix) :]
-            patterns = _compiled(tower.family).places
-            if match := next(filter(None, (pattern.match(rest) for pattern in patterns)), None):
-                stage, block = locate(match.groupdict(), name, tower.family.stages)
-                title = titles[tower.prefix]
+            family, rest = tower.family, short.removeprefix(tower.prefix)
+            match = re.match(family.block, rest) or (family.stage and re.match(family.stage, rest))
+            if match and short.startswith(tower.prefix):
+                place = *locate(match.groupdict(), name, family.stages), titles[tower.prefix]
                 break
-        aux.append(Layer(name.removesuffix(".weight"), AUX, (name,), stage, block, title))
-        outside = block is None and len(shapes[name]) > 1
-        if outside and not any(_expected(tower, short) for tower in fit):
-            unknown.append(name)
+        aux.append(aux_layer(name, *place))
+        # Outside the blocks, and none of what the family has there.
+        if place[1] is None and len(shapes[name]) > 1:
+            behind = ((p, short[len(s) :]) for ss, p in expected for s in ss if short.startswith(s))
+            if not any(pattern.fullmatch(rest) for pattern, rest in behind):
+                unknown.append(name)
     return by_module(found, modules, aux), unknown
 
 
-def _expected(tower: Tower, short: str) -> bool:
-    """Whether a name outside the blocks is one that the family has there."""
-    pattern = _compiled(tower.family).aux
-    if pattern is None:
-        return False
-    words = tower.prefix.split(".")[:-1]
-    starts = (".".join(words[:n]) + "." if n else "" for n in range(len(words), -1, -1))
-    return any(short.startswith(s) and pattern.fullmatch(short[len(s) :]) for s in starts)
+def _above(prefix: str) -> list[str]:
+    """A tower's prefix, and the beginnings of what it stands in: "a.b." -> "a.b.", "a.", ""."""
+    words = prefix.split(".")[:-1]
+    return ["".join(f"{word}." for word in words[:n]) for n in range(len(words), -1, -1)]

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
+
+from ..families import Row
 
 AUX = "aux"  # the module of what is never pruned
 Shape: TypeAlias = tuple[int, ...]
@@ -77,6 +79,11 @@ class Layer:
     block: int | None = None
     tower: str = ""
 
+    def in_tower(self, title: str) -> Layer:
+        """The same layer, and its module, of the tower of this title."""
+        module = f"{title}.{self.module}" if title else self.module
+        return replace(self, module=module, tower=title)
+
 
 class Located(Protocol):
     """What has a place in a model: a `Layer`, or what is reported of one."""
@@ -100,23 +107,6 @@ def position(layer: Located, nowhere: float = math.inf) -> tuple[str, float, flo
     )
 
 
-class Rule(NamedTuple):
-    """A kind of prunable layer, with one pattern for each tensor of the layer."""
-
-    module: str
-    parts: tuple[re.Pattern[str], ...]
-    name: str = ""  # of a layer of several tensors; "" joins theirs
-    ndims: tuple[int, ...] | None = None  # None: two or more
-    place: int = 0  # within a block
-    optional: tuple[int, ...] = ()  # places in `parts`
-    stacked: bool | None = None  # None: where it holds experts in three dimensions
-
-
-class Found(NamedTuple):
-    layer: Layer
-    rule: Rule
-
-
 def holds_experts(name: str, shape: Shape) -> bool:
     """Whether a tensor stacks experts, [experts, out, in] or [experts, in, out]."""
     return len(shape) == 3 and "experts" in name.split(".")
@@ -125,60 +115,58 @@ def holds_experts(name: str, shape: Shape) -> bool:
 def assemble(
     names: Iterable[tuple[str, str]],  # (what the patterns match, the parameter's name)
     shapes: Mapping[str, Shape],
-    rules: Sequence[Rule],
+    rows: Sequence[Row],
     stages: range | tuple[str, ...] | None = None,
-    tower: str = "",
-) -> tuple[list[Found], list[str]]:
-    """Give each name to the first rule that matches all of it: layers in order, and problems.
+    *,
+    in_order: bool = False,
+) -> tuple[list[Layer], list[str], set[Row]]:
+    """Give each name to the first row with a pattern that matches all of it.
 
-    A stage is the captured text's place in `stages`, or the number itself.
+    in_order: in a block, layers stand in the order of their rows, not of their names alone.
+
+    Returns the layers in order, problems, and the rows that have layers. A stage is the captured text's
+    place in `stages`, or the number itself.
     """
     problems: list[str] = []
-    groups: dict[tuple[Rule, object], dict[int, str]] = {}  # -> part -> parameter
-    captured: dict[tuple[Rule, object], dict[str, str | None]] = {}
+    groups: dict[tuple[Row, object], dict[int, str]] = {}  # -> part -> parameter
+    captured: dict[tuple[Row, object], dict[str, str | None]] = {}
+    patterns = [(row, i, re.compile(part)) for row in rows for i, part in enumerate(row.parts)]
     for bare, name in names:
-        hit = _hit(bare, rules)
-        if hit is None:
+        hits = ((row, i, match) for row, i, part in patterns if (match := part.fullmatch(bare)))
+        row, part, match = next(hits, (None, 0, None))
+        if row is None or match is None:
             continue
-        rule, part, match = hit
         shape = shapes[name]
-        if len(shape) < 2 or (rule.ndims and len(shape) not in rule.ndims):
-            wanted = " or ".join(map(str, rule.ndims)) if rule.ndims else "two or more"
+        if len(shape) < 2 or (row.ndims and len(shape) not in row.ndims):
+            wanted = " or ".join(map(str, row.ndims)) or "two or more"
             got = show(name, shape)
             problems.append(f"a weight to prune must have {wanted} dimensions, got {got}")
-        stacked = holds_experts(name, shape) if rule.stacked is None else rule.stacked
-        pieces = slices(name, shape) if stacked and shape else [name]
-        for piece in pieces:
+        stacked = holds_experts(name, shape) if row.stacked is None else row.stacked
+        for piece in slices(name, shape) if stacked and shape else [name]:
             # One tensor is a layer by itself; several are joined by what their patterns capture.
-            index = piece.at if isinstance(piece, Slice) else None
-            single = len(rule.parts) == 1
-            key: tuple[Rule, object] = (rule, piece if single else (match.groups(), index))
+            joint = match.groups(), piece.at if isinstance(piece, Slice) else None
+            key: tuple[Row, object] = (row, piece if len(row.parts) == 1 else joint)
             group = groups.setdefault(key, {})
             if part in group:
-                got = f"{group[part]} and {name} for {rule.parts[part].pattern}"
+                got = f"{group[part]} and {name} for {row.parts[part]}"
                 problems.append(f"a layer must have one tensor for each of its patterns, got {got}")
             group[part] = piece
             captured[key] = match.groupdict()
     found = []
     for key, group in groups.items():
-        rule, numbers = key[0], captured[key]
-        for part, pattern in enumerate(rule.parts):
-            if part not in group and part not in rule.optional:
+        row = key[0]
+        for part, pattern in enumerate(row.parts):
+            if part not in group and part not in row.optional:
                 got = ", ".join(group.values())
-                problems.append(f"a layer must have a tensor for {pattern.pattern}, got only {got}")
+                problems.append(f"a layer must have a tensor for {pattern}, got only {got}")
         parameters = tuple(group[part] for part in sorted(group))
-        stage, block = locate(numbers, parameters[0], stages)
-        name = layer_name(parameters, rule.name)
-        found.append(Found(Layer(name, rule.module, parameters, stage, block, tower), rule))
-    return sorted(found, key=_order), problems
-
-
-def _hit(bare: str, rules: Sequence[Rule]) -> tuple[Rule, int, re.Match[str]] | None:
-    for rule in rules:
-        for part, pattern in enumerate(rule.parts):
-            if match := pattern.fullmatch(bare):
-                return rule, part, match
-    return None
+        stage, block = locate(captured[key], parameters[0], stages)
+        name = layer_name(parameters, row.name)
+        layer = Layer(name, row.module, parameters, stage, block)
+        place = rows.index(row) if in_order else 0
+        found.append(((*position(layer, -1), place, natural(name)), layer))
+    found.sort(key=lambda each: each[0])  # does not depend on the mapping's order
+    return [layer for _, layer in found], problems, {row for row, _ in groups}
 
 
 def locate(
@@ -199,19 +187,32 @@ def locate(
     return number, None if not block else int(block)
 
 
-def by_module(found: Sequence[Found], names: Iterable[str], aux: list[Layer]) -> Modules:
-    modules = {name: [f.layer for f in found if f.layer.module == name] for name in names}
-    return {**modules, AUX: aux}
+def prunable(modules: Mapping[str, Iterable[Layer]]) -> list[Layer]:
+    """All layers but those of "aux"."""
+    return [layer for module, found in modules.items() if module != AUX for layer in found]
+
+
+def aux_layer(
+    name: str, stage: int | None = None, block: int | None = None, tower: str = ""
+) -> Layer:
+    """The layer of a parameter that is never pruned."""
+    return Layer(name.removesuffix(".weight"), AUX, (name,), stage, block, tower)
+
+
+def by_module(found: Sequence[Layer], names: Iterable[str], aux: Iterable[Layer]) -> Modules:
+    """The layers of each of these modules, and "aux"."""
+    modules = {name: [layer for layer in found if layer.module == name] for name in names}
+    return {**modules, AUX: list(aux)}
+
+
+def claimed(found: Iterable[Layer]) -> set[str]:
+    """The parameters of these layers."""
+    return {whole(p) for layer in found for p in layer.parameters}
 
 
 def natural(name: str) -> list[int | str]:
     """Sort key of a name in which 10 comes after 9."""
     return [int(word) if i % 2 else word for i, word in enumerate(re.split(r"(\d+)", name))]
-
-
-def _order(found: Found) -> tuple[object, ...]:
-    """Sort key that does not depend on the mapping's order."""
-    return *position(found.layer, -1), found.rule.place, natural(found.layer.name)
 
 
 def layer_name(parameters: Sequence[str], joint: str) -> str:
@@ -223,6 +224,14 @@ def layer_name(parameters: Sequence[str], joint: str) -> str:
     head = [column[0] for column in takewhile(lambda column: len(set(column)) == 1, columns)]
     tails = (".".join(words[len(head) :]).removesuffix(".weight") for words in split)
     return ".".join([*head, joint or "+".join(tails)])
+
+
+def compiled(claim: str, regex: str) -> re.Pattern[str]:
+    """A regex of the caller's. claim: how its error begins."""
+    try:
+        return re.compile(regex)
+    except re.error as error:
+        raise ValueError(f"{claim} valid regexes, got {regex!r}: {error}") from error
 
 
 # What errors show

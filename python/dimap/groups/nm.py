@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from math import comb, prod
 
 from .choice import set_aside
-from .layers import AUX, Modules, Shape, Slice, part_shape, whole
+from .layers import Modules, Shape, Slice, claimed, part_shape, prunable, whole
 
 LARGEST = 16  # weights of a group
 
@@ -62,7 +62,7 @@ def input_axes(modules: Modules, shapes: Mapping[str, Shape]) -> dict[str, int]:
     """
     said: dict[str, int] = {}  # -2 or -1
     kin: dict[str, tuple[str, bool]] = {}
-    for layer in (x for module, found in modules.items() if module != AUX for x in found):
+    for layer in prunable(modules):
         for name in layer.parameters:
             shape = part_shape(shapes, name)
             if len(shape) != 2:
@@ -80,7 +80,7 @@ def input_axes(modules: Modules, shapes: Mapping[str, Shape]) -> dict[str, int]:
     for name, axis in said.items():
         alike.setdefault(kin[name], set()).add(axis)
     axes = {n: said.get(n, -2 if alike.get(kin[n]) == {-2} else -1) for n in kin}
-    for layer in (x for module, found in modules.items() if module != AUX for x in found):
+    for layer in prunable(modules):
         for name in layer.parameters:
             axes.setdefault(name, min(1 - len(part_shape(shapes, name)), -1))
     return axes
@@ -95,7 +95,7 @@ def _biases(name: str) -> list[str]:
 def _experts(modules: Modules) -> list[tuple[str, str]]:
     """The first two stacked tensors of each block and expert: what reads, what writes."""
     found: dict[tuple[object, ...], list[str]] = {}
-    for layer in (x for module, layers in modules.items() if module != AUX for x in layers):
+    for layer in prunable(modules):
         for name in layer.parameters:
             if isinstance(name, Slice):
                 place = (layer.tower, layer.stage, layer.block, name.at)
@@ -115,7 +115,7 @@ def leave_ragged(
     def length(name: str) -> int:
         return part_shape(shapes, name)[axes[name]]
 
-    layers = [x for module, found in modules.items() if module != AUX for x in found]
+    layers = prunable(modules)
     ragged = [x for x in layers if any(length(name) % m for name in x.parameters)]
     if not ragged:
         return modules, axes, []
@@ -125,9 +125,8 @@ def leave_ragged(
         raise ValueError(
             f"nm (--nm) needs layers whose inputs are a multiple of {m}, got none: {told}"
         )
-    out = dict.fromkeys(whole(name) for layer in ragged for name in layer.parameters)
     note = f"left dense, since {m} does not divide their inputs: {told}"
-    return set_aside(modules, shapes, out), axes, [note]
+    return set_aside(modules, shapes, claimed(ragged)), axes, [note]
 
 
 def as_groups(shape: Sequence[int], axis: int) -> tuple[int, int, int]:

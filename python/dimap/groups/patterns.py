@@ -6,31 +6,42 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .layers import AUX, Layer, Modules, Rule, Shape, assemble, by_module, first, kinds, whole
+from ..families import Row
+from .layers import (
+    AUX,
+    Modules,
+    Shape,
+    assemble,
+    aux_layer,
+    by_module,
+    claimed,
+    compiled,
+    first,
+    kinds,
+)
 
 
 def group_by(patterns: Mapping[str, Any], shapes: Mapping[str, Shape]) -> Modules:
-    rules = _rules(patterns)
-    found, problems = assemble([(name, name) for name in shapes], shapes, rules)
-    for rule in rules:
-        if not any(f.rule == rule for f in found):
-            regexes = ", ".join(repr(part.pattern) for part in rule.parts)
+    rows = _rows(patterns)
+    found, problems, hit = assemble([(name, name) for name in shapes], shapes, rows)
+    for row in rows:
+        if row not in hit:
+            regexes = ", ".join(map(repr, row.parts))
             problems.append(
-                f"patterns[{rule.module!r}] must match a parameter that no earlier pattern "
+                f"patterns[{row.module!r}] must match a parameter that no earlier pattern "
                 f"matches, got none for {regexes} among:\n{kinds(shapes)}"
             )
     if problems:
         raise ValueError("\n".join(first(problems)))
-    claimed = {whole(name) for f in found for name in f.layer.parameters}
-    aux = [Layer(n.removesuffix(".weight"), AUX, (n,)) for n in shapes if n not in claimed]
-    return by_module(found, patterns, aux)
+    known = claimed(found)
+    return by_module(found, patterns, (aux_layer(name) for name in shapes if name not in known))
 
 
-def _rules(patterns: object) -> list[Rule]:
+def _rows(patterns: object) -> list[Row]:
     if not isinstance(patterns, Mapping):
         kind = type(patterns).__name__
         raise TypeError(f"patterns must be a mapping of module names to regexes, got {kind}")
-    rules = []
+    found = []
     for module, value in patterns.items():
         if not isinstance(module, str) or module in ("", AUX):
             got = repr(module)
@@ -49,10 +60,12 @@ def _rules(patterns: object) -> list[Rule]:
                 raise TypeError(f"patterns[{module!r}] must hold regexes as strings, got {row!r}")
             if len(parts) == 1:
                 parts = _spread(parts[0])
-            rules.append(Rule(module, tuple(_compile(module, part) for part in parts)))
-    if not rules:
+            for part in parts:
+                compiled(f"patterns[{module!r}] must hold", part)
+            found.append(Row(module, parts, ndims=(), stacked=None))
+    if not found:
         raise ValueError(f"patterns must name at least one module, got {patterns!r}")
-    return rules
+    return found
 
 
 def _spread(regex: str) -> tuple[str, ...]:
@@ -62,11 +75,3 @@ def _spread(regex: str) -> tuple[str, ...]:
         return (regex,)
     head, tail = regex[: found.start()], regex[found.end() :]
     return tuple(f"{head}(?:{part}){tail}" for part in found[1].split("|"))
-
-
-def _compile(module: str, regex: str) -> re.Pattern[str]:
-    try:
-        return re.compile(regex)
-    except re.error as error:
-        got = f"{regex!r}: {error}"
-        raise ValueError(f"patterns[{module!r}] must hold valid regexes, got {got}") from error

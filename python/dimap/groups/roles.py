@@ -10,24 +10,12 @@ from math import prod
 from typing import NamedTuple
 
 from ..families import roles as words
-from .layers import Found, Layer, Rule, Shape, Slice, kind_of, layer_name, natural, slices, whole
+from .known import tower_names
+from .layers import Layer, Shape, Slice, claimed, kind_of, layer_name, natural, position, slices
 
 TRANSFORMER = "transformer"
 LEAST = 0.9  # of the weights of the blocks' matrices
 
-_ATTENTION, _MLP, _WEAK_MLP, _NEVER, _EXPERTS, _RAW, _STATE_SPACE = (
-    re.compile(text)
-    for text in (
-        words.ATTENTION,
-        words.MLP,
-        words.WEAK_MLP,
-        words.NEVER,
-        words.EXPERTS,
-        words.RAW,
-        words.STATE_SPACE,
-    )
-)
-_AFFIXES = tuple(map(re.compile, words.AFFIXES))
 _ORDER = {"qkv": 0, "proj": 1, "mlp": 2}
 _Key = tuple[str, str, "int | None"]  # module, what the tensors of a layer share, slice
 
@@ -84,15 +72,16 @@ def _said(part: str) -> bool:
     return bool(names & {*words.PROJ, "intermediate", "output"}) and part != "*"
 
 
+@lru_cache(maxsize=4096)
 def is_matrix(kind: str, ndim: int) -> bool:
     """Whether names with these words are of matrices in blocks that ought to have a role."""
     parts = kind.split(".")
-    if "*" not in parts or (parts[-1] != "weight" and not _RAW.fullmatch(parts[-1])):
+    if "*" not in parts or (parts[-1] != "weight" and not re.fullmatch(words.RAW, parts[-1])):
         return False
     inside = parts[parts.index("*") :]
-    if any(_NEVER.search(part.lower()) for part in inside):
+    if any(re.search(words.NEVER, part.lower()) for part in inside):
         return False
-    return ndim == 2 or (ndim == 3 and any(_EXPERTS.search(part) for part in inside))
+    return ndim == 2 or (ndim == 3 and any(re.search(words.EXPERTS, part) for part in inside))
 
 
 def _place(parts: Sequence[str], leaf: int) -> tuple[int, bool] | None:
@@ -104,10 +93,10 @@ def _place(parts: Sequence[str], leaf: int) -> tuple[int, bool] | None:
         low = parts[i].lower()
         if low == "*" or (i < first and not low.endswith("s")):
             continue
-        if _ATTENTION.search(low) and not _MLP.search(low):
+        if re.search(words.ATTENTION, low) and not re.search(words.MLP, low):
             found = found if found and found[1] else (i, True)
-        elif (_MLP.search(low) and not (found and not found[1])) or (
-            _WEAK_MLP.search(low) and found is None
+        elif (re.search(words.MLP, low) and not (found and not found[1])) or (
+            re.search(words.WEAK_MLP, low) and found is None
         ):
             found = i, False
     if found is not None:
@@ -125,8 +114,8 @@ def _bare(word: str) -> frozenset[str]:
     """A word, and what is left of it without affixes."""
     found = {word}
     for _ in range(2):
-        for affix in _AFFIXES:
-            found |= {affix.sub("", w) for w in found}
+        for affix in words.AFFIXES:
+            found |= {re.sub(affix, "", w) for w in found}
     return frozenset(found - {""})
 
 
@@ -157,12 +146,12 @@ def _named(word: str, attention: bool, block: int, leaf: int, size: int) -> Role
 class Guess:
     """A grouping by roles.
 
-    found: the layers; their tower is the beginning of their names, with * for numbers.
+    found: the layers, in order.
     covered: the share of the weights of the blocks' matrices that they are, in [0, 1].
     missed: the blocks' matrices that have no role, with their shapes.
     """
 
-    found: list[Found] = field(default_factory=list)
+    found: list[Layer] = field(default_factory=list)
     covered: float = 0.0
     missed: dict[str, Shape] = field(default_factory=dict)
 
@@ -178,36 +167,39 @@ def by_roles(
     """
     recurrent = _state_space(short for short, _ in names)
     groups: dict[_Key, list[tuple[int, list[int | str], str]]] = {}
-    places: dict[_Key, tuple[str, list[int], str, bool]] = {}
+    places: dict[_Key, tuple[str, Role]] = {}  # the beginning of the names, to the block
+    heads: set[str] = set()  # these with * for numbers
     for short, name in names:
         shape = shapes[name]
         role = role_of(kind_of(short), len(shape)) if len(shape) > 1 else None
         if role is None or _inside(short, recurrent):
             continue
         parts = short.split(".")
-        ahead = parts[: role.block]
-        counted = [int(p) for p in ahead if p.isdecimal()]
-        tower = ".".join("*" if p.isdecimal() else p for p in ahead) + "."
         parent = ".".join([*parts[: role.parent], role.joint, role.other])
         for piece in slices(name, shape) if len(shape) == 3 else [name]:
             key = (role.module, parent, piece.at if isinstance(piece, Slice) else None)
             groups.setdefault(key, []).append((role.part, natural(short), piece))
-            places[key] = tower, counted, role.joint, role.last
+            places[key] = ".".join(parts[: role.block]) + ".", role
+    # Of the blocks that have attention, or what stands for it; their parts may be numbered apart.
     mixed = {_words(places[key][0]) for key in groups if key[0] == "qkv"}
-    mixed |= {
-        _words(".".join("*" if p.isdecimal() else p for p in r.split("."))) for r in recurrent
-    }
-    guess = Guess()
+    mixed |= set(map(_words, recurrent))
+    found: list[tuple[tuple[object, ...], Layer]] = []
     for key, group in groups.items():
-        tower, counted, joint, last = places[key]
-        if not any(_near(_words(tower), other) for other in mixed):
+        start, role = places[key]
+        tower = _words(start)
+        if not any(_near(tower, other) for other in mixed):
             continue
+        *_, stage, block = [None, *(int(part) for part in start.split(".") if part.isdecimal())]
         parameters = tuple(piece for *_, piece in sorted(group))
-        stage = counted[-2] if len(counted) > 1 else None
-        layer = Layer(layer_name(parameters, joint), key[0], parameters, stage, counted[-1], tower)
-        guess.found.append(Found(layer, Rule(key[0], (), place=_ORDER[key[0]] + last)))
-    guess.found.sort(key=_sort)
-    _cover(guess, names, shapes, {*ignored, *(n for s, n in names if _inside(s, recurrent))})
+        layer = Layer(layer_name(parameters, role.joint), key[0], parameters, stage, block, tower)
+        order = *position(layer, -1), _ORDER[key[0]] + role.last, natural(layer.name)
+        found.append((order, layer))
+        heads.add(kind_of(start))
+    found.sort(key=lambda each: each[0])
+    prefixes = {layer.tower: f"{layer.tower}." if layer.tower else "" for _, layer in found}
+    titles = tower_names(prefixes.values())
+    guess = Guess([layer.in_tower(titles[prefixes[layer.tower]]) for _, layer in found])
+    _cover(guess, names, shapes, {*ignored, *(n for s, n in names if _inside(s, recurrent))}, heads)
     return guess
 
 
@@ -217,7 +209,7 @@ def _state_space(names: Iterable[str]) -> set[str]:
     for short in names:
         parts = short.removesuffix(".weight").removesuffix(".bias").split(".")
         for i in range(len(parts) - 1, 0, -1):
-            if _STATE_SPACE.fullmatch(parts[i].lower()) and not parts[i - 1].isdecimal():
+            if re.fullmatch(words.STATE_SPACE, parts[i].lower()) and not parts[i - 1].isdecimal():
                 found.add(".".join(parts[:i]) + ".")
     return found
 
@@ -228,18 +220,13 @@ def _inside(short: str, holders: Collection[str]) -> bool:
 
 
 def _words(prefix: str) -> str:
-    return ".".join(part for part in prefix.split(".") if part not in ("*", ""))
+    """The beginning of a name without its numbers: what stages and blocks of one tower share."""
+    return ".".join(part for part in prefix.split(".") if part and not part.isdecimal())
 
 
 def _near(tower: str, other: str) -> bool:
-    """Whether parts of a block may be of one row, though numbered apart."""
+    """Whether one of them is in the other, or is the other."""
     return f"{tower}.".startswith(f"{other}.") or f"{other}.".startswith(f"{tower}.")
-
-
-def _sort(found: Found) -> tuple[object, ...]:
-    layer = found.layer
-    stage = -1 if layer.stage is None else layer.stage
-    return _words(layer.tower), stage, layer.block, found.rule.place, natural(layer.name)
 
 
 def _cover(
@@ -247,17 +234,14 @@ def _cover(
     names: Sequence[tuple[str, str]],
     shapes: Mapping[str, Shape],
     ignored: Collection[str],
+    heads: Collection[str],
 ) -> None:
-    """How much of the matrices in the towers' blocks is grouped."""
-    heads = tuple({f.layer.tower for f in guess.found})
-    claimed = {whole(p) for f in guess.found for p in f.layer.parameters}
-    inside = covered = 0
+    """How much of the matrices in the blocks, whose names begin with one of `heads`, is grouped."""
+    known, begin = claimed(guess.found), tuple(heads)
     for short, name in names:
-        size, kind = prod(shapes[name]), kind_of(short)
-        if name in claimed:
-            covered += size
-            inside += size
-        elif name not in ignored and kind.startswith(heads) and is_matrix(kind, len(shapes[name])):
-            inside += size
+        kind = kind_of(short)
+        inside = kind.startswith(begin) and is_matrix(kind, len(shapes[name]))
+        if inside and name not in known and name not in ignored:
             guess.missed[name] = shapes[name]
-    guess.covered = covered / inside if inside else 0.0
+    covered, missed = (sum(prod(shapes[n]) for n in some) for some in (known, guess.missed))
+    guess.covered = covered / (covered + missed) if covered else 0.0
