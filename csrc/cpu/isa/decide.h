@@ -60,8 +60,8 @@ struct Decided {
 using DecideFn = void (*)(const void* weights, int64_t n, const Bracket& bracket, uint8_t* mask, Decided& out);
 
 // ... for a bracket that leaves nothing to set aside.
-inline Decided decide_from(DecideFn decide, const void* weights, int64_t n, const Bracket& bracket,
-                           uint8_t* mask = nullptr, ExponentSums* outliers = nullptr) {
+DIMAP_HD Decided decide_from(DecideFn decide, const void* weights, int64_t n, const Bracket& bracket,
+                             uint8_t* mask = nullptr, ExponentSums* outliers = nullptr) {
   uint32_t keys[Decided::kSlack];
   uint16_t positions[Decided::kSlack];
   Decided out;
