@@ -65,3 +65,39 @@ def test_mixture(seed: int) -> None:
         for g, m, p, w in zip(got, masks, pruned, weights, strict=True):
             assert torch.equal(g, m)
             assert torch.equal(p, torch.where(m, w, torch.zeros_like(w)))
+
+
+@pytest.mark.parametrize("together", ["one module", "each alone", "eight modules"])
+@pytest.mark.parametrize("seed", range(8))
+def test_many_small_layers(seed: int, together: str) -> None:
+    """Layers of one chunk, of which little is sampled: their brackets come from a closer look, right or wrong."""
+    choose = random.Random(100 + seed)
+    generator = torch.Generator().manual_seed(100 + seed)
+    kinds = [choose.randrange(9) for _ in range(choose.choice([1, 3]))]
+    dtype = choose.choice([torch.float32, torch.float32, torch.bfloat16, torch.float16])
+    weights = []
+    for _ in range(60):
+        n = choose.choice([1, 300, 1_500, 2_500, 2_500, 6_000])
+        w = values(n, choose.choice(kinds), choose, generator)
+        w = w.clamp(-6e4, 6e4) if dtype == torch.float16 else w
+        weights.append(w.to(dtype).nan_to_num(1.0, 1.0, 1.0))
+    layers = list(range(60))
+    modules = {
+        "one module": [0] * 60,
+        "each alone": layers,
+        "eight modules": [i % 8 for i in layers],
+    }
+    of = modules[together]
+    totals = [0] * (max(of) + 1)
+    for w, m in zip(weights, of, strict=True):
+        totals[m] += w.numel()
+    scores = reference.score64(weights, layers)
+    for share in (0.05, 0.45, 0.9, 1.0):
+        keep = [round(share * n) for n in totals]
+        masks = reference.select_by(scores, of, keep)
+        got, thresholds = ops.select_cuts(weights, layers, of, keep)
+        for g, m in zip(got, masks, strict=True):
+            assert torch.equal(g, m)
+        for m, threshold in enumerate(thresholds.tolist()):
+            kept = [s[g] for s, g, of_m in zip(scores, got, of, strict=True) if of_m == m]
+            assert not keep[m] or threshold == min(k.min().item() for k in kept if k.numel())

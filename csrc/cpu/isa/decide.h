@@ -59,6 +59,18 @@ struct Decided {
 // weights: [n]; mask: [n] bytes, 1 where kept or guessed so and 0 elsewhere, or null. n <= 65,536.
 using DecideFn = void (*)(const void* weights, int64_t n, const Bracket& bracket, uint8_t* mask, Decided& out);
 
+// ... for a bracket that leaves nothing to set aside.
+DIMAP_HD Decided decide_from(DecideFn decide, const void* weights, int64_t n, const Bracket& bracket,
+                             uint8_t* mask = nullptr, ExponentSums* outliers = nullptr) {
+  uint32_t keys[Decided::kSlack];
+  uint16_t positions[Decided::kSlack];
+  Decided out;
+  out.keys = keys, out.positions = positions, out.outliers = outliers;
+  decide(weights, n, bracket, mask, out);
+  out.keys = nullptr, out.positions = nullptr;
+  return out;
+}
+
 // Zeroes the weights with key < keep_from, but for those equal to `tie`.
 using ZeroFn = void (*)(void* weights, int64_t n, uint32_t keep_from, uint32_t tie);
 

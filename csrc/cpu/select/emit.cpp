@@ -8,16 +8,9 @@
 namespace dimap::cpu {
 namespace {
 
-// Runs the deciding loop for a cut that leaves nothing to set aside.
 Decided run(const Problem& problem, const Chunk& chunk, const Bracket& bracket, uint8_t* mask) {
-  uint32_t keys[Decided::kSlack];
-  uint16_t positions[Decided::kSlack];
-  ExponentSums outliers;
-  Decided out;
-  out.keys = keys, out.positions = positions, out.outliers = &outliers;
-  kernels().decide[static_cast<int>(problem.tensors[chunk.tensor].dtype)](data(problem, chunk), chunk.n, bracket, mask,
-                                                                          out);
-  return out;
+  const DType dtype = problem.tensors[chunk.tensor].dtype;
+  return decide_from(kernels().decide[static_cast<int>(dtype)], data(problem, chunk), chunk.n, bracket, mask);
 }
 
 // The cut of one chunk. Where its ties are all kept or all dropped nobody need look at them again.

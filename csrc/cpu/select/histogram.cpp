@@ -21,7 +21,10 @@ std::pair<uint32_t, uint32_t> Cells::add_keys(std::span<const uint32_t> keys, in
     top = std::max(top, static_cast<int32_t>(key));
     bottom = std::min(bottom, static_cast<int32_t>(key));
   }
-  if (static_cast<uint32_t>(bottom) >= kNormal) {
+  if (static_cast<uint32_t>(bottom) >= kNormal && coarse == 0) {
+    for (const uint32_t key : keys)
+      add((key >> Sketch::kShift) - 64 + Sketch::kDenormals, 1, key & ((1u << Sketch::kShift) - 1));
+  } else if (static_cast<uint32_t>(bottom) >= kNormal) {
     for (const uint32_t key : keys) {
       const uint32_t bin = ((key >> Sketch::kShift) - 64 + Sketch::kDenormals) >> coarse;
       add(bin, 1, key - (((bin << coarse) - Sketch::kDenormals + 64) << Sketch::kShift));

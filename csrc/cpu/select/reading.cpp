@@ -3,12 +3,11 @@
 #include <algorithm>
 #include <array>
 #include <atomic>
-#include <bit>
-#include <cmath>
 #include <numeric>
 #include <tuple>
 #include <utility>
 
+#include "cpu/select/closer_look.h"
 #include "cpu/select/survey.h"
 
 namespace dimap::cpu {
@@ -20,94 +19,16 @@ constexpr int64_t kStreamFrom = int64_t{1} << 23;
 // Of more magnitudes in a bracket than this the weights are not counted: most counts would be 0.
 constexpr int64_t kMagnitudesMost = 1024;
 
-// A bracket that spans so many keys, an eighth of an octave, is worth another look.
-constexpr uint32_t kNear = 1 << 20;
-
 // Nor, where positions are kept too, of more than one for so many weights of a chunk.
 constexpr int64_t kWeightsPerCount = 64;
 
 // Sums the weights beyond a grid, on grids of their own: one more pass each over weights that are in the cache.
 void climb(DecideFn decide, const void* weights, int64_t n, std::span<const uint32_t> ladder, ExponentSums& sums) {
-  uint32_t keys[Decided::kSlack];
-  uint16_t positions[Decided::kSlack];
   for (const uint32_t rung : ladder) {
-    Decided out;
-    out.keys = keys, out.positions = positions;
-    decide(weights, n, {rung, rung}, nullptr, out);
+    const Decided out = decide_from(decide, weights, n, {rung, rung});
     sums.add(static_cast<int>(Grid(rung).exponent) - 1, out.grid_sum());
   }
 }
-
-uint32_t key_of_score(double score, double energy) {
-  return std::bit_cast<uint32_t>(static_cast<float>(std::min(std::sqrt(score * energy), 0x1p127)));
-}
-
-// Brackets a layer, all of which is here.
-class CloserLook {
- public:
-  CloserLook(DecideFn decide, const void* weights, int64_t n, ExponentSums& outliers, Guess& guess)
-      : decide_(decide), weights_(weights), n_(n), outliers_(outliers), guess_(guess) {
-    guess.keep ? by_count() : by_threshold();
-    Bracket& bracket = guess.bracket;
-    if (bracket.atom < bracket.low || bracket.atom >= bracket.high) bracket.atom = Bracket::kNoAtom;
-  }
-
- private:
-  // The weights from a key on.
-  LayerSums above(uint32_t key) {
-    uint32_t keys[Decided::kSlack];
-    uint16_t positions[Decided::kSlack];
-    Decided out;
-    out.keys = keys, out.positions = positions, out.outliers = &outliers_;
-    const Bracket bracket{key, key};
-    decide_(weights_, n_, bracket, nullptr, out);
-    LayerSums sums;
-    sums.add(out, bracket);
-    return sums;
-  }
-
-  // The energy above some key bounds the scores on both sides of it: where the threshold is as expected, the cut lies
-  // in the bracket.
-  void by_threshold() {
-    constexpr double kSlack = 1e-5;
-    const Threshold& t = guess_.threshold;
-    Bracket& bracket = guess_.bracket;
-    for (int look = 0; look < kLooks; ++look) {
-      const uint32_t at = bracket.guess;
-      const LayerSums sums = above(at);
-      if (sums.kept == 0) return;
-      const double energy = sums.energy.value();
-      bracket.low = std::max(1u, std::min(at, key_of_score(t.lowest / (1 + kSlack), energy)));
-      bracket.high = std::max(at, std::min(kNonFinite, key_of_score(t.highest * (1 + kSlack), energy) + 1));
-      bracket.guess = std::clamp(key_of_score(t.likely, energy), bracket.low, bracket.high);
-      if (bracket.high - bracket.low < kNear) return;
-    }
-  }
-
-  // Counts close in on the cut from both sides.
-  void by_count() {
-    uint32_t low = 1, high = kNonFinite, at = guess_.bracket.guess;
-    const double density = std::max(1.0, guess_.density);
-    for (int look = 0; look < kLooks && low < at && at < high; ++look) {
-      const auto off = static_cast<double>(above(at).kept - guess_.keep);
-      (off >= 0 ? low : high) = at;
-      // Beyond the cut, so that it is between the two.
-      const double step = (1.2 * std::abs(off) + 2 * std::sqrt(std::abs(off)) + 4) / density;
-      const double next = std::sqrt(squared_value(at)) * std::exp(off >= 0 ? step : -step);
-      at = std::bit_cast<uint32_t>(static_cast<float>(std::min(next, 0x1p127)));
-    }
-    guess_.bracket.low = low, guess_.bracket.high = high;
-    guess_.bracket.guess = std::clamp(guess_.bracket.guess, low, high);
-  }
-
-  static constexpr int kLooks = 4;
-
-  DecideFn decide_;
-  const void* weights_;
-  int64_t n_;
-  ExponentSums& outliers_;
-  Guess& guess_;
-};
 
 }  // namespace
 
@@ -187,7 +108,7 @@ bool Reading::read(std::span<const uint8_t> wanted, std::span<uint8_t* const> ma
     Guess& guess = guesses[chunk.layer];
     const DecideFn decide = kernel.decide[static_cast<int>(dtype)];
     const void* weights = loader_.load(chunk, worker);
-    if (guess.look) CloserLook(decide, weights, chunk.n, outliers[worker], guess);
+    if (guess.look) look_closer(decide, weights, chunk.n, outliers[worker], guess);
     const auto& [bracket, ladder] = std::tie(guess.bracket, guess.ladder);
     const Magnitudes magnitudes(bracket, dtype);
     const bool alone = counts(chunk.layer, dtype);

@@ -6,7 +6,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any, TypeAlias
 
 from .. import _C
@@ -54,38 +54,30 @@ class Tables:
         bins: int = 4096,
     ) -> None:
         plan, self.weights = weights.plan, weights
-        self.set_of: list[int] = []  # of each tensor
-        self.part_of: list[int] = []
-        self.heads: list[int] = []  # of each part, a tensor
-        self.names: list[str] = []  # of each set: its layer
-        totals: list[int] = []
-        last: object = None
-        for i, ((_, layer), size) in enumerate(
-            zip(plan.layer_of_tensors(), plan.sizes, strict=True)
-        ):
-            if not self.names or self.names[-1] != layer.name:
-                self.names.append(layer.name)
-            here = (layer.name, *(cost.part(i) for cost in costs if cost.part))
-            if here != last:
-                self.heads.append(i)
-                totals.append(0)
-            last = here
-            totals[-1] += size
-            self.set_of.append(len(self.names) - 1)
-            self.part_of.append(len(totals) - 1)
+        apart = [cost.part for cost in costs if cost.part]
+        keys = [
+            (layer.name, *(part(i) for part in apart))
+            for i, (_, layer) in enumerate(plan.layer_of_tensors())
+        ]
+        begins = [key != before for before, key in pairwise([None, *keys])]
+        self.part_of = [number - 1 for number in accumulate(begins)]  # of each tensor
+        self.heads = [i for i, begin in enumerate(begins) if begin]  # of each part, a tensor
+        self.names = list(dict.fromkeys(str(key[0]) for key in keys))  # of each set: its layer
+        numbers = {name: number for number, name in enumerate(self.names)}
+        self.set_of = [numbers[str(key[0])] for key in keys]  # of each tensor
+        self.sizes, sizes = [0] * len(self.heads), [0] * len(self.names)
+        for part, number, size in zip(self.part_of, self.set_of, plan.sizes, strict=True):
+            self.sizes[part] += size
+            sizes[number] += size
         layers = max(plan.layers) + 1
         modules, bits = [0] * layers, [16] * layers
         for number, scope, zero in zip(plan.layers, plan.scopes, weights.zero_bits, strict=True):
             modules[number], bits[number] = scope, min(bits[number], zero)
         layer_of = dict(zip(self.set_of, plan.layers, strict=True))
-        sizes = [0] * len(self.names)
-        for number, size in zip(self.set_of, plan.sizes, strict=True):
-            sizes[number] += size
         most = limits or {name: (0, n) for name, n in zip(self.names, sizes, strict=True)}
-        self.sizes = totals
-        self.bins = max(256, min(bins, TABLE_BYTES // 24 // len(totals)))
+        self.bins = max(256, min(bins, TABLE_BYTES // 24 // len(self.heads)))
         self._counts = _C.Counts(
-            [(self.set_of[head], total) for head, total in zip(self.heads, totals, strict=True)],
+            [(self.set_of[head], n) for head, n in zip(self.heads, self.sizes, strict=True)],
             [(layer_of[i], *most[name]) for i, name in enumerate(self.names)],
             modules,
             bits,

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from .common import Debug, Json, option, print_json, print_wrote, report_errors
-from .grouping import Grouping, grouped
+from .grouping import Grouping, grouped, open_grouped
 from .progress import Bar
 
 
@@ -48,12 +48,8 @@ def expand(
         found = None
         if grouping:
             from ..checkpoint import inspect as work
-            from ..checkpoint import open_checkpoint
-            from ..groups import choose
 
-            with open_checkpoint(source) as checkpoint:
-                checkpoint.choice = choose(**grouping)
-                found = work.inspect(checkpoint, bar)
+            found = work.inspect(open_grouped(source, grouping), bar)
         bitmask.expand(source, out, force=force, progress=bar)
         before, after = _bytes(source), _bytes(out)
     seconds = time.monotonic() - start

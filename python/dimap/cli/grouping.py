@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import typer
 
 from ..groups.roles import TRANSFORMER
 from .common import adding, option, read_toml
+
+if TYPE_CHECKING:
+    from ..checkpoint import Checkpoint
 
 # Arguments of `dimap.find_modules`: patterns, family, ignore; those that were given.
 Grouping: TypeAlias = dict[str, Any]
@@ -66,6 +69,17 @@ def parse(
 
 
 grouped = adding("grouping", parse)
+
+
+def open_grouped(source: str | Path, grouping: Grouping, **how: Any) -> Checkpoint:
+    """`dimap.checkpoint.open_checkpoint`; its modules are those that the options tell."""
+    from ..checkpoint import open_checkpoint
+    from ..groups import choose
+
+    choice = choose(**grouping)  # a wrong one is told first
+    checkpoint = open_checkpoint(source, **how)
+    checkpoint.choice = choice
+    return checkpoint
 
 
 def _read(file: Path) -> Mapping[str, Any]:

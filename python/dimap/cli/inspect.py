@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from ..report.text import Column, Fitting, make_console, table
 from .common import Debug, Json, Key, Layers, RandomInit, Source, print_json, report_errors
-from .grouping import Grouping, grouped
+from .grouping import Grouping, grouped, open_grouped
 from .progress import Bar
 
 if TYPE_CHECKING:
@@ -40,12 +40,9 @@ def inspect(
     """
     with report_errors(debug), Bar("opening") as bar:
         from ..checkpoint import inspect as work
-        from ..checkpoint import open_checkpoint
-        from ..groups import choose
 
-        with open_checkpoint(source, key=key, random_init=random_init) as checkpoint:
-            checkpoint.choice = choose(**grouping)
-            found = work.inspect(checkpoint, bar)
+        checkpoint = open_grouped(source, grouping, key=key, random_init=random_init)
+        found = work.inspect(checkpoint, bar)
     if as_json:
         print_json(found.to_dict())
     else:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from .common import IN_HELP, Debug, RandomInit, option, print_wrote, report_errors
-from .grouping import Grouping, grouped
+from .grouping import Grouping, grouped, open_grouped
 from .progress import Bar
 
 Picture = Literal["kept", "weights", "mask", "accuracy"]
@@ -94,13 +94,10 @@ def plot(
                 raise ValueError(f"masks must come with a checkpoint, got the report {source}")
             plots.kept_ratios(Report.from_json(Path(source)), out, title=title)
         else:
-            from ..checkpoint import open_checkpoint
-            from ..groups import choose
             from ..masks import open_masks
 
             opened.enter_context(Bar("drawing"))
-            checkpoint = opened.enter_context(open_checkpoint(source, random_init=random_init))
-            checkpoint.choice = choose(**grouping)
+            checkpoint = open_grouped(source, grouping, random_init=random_init)
             found = opened.enter_context(open_masks(masks)) if masks is not None else None
             options: dict[str, Any] = {"masks": found, "title": title}
             if picture == "kept":

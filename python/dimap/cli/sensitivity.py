@@ -22,7 +22,7 @@ from .common import (
     report_errors,
 )
 from .finetune import with_settings
-from .grouping import Grouping, grouped
+from .grouping import Grouping, grouped, open_grouped
 from .progress import Bar
 
 # What `Settings` says of an evaluation.
@@ -65,27 +65,21 @@ def sensitivity(
     """
     shares = [parse_share(text) for text in at or ("50%", "70%", "90%")]
     with report_errors(debug):
-        from ..checkpoint import open_checkpoint
         from ..checkpoint.sensitivity import measure_checkpoint
-        from ..groups import choose
 
         if plot is not None:
             from ..plots import check_path
 
             check_path(plot)
-        choice = choose(**grouping)
-        with (
-            Bar("opening") as bar,
-            open_checkpoint(source, key=key, random_init=random_init) as checkpoint,
-        ):
-            checkpoint.choice = choice
+        with Bar("opening") as bar:
+            checkpoint = open_grouped(source, grouping, key=key, random_init=random_init)
             found = measure_checkpoint(checkpoint, bar)
         if data is not None:
             from ..finetuning.sensitivity import accuracy_alone
 
-            found = replace(
-                found, accuracy=accuracy_alone(source, data, shares, choice=choice, **settings)
-            )
+            choice = checkpoint.choice
+            measured = accuracy_alone(source, data, shares, choice=choice, **settings)
+            found = replace(found, accuracy=measured)
         if plot is not None:
             from ..plots import sensitivity_curves
 
