@@ -50,7 +50,7 @@ test: $(VENV)/.test docs  ## Build the documentation, and run the tests (WORKERS
 	@echo "== tests"
 	@OMP_WAIT_POLICY=passive $(BIN)/python -m pytest tests -n $(WORKERS) --dist loadfile
 
-test-large: $(VENV)/.test  ## Run the tests of more than 2^31 weights (minutes, 16 GiB)
+test-large: $(VENV)/.test  ## Run the tests that take minutes or 16 GiB, or are shown by others too
 	@echo "== tests that take minutes"
 	@$(BIN)/python -m pytest tests -m large
 

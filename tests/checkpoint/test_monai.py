@@ -8,11 +8,12 @@ import torch
 from commands import runner
 from safetensors.torch import save_file
 
-pytest.importorskip("einops")
-nets = pytest.importorskip("monai.networks.nets")
-
 
 def test_swin_unetr_is_pruned_reloaded_and_run(capsys, tmp_path, monkeypatch) -> None:
+    pytest.importorskip("einops")
+    nets = pytest.importorskip(
+        "monai.networks.nets"
+    )  # takes seconds: here, for the worker that runs it
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     model = nets.SwinUNETR(in_channels=1, out_channels=2, feature_size=12)

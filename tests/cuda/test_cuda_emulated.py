@@ -30,7 +30,10 @@ def library() -> cuda_emulator.Emulated:
     return library
 
 
-@pytest.fixture(scope="module", params=WAYS)
+@pytest.fixture(
+    scope="module",
+    params=["source", "ptx", pytest.param("ptx, preempted", marks=pytest.mark.large)],
+)
 def way(request: pytest.FixtureRequest) -> str:
     """The kernels' sources for the host, the PTX that nvcc makes of them, and that with threads that interrupt one another."""
     if request.param != "source" and cuda_emulator.NVCC is None:
@@ -100,8 +103,9 @@ def test_layers_of_several_tensors_and_types() -> None:
 
 
 def test_thousands_of_tensors() -> None:
-    weights = [values("normal", 1 + n % 7, n).float() for n in range(3000)]
-    problem = Problem(weights, [i % 25 for i in range(3000)], [0] * 3000, [6_000])
+    count = 2100  # more than blocks of a launch
+    weights = [values("normal", 1 + n % 7, n).float() for n in range(count)]
+    problem = Problem(weights, [i % 25 for i in range(count)], [0] * count, [2 * count])
     want = dimap_cpu.select(*problem.args())
     assert all(torch.equal(a, b) for a, b in zip(ops.select(*problem.args()), want, strict=True))
 

@@ -31,7 +31,9 @@ pytestmark = pytest.mark.skipif(
 IN, OUT, ONE = "in.safetensors", "out.safetensors", "one.safetensors"
 
 
-@pytest.fixture(scope="module", params=[2, 3], ids=["2 ranks", "3 ranks"])
+@pytest.fixture(
+    scope="module", params=[pytest.param(2, marks=pytest.mark.large), 3], ids=["2 ranks", "3 ranks"]
+)
 def group(request):
     group = Group(request.param)
     yield group
@@ -425,7 +427,7 @@ def test_a_timeout_that_is_no_number():
         pass
 
 
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", [pytest.param(2, marks=pytest.mark.large), 3])
 def test_processes_that_hash_strings_otherwise_count_the_same(tmp_path, size):
     """As torchrun's do: what is never pruned must have the same order in all of them."""
     state = vit() | {f"blocks.0.norm{i}.weight": torch.ones(i * 700) for i in range(1, 9)}

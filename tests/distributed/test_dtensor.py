@@ -18,7 +18,11 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(scope="module", params=[2, 3, 4], ids=["2 ranks", "3 ranks", "4 ranks"])
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(2, marks=pytest.mark.large), 3, 4],
+    ids=["2 ranks", "3 ranks", "4 ranks"],
+)
 def group(request):
     group = Group(request.param)
     yield group
@@ -331,7 +335,7 @@ def test_tensors_that_are_surveyed_by_operators(group, kind):
 
 
 @pytest.mark.skipif(cuda_emulator.COMPILER is None, reason="needs a C++ compiler")
-@pytest.mark.parametrize("size", [4, 8])
+@pytest.mark.parametrize("size", [4, pytest.param(8, marks=pytest.mark.large)])
 def test_the_stages_of_the_cuda_operators(size):
     library = str(cuda_emulator.build().path)
     group = Group(size)

@@ -15,7 +15,9 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(scope="module", params=[2, 4], ids=["2 ranks", "4 ranks"])
+@pytest.fixture(
+    scope="module", params=[pytest.param(2, marks=pytest.mark.large), 4], ids=["2 ranks", "4 ranks"]
+)
 def group(request):
     group = Group(request.param)
     yield group

@@ -20,7 +20,9 @@ CASES = [
 ]
 
 
-@pytest.fixture(scope="module", params=[2, 3], ids=["2 ranks", "3 ranks"])
+@pytest.fixture(
+    scope="module", params=[pytest.param(2, marks=pytest.mark.large), 3], ids=["2 ranks", "3 ranks"]
+)
 def group(request):
     group = Group(request.param)
     yield group

@@ -117,7 +117,9 @@ def run(arguments: list[str], folder: str, environment: dict[str, str]) -> None:
     os.environ["PYTHON_EXEC"] = str(
         Path(sys.argv[1]).with_name("python")
     )  # torchrun's for its ranks
-    if "OMP_NUM_THREADS" in environment:  # torch would read it when it is imported
+    # What is read when an interpreter starts, or torch is imported.
+    sys.path[1:1] = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))
+    if "OMP_NUM_THREADS" in environment:
         torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
     while arguments[0] == "-u":
         del arguments[0]

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterable
 
 import dimap
+import forked
 import pytest
 import torch
 from dimap import ops
@@ -77,7 +78,7 @@ def by_instruction_set() -> dict[str, list[list[str]]]:
     found = {}
     for isa in dimap.build_info()["instruction_sets"]:
         run = subprocess.run(
-            [sys.executable, "-c", CODE],
+            [forked.python(), "-c", CODE],
             env={**os.environ, "DIMAP_ISA": isa, "PYTHONPATH": os.pathsep.join(sys.path)},
             capture_output=True, text=True, check=True,
         )  # fmt: skip

@@ -6,7 +6,6 @@ import dimap
 import pytest
 import torch
 
-peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
 
@@ -20,6 +19,7 @@ def llama():
 
 
 def test_masks_hold_under_adapters_and_after_the_merge() -> None:
+    peft = pytest.importorskip("peft")
     model = llama()
     masks = dimap.prune(model, 0.5).masks
     config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj", "up_proj"])

@@ -11,8 +11,8 @@ from typing import Any
 import dimap
 import pytest
 import torch
-import torch.multiprocessing as mp
 import torch.nn.functional as F
+from ranks import Group
 from torch import Tensor, nn
 
 
@@ -415,34 +415,31 @@ def test_onnx_export(tmp_path) -> None:
     assert_held(found, masks)
 
 
-def ddp_worker(rank: int, rendezvous: str, out: str) -> None:
-    import torch.distributed as dist
+def train_data_parallel() -> dict[str, torch.Tensor]:
     from torch.nn.parallel import DistributedDataParallel
 
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
-    try:
-        model, masks = micro()
-        ddp = DistributedDataParallel(model)
-        optimizer = torch.optim.SGD(ddp.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
-        held = dimap.hold_masks(ddp, masks, optimizer)
-        for i in range(3):
-            x, y = batch(2 * i + rank)
-            optimizer.zero_grad()
-            F.cross_entropy(ddp(x), y).backward()
-            optimizer.step()
-            assert_held(model.state_dict(), masks)
-        assert_state_zero(optimizer, held, model)
-        torch.save(model.state_dict(), f"{out}.{rank}")
-    finally:
-        dist.destroy_process_group()
+    model, masks = micro()
+    ddp = DistributedDataParallel(model)
+    optimizer = torch.optim.SGD(ddp.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
+    held = dimap.hold_masks(ddp, masks, optimizer)
+    for i in range(3):
+        x, y = batch(2 * i + torch.distributed.get_rank())
+        optimizer.zero_grad()
+        F.cross_entropy(ddp(x), y).backward()
+        optimizer.step()
+        assert_held(model.state_dict(), masks)
+    assert_state_zero(optimizer, held, model)
+    return model.state_dict()
 
 
-def test_ddp_on_two_processes(tmp_path) -> None:
+def test_ddp_on_two_processes() -> None:
     if not torch.distributed.is_available():
         pytest.skip("torch without distributed")
-    mp.spawn(ddp_worker, (str(tmp_path / "meet"), str(tmp_path / "out")), nprocs=2)
-    first, second = (torch.load(tmp_path / f"out.{rank}") for rank in range(2))
+    group = Group(2)
+    try:
+        first, second = group(train_data_parallel)
+    finally:
+        group.close()
     for name in first:
         assert torch.equal(first[name], second[name]), name
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from checkpoints import vit
 from dimap import reference
-from dimap.groups import Slice
+from dimap.groups import Slice, nm
 from dimap.groups.nm import NM, in_layers, input_axes, pattern_of, round_kept
 from dimap.groups.plan import Plan
 from dimap.pruning import most_in_groups
@@ -216,9 +216,15 @@ def test_rounding_meets_the_total_as_nearly_as_it_can_be(
     assert round_kept(kept, sizes, m) == reference.nm_counts(kept, sizes, m)
 
 
-def test_rounding_many_layers_of_many_sizes_ends_and_is_near() -> None:
+@pytest.mark.parametrize(
+    ("count", "states"), [(60, 4000), pytest.param(200, nm.STATES, marks=pytest.mark.large)]
+)
+def test_rounding_many_layers_of_many_sizes_ends_and_is_near(
+    count: int, states: int, monkeypatch
+) -> None:
+    monkeypatch.setattr(nm, "STATES", states)
     generator = torch.Generator().manual_seed(0)
-    sizes = [4 * int(x) for x in torch.randint(10**5, 10**7, (200,), generator=generator)]
+    sizes = [4 * int(x) for x in torch.randint(10**5, 10**7, (count,), generator=generator)]
     kept = [int(s * float(torch.rand(1, generator=generator))) for s in sizes]
     counts = round_kept(kept, sizes, 4)
     assert all(
