@@ -282,7 +282,7 @@ struct Marker {
     constexpr uint32_t kGroup = (uint32_t{1} << kM) - 1;
     for (int group = 0; group < kStep; group += kM) {
       uint32_t last = kept & tied & kGroup << group;
-      for (int more = __builtin_popcount(kept >> group & kGroup) - n; more > 0; --more) {
+      for (int more = __builtin_popcount(kept >> group & kGroup) - n; more > 0 && last; --more) {
         const uint32_t bit = uint32_t{1} << (31 - __builtin_clz(last));
         last ^= bit, kept ^= bit;
       }
