@@ -191,3 +191,42 @@ def test_data_parallel_training(tmp_path):
     first, second = group(on_two_ranks, tmp_path)
     group.close()
     assert all((first[name] == second[name]).all() for name in first)
+
+
+class Sharded(Module):
+    def configure_model(self):
+        from torch.distributed.fsdp import fully_shard
+
+        for module in (self.net[0], self.net[2], self.net[3], self.net):
+            fully_shard(module, mesh=self.device_mesh["data_parallel"])
+
+    def on_before_optimizer_step(self, _):
+        pass
+
+
+def on_two_sharded_ranks(folder, ckpt_path):
+    """FSDP2: Lightning's FSDPStrategy wants GPUs, its ModelParallelStrategy does not."""
+    strategy = lightning.strategies.ModelParallelStrategy(2, 1)
+    callback = PruningCallback(SCHEDULE, patterns=PATTERNS)
+    options = {"strategy": strategy, "devices": 2, "ckpt_path": ckpt_path}
+    module = fit(folder, callback, every_step(folder), module=Sharded(), **options)
+    masks = {name: mask.full_tensor() for name, mask in callback.masks.items()}
+    whole = {name: p.full_tensor().detach() for name, p in module.named_parameters()}
+    dropped = sum(int((~mask).sum()) for mask in masks.values())
+    assert dropped == pytest.approx(0.7 * sum(m.numel() for m in masks.values()), abs=1)
+    for name, mask in masks.items():
+        assert not whole[name].view(torch.int32)[~mask].any(), name
+        assert whole[name][mask].all(), name
+    return {name: (p.numpy(), masks.get(name)) for name, p in whole.items()}
+
+
+def test_sharded_training_and_its_resumption(tmp_path):
+    group = Group(2)
+    whole = group(on_two_sharded_ranks, tmp_path / "whole", None)
+    checkpoint = tmp_path / "whole" / "step=4.ckpt"  # an epoch's end: this loader begins anew
+    again = group(on_two_sharded_ranks, tmp_path / "again", checkpoint)
+    group.close()
+    for other in (whole[1], *again):
+        for name, (weight, mask) in whole[0].items():
+            assert (weight == other[name][0]).all(), name
+            assert mask is None or torch.equal(mask, other[name][1]), name

@@ -31,13 +31,14 @@ def llama():
     )  # fmt: skip
 
 
-def trainer(folder, *callbacks, model=None, **options):
+def trainer(folder, *callbacks, model=None, ready=lambda arguments: None, **options):
     options = {"max_steps": 6, "per_device_train_batch_size": 2, "weight_decay": 0.1} | options
     arguments = transformers.TrainingArguments(
         str(folder), use_cpu=True, report_to=[], disable_tqdm=True,
         learning_rate=0.01, lr_scheduler_type="constant", logging_steps=1, seed=7, **options,
     )  # fmt: skip
     model = model or llama()
+    ready(arguments)
     return transformers.Trainer(
         model, arguments, train_dataset=DATA, eval_dataset=DATA[:4], callbacks=list(callbacks)
     )
@@ -229,3 +230,42 @@ def test_data_parallel_training(tmp_path):
     first, second = group(on_two_ranks, tmp_path)
     group.close()
     assert all((first[name] == second[name]).all() for name in first)
+
+
+def on_two_sharded_ranks(folder, resumed):
+    """FSDP2. accelerate shards on accelerators alone: these two CPUs say that they are some."""
+    from accelerate import PartialState
+    from accelerate.utils import DistributedType
+
+    def ready(arguments):
+        assert PartialState().num_processes == arguments.world_size == 2
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_XPU
+
+    options = {
+        "fsdp": True, "fsdp_config": {"transformer_layer_cls_to_wrap": "LlamaDecoderLayer"},
+        "ddp_backend": "gloo", "save_steps": 3, "ready": ready,
+    }  # fmt: skip
+    callback = PruningCallback(SCHEDULE)
+    run = trainer(folder, callback, **options)
+    run.train(resume_from_checkpoint=resumed)
+    parameters = dict(run.model.named_parameters())
+    assert {type(p).__name__ for p in parameters.values()} == {"DTensor"}
+    masks = {name: mask.full_tensor() for name, mask in callback.masks.items()}
+    whole = {name: p.full_tensor().detach() for name, p in parameters.items()}
+    assert_held(whole, masks, 0.7)
+    saved = dimap.load_masks(folder / "checkpoint-6" / MASKS)
+    assert all(torch.equal(saved[name], mask) for name, mask in masks.items())
+    return {name: (p.numpy(), masks.get(name)) for name, p in whole.items()}
+
+
+def test_sharded_training_and_its_resumption(tmp_path):
+    group = Group(2)
+    shutil.rmtree(tmp_path)
+    whole = group(on_two_sharded_ranks, tmp_path, False)
+    shutil.rmtree(tmp_path / "checkpoint-6")
+    again = group(on_two_sharded_ranks, tmp_path, True)
+    group.close()
+    for other in (whole[1], *again):
+        for name, (weight, mask) in whole[0].items():
+            assert (weight == other[name][0]).all(), name
+            assert mask is None or torch.equal(mask, other[name][1]), name

@@ -118,42 +118,72 @@ struct Marker {
     return found;
   }
 
-  // [blocks, m, inner], m in (kHalf, 2 * kHalf]: columns side by side, at least kStep of them.
-  template <int kHalf>
+  // [blocks, m, inner], m up to kM: columns side by side, at least kStep of them.
+  template <int kM>
   void columns(const T* weights, int64_t blocks, int64_t inner, int n, int m, uint8_t* mask) {
-    Around<kHalf> around;
+    Around<kM / 2> around;
     // A processor does not foresee rows that lie in as many pages: it is told of those of the next block.
     const int64_t ahead = std::max<int64_t>(m * inner, 1 << 13);
     for (int64_t b = 0; b < blocks; ++b, weights += m * inner, mask += m * inner) {
       for (int64_t step = 0; step < inner; step += kStep) {
         const int64_t at = std::min(step, inner - kStep);  // the last ones once more
-        Signed cut[kParts];
-        for (int p = 0; p < kParts; ++p) {
-          const T* from = weights + at + p * kLanes;
-          Signed first[kHalf], second[kHalf];
-          for (int i = 0; i < kHalf; ++i) {
-            first[i] = key(from + i * inner);
-            second[i] = i + kHalf < m ? key(from + (i + kHalf) * inner) : Signed{} - 1;
-          }
-          if (p * Lanes::kBytes % 64 == 0)
-            for (int i = 0; i < m; ++i) {
-              __builtin_prefetch(from + i * inner + ahead);
-              if (p == 0) __builtin_prefetch(mask + i * inner + at + ahead, 1);
-            }
-          sort<kHalf>(first), sort<kHalf>(second);
-          cut[p] = nth(first, second, n, around);
+        for (int64_t i = at; i < at + m * inner; i += inner) {
+          for (int line = 0; line < kStep; line += 64 / kParts) __builtin_prefetch(weights + i + ahead + line);
+          __builtin_prefetch(mask + i + ahead, 1);
         }
-        Bytes more = Bytes{} - static_cast<uint8_t>(n);
-        for (int i = 0; i < m; ++i) {
-          Signed kept[kParts];
-          for (int p = 0; p < kParts; ++p) kept[p] = magnitude(weights + i * inner + at + p * kLanes) >= cut[p];
-          const Bytes marked = narrow(kept);
-          more -= marked;
-          store(marked, mask + i * inner + at);
-        }
-        if (Lanes::bits(reinterpret_cast<Bytes>(more != 0))) take_back(weights + at, inner, cut, n, m, mask + at);
+        if constexpr (kM <= 4)
+          rank_columns<kM>(weights + at, inner, n, m, mask + at);
+        else
+          sort_columns<kM / 2>(weights + at, inner, n, m, mask + at, around);
       }
     }
+  }
+
+  // kStep columns of few weights, in each of which every two are compared.
+  template <int kM>
+  DIMAP_HD void rank_columns(const T* weights, int64_t inner, int n, int m, uint8_t* mask) {
+    Signed kept[kM][kParts];
+    for (int p = 0; p < kParts; ++p) {
+      Signed keys[kM], ranks[kM];
+      for (int i = 0; i < kM; ++i) {
+        keys[i] = i < m ? key(weights + i * inner + p * kLanes) : Signed{} - 1;
+        ranks[i] = Signed{} + static_cast<Lane>(i);
+      }
+#pragma GCC unroll 4
+      for (int i = 0; i < kM; ++i)
+#pragma GCC unroll 4
+        for (int j = i + 1; j < kM; ++j) {
+          const Signed larger = keys[j] > keys[i];
+          ranks[i] -= larger, ranks[j] += larger;
+        }
+      for (int i = 0; i < kM; ++i) kept[i][p] = ranks[i] < static_cast<Lane>(n);
+    }
+    for (int i = 0; i < m; ++i) store(narrow(kept[i]), mask + i * inner);
+  }
+
+  // kStep columns of more.
+  template <int kHalf>
+  DIMAP_HD void sort_columns(const T* weights, int64_t inner, int n, int m, uint8_t* mask, Around<kHalf>& around) {
+    Signed cut[kParts];
+    for (int p = 0; p < kParts; ++p) {
+      const T* from = weights + p * kLanes;
+      Signed first[kHalf], second[kHalf];
+      for (int i = 0; i < kHalf; ++i) {
+        first[i] = key(from + i * inner);
+        second[i] = i + kHalf < m ? key(from + (i + kHalf) * inner) : Signed{} - 1;
+      }
+      sort<kHalf>(first), sort<kHalf>(second);
+      cut[p] = nth(first, second, n, around);
+    }
+    Bytes more = Bytes{} - static_cast<uint8_t>(n);
+    for (int i = 0; i < m; ++i) {
+      Signed kept[kParts];
+      for (int p = 0; p < kParts; ++p) kept[p] = magnitude(weights + i * inner + p * kLanes) >= cut[p];
+      const Bytes marked = narrow(kept);
+      more -= marked;
+      store(marked, mask + i * inner);
+    }
+    if (Lanes::bits(reinterpret_cast<Bytes>(more != 0))) take_back(weights, inner, cut, n, m, mask);
   }
 
   // Of kStep columns, marked down to their cuts: the last of those equal to it are no more marked where they are too
@@ -252,7 +282,7 @@ struct Marker {
     constexpr uint32_t kGroup = (uint32_t{1} << kM) - 1;
     for (int group = 0; group < kStep; group += kM) {
       uint32_t last = kept & tied & kGroup << group;
-      for (int more = __builtin_popcount(kept >> group & kGroup) - n; more > 0; --more) {
+      for (int more = __builtin_popcount(kept >> group & kGroup) - n; more > 0 && last; --more) {
         const uint32_t bit = uint32_t{1} << (31 - __builtin_clz(last));
         last ^= bit, kept ^= bit;
       }
@@ -280,10 +310,10 @@ struct Marker {
   }
 
   void any_columns(const T* weights, int64_t blocks, int64_t inner, int n, int m, uint8_t* mask) {
-    if (m == 2) return columns<1>(weights, blocks, inner, n, m, mask);
-    if (m <= 4) return columns<2>(weights, blocks, inner, n, m, mask);
-    if (m <= 8) return columns<4>(weights, blocks, inner, n, m, mask);
-    columns<8>(weights, blocks, inner, n, m, mask);
+    if (m == 2) return columns<2>(weights, blocks, inner, n, m, mask);
+    if (m <= 4) return columns<4>(weights, blocks, inner, n, m, mask);
+    if (m <= 8) return columns<8>(weights, blocks, inner, n, m, mask);
+    columns<16>(weights, blocks, inner, n, m, mask);
   }
 };
 
