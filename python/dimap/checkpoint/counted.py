@@ -28,12 +28,13 @@ def model_of(
     input_size: int | Sequence[int] | None,
     *,
     asked: bool = True,
-) -> nn.Module:
+) -> nn.Module | None:
     """The model in a checkpoint, on the meta device.
 
     names: of all its parameters. named: "timm:NAME" or NAME, "torchvision:NAME", "hf:ORG/NAME" or a folder
         with the config.json of transformers; None asks the checkpoint.
-    asked: whether somebody wants FLOPs: transformers, which takes seconds to import, is left alone otherwise.
+    asked: whether somebody wants FLOPs. Otherwise it is None where the checkpoint does not say it, or
+        transformers would build it, which takes seconds to import.
 
     Raises ValueError where the checkpoint does not say it, or is not of the model that is named;
     ModuleNotFoundError where the library is missing; and whatever a library raises that cannot build it.
@@ -43,15 +44,12 @@ def model_of(
         if described := _timm.described(place, checkpoint.metadata):
             return _timm_model(checkpoint, names, *described, input_size)
         if _of_transformers(Path(place)):
-            if not asked:
-                raise ValueError(
-                    "transformers would build the model, which takes seconds; --report FILE, or "
-                    "--model with the folder, asks for them"
-                )
-            return _transformers_model(place)
+            return _transformers_model(place) if asked else None
+        if not asked:
+            return None
         raise ValueError(
-            "IN does not say which model it is; --model says it, as timm:NAME, torchvision:NAME, "
-            "hf:ORG/NAME or a folder with the config.json of transformers"
+            "IN does not say which model it is: give --model timm:NAME, torchvision:NAME, hf:ORG/NAME "
+            "or a folder with the config.json of transformers"
         )
     if named.startswith(TORCHVISION):
         return _torchvision_model(checkpoint, named.removeprefix(TORCHVISION))
