@@ -255,6 +255,26 @@ def test_flops_of_a_fine_tuned_model_whose_name_is_given(run):
     assert (code, os.path.exists("o.pth")) == (1, False)
 
 
+@pytest.mark.parametrize("form", ["dense", "bitmask", "compact"])
+@pytest.mark.parametrize("source", ["vit.safetensors", "vit.pth"])
+def test_an_output_says_the_model_that_was_named(run, source, form):
+    vit = pytest.importorskip("timm").create_model("vit_tiny_patch16_224", img_size=32)
+    (save_file if source.endswith("s") else torch.save)(vit.state_dict(), source)
+    named = ["--model", "timm:vit_tiny_patch16_224", "--input-size", "32", "--format", form]
+    assert run("prune", source, "o.safetensors", "-s", "0.5", *named)[0] == 0
+    assert run("prune", source, "same.safetensors", "-s", "0.5", *named)[0] == 0
+    assert open("o.safetensors", "rb").read() == open("same.safetensors", "rb").read()
+    want = dict(vit.state_dict())
+    dimap.prune(want, 0.5)
+    assert same(dimap.load_file("o.safetensors"), want)
+    if form != "dense":
+        run("expand", "o.safetensors", "dense.safetensors")
+        os.rename("dense.safetensors", "o.safetensors")
+    code, out, err = run("prune", "o.safetensors", "p.safetensors", "--flops", "50%", "--json")
+    assert code == 0, err
+    assert json.loads(out)["report"]["input_size"] == [3, 32, 32]
+
+
 def test_flops_of_a_timm_class_with_arguments(run):
     pytest.importorskip("timm")
     from timm.models.swin_transformer import SwinTransformer
@@ -335,6 +355,10 @@ def test_flops_of_torchvision_s_files(run):
     report = flops_of(run, "in.pth", "--model", "torchvision:swin_t")
     assert report["flops_dense"] == count_flops(model).total
     assert report["flops"] < report["flops_dense"]
+    arguments = ("-s", 0.5, "--model", "torchvision:swin_t")
+    assert run("prune", "in.pth", "said.safetensors", *arguments)[0] == 0
+    _, out, _ = run("prune", "said.safetensors", "again.safetensors", "-s", 0.5, "--json")
+    assert json.loads(out)["report"]["flops_dense"] == report["flops_dense"]
     # A larger model of the same names holds all of these weights, too.
     arguments = ["-s", 0.5, "--model", "torchvision:swin_s"]
     code, _, err = run("prune", "in.pth", "more.pth", *arguments)

@@ -99,7 +99,8 @@ def pruning_checkpoint(
         earlier checkpoints in a folder.
     model, input_size: for counting FLOPs: the model's name, where the checkpoint does not say it
         ("timm:NAME", "torchvision:NAME", "hf:ORG/NAME", a folder with the config.json of transformers), and
-        the size of its input (see `flops.count_flops`). What does not fit is a ValueError before any
+        the size of its input (see `flops.count_flops`). Safetensors outputs say `model` in their metadata,
+        unless it is a folder. What does not fit is a ValueError before any
         work; where neither is given and `report` has no FLOPs, a note says why.
     force: replace outputs that are there already.
     group: several processes do it together, each its part of the bytes: all of them call this with
@@ -163,9 +164,16 @@ def pruning_checkpoint(
         norms = digest = None
         if input_norms is not None:
             norms, digest = _read_norms(Path(input_norms), shapes, wholes(plan.names))
+        parts = [p for layers in plan.modules.values() for x in layers for p in x.parameters]
+        names = wholes(parts)
+        named = model is not None or input_size is not None
+        known = None
+        if named or wanted.flops is not None or wanted.nominal_flops is not None:
+            known = model_of(checkpoint, names, model, input_size)
+        counted, says = known or (None, {})
         stream = None
         if isinstance(checkpoint, Shards):
-            stream = Stream(checkpoint, plan, ranks, Told(progress), norms)
+            stream = Stream(checkpoint, plan, ranks, Told(progress), norms, says)
             settings = (
                 given,
                 wanted.settings(),
@@ -177,12 +185,6 @@ def pruning_checkpoint(
                 digest,
             )
             check_agreement(checkpoint, plan, settings, ranks)
-        parts = [p for layers in plan.modules.values() for x in layers for p in x.parameters]
-        names = wholes(parts)
-        named = model is not None or input_size is not None
-        counted = None
-        if named or wanted.flops is not None or wanted.nominal_flops is not None:
-            counted = model_of(checkpoint, names, model, input_size)
         parts = list(dict.fromkeys([*names, *parts]))
         result = StreamPruning(
             modules=plan.modules,
@@ -220,6 +222,7 @@ def pruning_checkpoint(
         else:
             from .in_memory import fill_in_memory
 
+            checkpoint.metadata |= says
             asked: dict[str, Any] = {
                 "sparsity": None if exact else given,
                 "nm": nm,
@@ -245,7 +248,8 @@ def pruning_checkpoint(
             if first:
                 try:
                     asked = report is not None
-                    built = counted or model_of(checkpoint, names, None, None, asked=asked)
+                    found = known or model_of(checkpoint, names, None, None, asked=asked)
+                    built = found and found.model
                     return build_report(result, built, input_size, no_flops="")
                 except Exception as error:  # of the library that builds it, too: a note, no end
                     why = first_line(error)
