@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..finetuning.settings import STATE, Settings
+from ..finetuning.settings import HISTORY, STATE, Settings
 from .common import IN_HELP, Debug, Json, adding, option, print_json, print_wrote, report_errors
 from .grouping import Grouping, grouped
 
@@ -84,7 +85,9 @@ def finetune(
     def again() -> str:
         if not (out / STATE).exists():
             return ""
-        return "the same command with --resume goes on after the last complete epoch"
+        epoch = json.loads((out / HISTORY).read_text(encoding="utf-8"))["epochs"][-1]["epoch"]
+        held = f"the weights of epoch {epoch}" if epoch else "the weights before training"
+        return f"{out} holds {held}; the same command with --resume goes on from there"
 
     with report_errors(debug, again):
         from ..finetuning import finetune as work
