@@ -32,7 +32,10 @@ def test_an_output_is_made_again_by_the_recipe_beside_it(run):
     text = Path("a.safetensors.recipe.toml").read_text()
     assert r'ignore = [".*0\\.attn\\.proj"]' in text
     assert '# got: {"params": 0.' in text
-    assert run("prune", "in.safetensors", "b.safetensors", "--recipe", "a.safetensors.recipe.toml")[0] == 0
+    assert (
+        run("prune", "in.safetensors", "b.safetensors", "--recipe", "a.safetensors.recipe.toml")[0]
+        == 0
+    )
     assert Path("a.safetensors").read_bytes() == Path("b.safetensors").read_bytes()
     assert Path("b.safetensors.recipe.toml").read_text() == text
 
