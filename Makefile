@@ -26,7 +26,7 @@ $(VENV)/.torch: Makefile
 $(VENV)/.dimap: $(VENV)/.torch $(SOURCES)
 	@echo "== building dimap (C++ and, where nvcc is found, CUDA)"
 	@$(PIP) uninstall --yes dimap  # what another project calls so, and this one was called
-	@$(PIP) install --no-build-isolation --editable . -Ccmake.define.DIMAP_WERROR=ON
+	@$(PIP) install --no-build-isolation --editable . --config-settings=cmake.define.DIMAP_WERROR=ON
 	@$(BIN)/python -c "import dimap; print('   ', dimap.build_info())"
 	@touch $@
 

@@ -59,8 +59,8 @@ open(sys.argv[1], "w").write(json.dumps({"machine": gpu_machine.about()}, indent
 PY
 capability=$("$python" -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())')
 step build 150 "$python" -m pip install --no-index --no-build-isolation --no-deps --upgrade --target "$site" \
-  -C build-dir=build/gpu_build -C cmake.define.DIMAP_CUDA=ON \
-  -C cmake.define.CMAKE_CUDA_ARCHITECTURES="$capability-real" .
+  --config-settings=build-dir=build/gpu_build --config-settings=cmake.define.DIMAP_CUDA=ON \
+  --config-settings=cmake.define.CMAKE_CUDA_ARCHITECTURES="$capability-real" .
 [ ${#failed[@]} -eq 0 ] || { echo "nothing else can be checked: $log"; exit 1; }
 export PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}"
 step "every operator once" 40 "$python" benchmarks/gpu_small.py
