@@ -249,11 +249,30 @@ def test_flops_of_a_fine_tuned_model_whose_name_is_given(run):
     code, out, _ = run("prune", "in.pth", "out.pth", *arguments, "--input-size", "3x224x224")
     assert code == 0
     assert json.loads(out)["report"]["input_size"] == [3, 224, 224]
-    code, out, _ = run("prune", "in.pth", "o.pth", *arguments, "--input-size", 225)
-    note = json.loads(out)["report"]["notes"][0]
-    assert "no FLOPs: counting FLOPs needs a forward pass of VisionTransformer on an input" in note
-    assert "of shape [1, 3, 225, 225]" in note
-    assert (code, os.path.exists("o.pth")) == (0, True)
+    code, _, err = run("prune", "in.pth", "o.pth", *arguments, "--input-size", 225)
+    assert "counting FLOPs needs a forward pass of VisionTransformer on an input" in err
+    assert "of shape [1, 3, 225, 225]" in err
+    assert (code, os.path.exists("o.pth")) == (1, False)
+
+
+@pytest.mark.parametrize("form", ["dense", "bitmask", "compact"])
+@pytest.mark.parametrize("source", ["vit.safetensors", "vit.pth"])
+def test_an_output_says_the_model_that_was_named(run, source, form):
+    vit = pytest.importorskip("timm").create_model("vit_tiny_patch16_224", img_size=32)
+    (save_file if source.endswith("s") else torch.save)(vit.state_dict(), source)
+    named = ["--model", "timm:vit_tiny_patch16_224", "--input-size", "32", "--format", form]
+    assert run("prune", source, "o.safetensors", "-s", "0.5", *named)[0] == 0
+    assert run("prune", source, "same.safetensors", "-s", "0.5", *named)[0] == 0
+    assert open("o.safetensors", "rb").read() == open("same.safetensors", "rb").read()
+    want = dict(vit.state_dict())
+    dimap.prune(want, 0.5)
+    assert same(dimap.load_file("o.safetensors"), want)
+    if form != "dense":
+        run("expand", "o.safetensors", "dense.safetensors")
+        os.rename("dense.safetensors", "o.safetensors")
+    code, out, err = run("prune", "o.safetensors", "p.safetensors", "--flops", "50%", "--json")
+    assert code == 0, err
+    assert json.loads(out)["report"]["input_size"] == [3, 32, 32]
 
 
 def test_flops_of_a_timm_class_with_arguments(run):
@@ -283,7 +302,7 @@ def test_architecture_in_a_file_that_is_no_timm_model_costs_only_the_flops(run, 
 
 
 @pytest.mark.parametrize(
-    ("model", "note"),
+    ("model", "problem"),
     [
         (
             "timm:swin_tiny_patch4_window7_224",
@@ -298,14 +317,27 @@ def test_architecture_in_a_file_that_is_no_timm_model_costs_only_the_flops(run, 
         (".", "timm must know the model, got '.'"),
     ],
 )
-def test_a_count_of_flops_that_fails_is_a_note(run, model, note):
+def test_a_model_that_is_named_and_does_not_fit_is_an_error_before_any_work(run, model, problem):
     pytest.importorskip("timm")
     pytest.importorskip("torchvision")
-    code, out, _ = run(
-        "prune", "in.safetensors", "o.safetensors", "-s", 0.5, "--json", "--model", model
-    )
-    assert (code, os.path.exists("o.safetensors")) == (0, True)
-    assert f"no FLOPs: {note}" in json.loads(out)["report"]["notes"][0]
+    code, _, err = run("prune", "in.safetensors", "o.safetensors", "-s", 0.5, "--model", model)
+    assert (code, os.listdir()) == (1, ["in.safetensors"])
+    assert problem in err
+
+
+def test_an_input_size_without_a_model_is_an_error_before_any_work(run):
+    arguments = ["prune", "in.safetensors", "o.safetensors", "-s", 0.5, "--input-size", 224]
+    code, _, err = run(*arguments)
+    assert (code, os.listdir()) == (1, ["in.safetensors"])
+    assert "IN does not say which model it is: give --model timm:NAME" in err
+
+
+def test_missing_flops_are_told_only_with_a_report(run):
+    told = json.loads(run("prune", "in.safetensors", "o.safetensors", "-s", 0.5, "--json")[1])
+    assert told["report"]["notes"] == []
+    arguments = ["-s", 0.5, "--force", "--report", "r.json"]
+    code, out, _ = run("prune", "in.safetensors", "o.safetensors", *arguments)
+    assert "no FLOPs: IN does not say which model it is" in " ".join(out.split())
 
 
 def flops_of(run, source, *arguments):
@@ -323,9 +355,15 @@ def test_flops_of_torchvision_s_files(run):
     report = flops_of(run, "in.pth", "--model", "torchvision:swin_t")
     assert report["flops_dense"] == count_flops(model).total
     assert report["flops"] < report["flops_dense"]
+    arguments = ("-s", 0.5, "--model", "torchvision:swin_t")
+    assert run("prune", "in.pth", "said.safetensors", *arguments)[0] == 0
+    _, out, _ = run("prune", "said.safetensors", "again.safetensors", "-s", 0.5, "--json")
+    assert json.loads(out)["report"]["flops_dense"] == report["flops_dense"]
     # A larger model of the same names holds all of these weights, too.
-    more = flops_of(run, "in.pth", "--model", "torchvision:swin_s", "--force")
-    assert "it has features.5.6.attn.qkv.weight" in more["notes"][0]
+    arguments = ["-s", 0.5, "--model", "torchvision:swin_s"]
+    code, _, err = run("prune", "in.pth", "more.pth", *arguments)
+    assert (code, os.path.exists("more.pth")) == (1, False)
+    assert "features.5.6.attn.qkv.weight" in err
 
 
 @pytest.mark.parametrize("kind", ["swin", "bert", "llama", "clip"])
@@ -353,7 +391,7 @@ def test_flops_of_folders_of_transformers_by_their_config(run, kind):
     model.save_pretrained("in")
     report = flops_of(run, "in")  # which would take seconds that nobody asked for
     assert report["flops"] is None
-    assert "--report FILE" in report["notes"][0]
+    assert not any("no FLOPs" in note for note in report["notes"])
     report = flops_of(run, "in", "--report", "report.json", "--force")
     size = {"bert": [512], "llama": [2048]}.get(kind, [3, 32, 32])
     assert report["input_size"] == size
