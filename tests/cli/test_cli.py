@@ -496,6 +496,16 @@ def test_existing_output_is_kept_without_force(run, option):
     assert "taken.safetensors: exists already and is replaced only by force (--force)" in message
 
 
+def test_a_convolutional_network_is_inspected(run):
+    save_file(
+        {f"layer1.{i}.conv1.weight": torch.ones(4, 4, 3, 3) for i in range(2)}, "c.safetensors"
+    )
+    code, out, _ = run("inspect", "c.safetensors")
+    assert code == 0
+    assert "its names do not say what to prune: all is under aux" in out
+    assert "looks like a convolutional network" in " ".join(out.split())
+
+
 def test_nan_weights_are_named(run):
     state = swin()
     state["layers.0.blocks.1.mlp.fc1.weight"][3, 1] = float("nan")
