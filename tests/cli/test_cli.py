@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -263,7 +264,7 @@ def test_an_output_says_the_model_that_was_named(run, source, form):
     named = ["--model", "timm:vit_tiny_patch16_224", "--input-size", "32", "--format", form]
     assert run("prune", source, "o.safetensors", "-s", "0.5", *named)[0] == 0
     assert run("prune", source, "same.safetensors", "-s", "0.5", *named)[0] == 0
-    assert open("o.safetensors", "rb").read() == open("same.safetensors", "rb").read()
+    assert Path("o.safetensors").read_bytes() == Path("same.safetensors").read_bytes()
     want = dict(vit.state_dict())
     dimap.prune(want, 0.5)
     assert same(dimap.load_file("o.safetensors"), want)
