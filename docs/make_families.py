@@ -50,7 +50,7 @@ unknown weight inside a block is an error. For other models there are
 - `patterns=`, `--pattern MODULE=REGEX`, `--patterns FILE.toml`: modules of your own.
 - `ignore=`, `--ignore REGEX`: what is never pruned.
 
-Magnitude alone costs language models dearly; their reports say so.
+Magnitude alone costs decoders of language dearly; their reports say so.
 """
 
 

@@ -736,12 +736,9 @@ def test_errors_come_before_any_work(made, tmp_path) -> None:
 
     save_file(load_file(checkpoint), bare)
     refused(ValueError, "does not say which timm model it is", model=bare)
-    refused(
-        ValueError,
-        "must hold the weights of timm's swin_tiny",
-        model=bare,
-        timm_model="swin_tiny_patch4_window7_224",
-    )
+    for name in ("swin_tiny_patch4_window7_224", "timm:swin_tiny_patch4_window7_224"):
+        claim = "must hold the weights of timm's swin_tiny"
+        refused(ValueError, claim, model=bare, timm_model=name)
     refused(ValueError, r"must take images \[3, 24, 24\]", model=swin(), masks={}, input_size=24)
     # Masks
     other = swin(embed_dim=16)

@@ -21,6 +21,7 @@ import os
 from pathlib import Path
 
 from .._errors import first_line, need
+from .._hub import reaching_hub
 from .base import Checkpoint
 from .header import Spec
 from .locate import PICKLED, SAFETENSORS, find_weights, other_weights
@@ -89,7 +90,8 @@ def _from_hub(text: str) -> Path:
     name, _, revision = text.removeprefix(HUB).partition("@")
     hub = need("huggingface_hub", "hf:ORG/NAME needs")
     try:
-        return Path(hub.snapshot_download(name, revision=revision or None))
+        with reaching_hub("hf:ORG/NAME needs"):
+            return Path(hub.snapshot_download(name, revision=revision or None))
     except Exception as error:  # its own kinds, and those of what it loads with
         problem = f"{text} is not in the hub's cache and could not be downloaded"
         raise OSError(f"{problem}: {first_line(error)}") from error

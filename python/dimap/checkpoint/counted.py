@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from .. import _timm
 from .._errors import near, need
+from .._hub import reaching_hub
 from . import HUB, TIMM
 from .base import Checkpoint
 
@@ -67,7 +68,8 @@ def model_of(
     if named.startswith(TORCHVISION):
         found = Counted(_torchvision_model(checkpoint, named.removeprefix(TORCHVISION)), says)
     elif named.startswith(HUB):
-        found = Counted(_transformers_model(named.removeprefix(HUB)), says)
+        with reaching_hub("the model needs"):
+            found = Counted(_transformers_model(named.removeprefix(HUB)), says)
     elif _of_transformers(Path(named)):
         found = Counted(_transformers_model(named), {})
     else:

@@ -29,7 +29,10 @@ def with_settings(*names: str) -> Callable[[Any], Any]:
         if name in ("mean", "std"):
             kind = str | None
             details |= {"parser": _numbers, "metavar": "N,N,N"}
-        kind = Annotated[kind, option(str(field.description), **details)]
+        names_of = ()
+        if name == "timm_model":  # as `dimap prune` calls it
+            names_of, details["metavar"] = ("--model", "--timm-model"), "timm:NAME"
+        kind = Annotated[kind, option(str(field.description), *names_of, **details)]
         parameter = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=kind)
         options.append(parameter.replace(default=field.default))
     return adding("settings", dict, options)

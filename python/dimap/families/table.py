@@ -45,7 +45,7 @@ class Family:
     aux: what is expected outside the blocks; all else there is not pruned either, with a note.
     per_block: layers of a block, by module; of several, a block must be as one of them says.
     mark: what one block has at least, relative to it; tells what another table would fit too.
-    language: a model of language, of which magnitude alone is a poor judge.
+    language: decoders of language, of which magnitude alone is a poor judge.
     """
 
     name: str

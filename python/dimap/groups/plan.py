@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 from . import (
     AUX,
+    COSTLY,
     Choice,
     Layer,
     Located,
@@ -88,7 +89,8 @@ class Plan:
         check_choice("normalize", normalize, get_args(Normalize))
         grouping = group(shapes, patterns, ties)
         modules = grouping.modules
-        plan, axes = Plan(modules, notes=grouping.notes, nm=nm), dict[str, int]()
+        notes = (*grouping.notes, COSTLY) if grouping.costly else grouping.notes
+        plan, axes = Plan(modules, notes=notes, nm=nm), dict[str, int]()
         if nm is not None:
             plan.modules, axes, ragged = leave_ragged(modules, shapes, nm.m)
             modules, plan.notes = plan.modules, (*plan.notes, *ragged)
