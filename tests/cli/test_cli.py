@@ -479,8 +479,19 @@ def test_prune_refuses(run, arguments, want):
 
 @pytest.mark.parametrize("share", [-0.1, 1.1, "nan"])
 def test_sparsity_out_of_range(run, share):
-    message = fails(run, "prune", "in.safetensors", "o.safetensors", f"--sparsity={share}")
-    assert "sparsity must be in [0, 1], got" in message
+    code, _, err = run("prune", "in.safetensors", "o.safetensors", f"--sparsity={share}")
+    assert code == 2
+    assert "must be in [0, 1], got" in err
+
+
+@pytest.mark.parametrize(
+    "options",
+    [("-s", 55), ("-s", 0.5, "--min-keep", 55), ("--module", "qkv=55"), ("--flops", "55")],
+)
+def test_percents_are_recognised(run, options):
+    code, _, err = run("prune", "in.safetensors", "o.safetensors", *options)
+    assert code == 2
+    assert "must be in [0, 1], got 55: 55 % is 0.55" in " ".join(err.replace("│", " ").split())
 
 
 def test_shares_that_leave_a_module_out(run):
@@ -513,6 +524,58 @@ def test_nan_weights_are_named(run):
     save_file(state, "nan.safetensors")
     message = fails(run, "prune", "nan.safetensors", "o.safetensors", "-s", 0.5, "--masks", "m")
     assert "layers.0.blocks.1.mlp.fc1.weight must be finite, got nan" in message
+    assert "never prune this layer (ignore, --ignore)" in message
+    name = r"layers\.0\.blocks\.1\.mlp\.fc1"
+    code, out, _ = run("prune", "nan.safetensors", "o.safetensors", "-s", 0.5, "--ignore", name)
+    assert code == 0
+    assert "which is never pruned, holds a NaN" in " ".join(out.split())
+
+
+@pytest.mark.parametrize(
+    ("dtype", "hint"), [("float64", "cast it first"), ("int8", "dequantize the model first")]
+)
+def test_a_type_that_is_not_pruned_has_a_way_out(run, dtype, hint):
+    state = swin()
+    name = "layers.0.blocks.1.mlp.fc1.weight"
+    state[name] = state[name].to(getattr(torch, dtype))
+    for file, save in (("x.safetensors", save_file), ("x.pth", torch.save)):
+        save(state, file)
+        message = fails(
+            run, "prune", file, "o.pth" if file == "x.pth" else "o.safetensors", "-s", 0.5
+        )
+        assert f"{name} must be float32, bfloat16 or float16, got {dtype}: {hint}" in message
+
+
+@pytest.mark.parametrize(
+    "options", [("nix/o.safetensors",), ("o.safetensors", "--report", "nix/r.json")]
+)
+def test_a_folder_that_is_not_there(run, options):
+    message = fails(run, "prune", "in.safetensors", *options, "-s", 0.5)
+    assert "must be in a folder that exists: make nix first (mkdir -p)" in message
+
+
+@pytest.mark.parametrize(
+    ("data", "file", "said"),
+    [
+        (b"", "x.safetensors", "it has 0 bytes"),
+        (b"12345", "x.safetensors", "it has 5 bytes"),
+        (b"plain text\n" * 99, "x.safetensors", "it does not begin with the length of a header"),
+        (b"\xff\0\0\0\0\0\0\0{", "x.safetensors", "it has 9 bytes"),
+        (b"\xff\0\0\0\0\0\0\0{}", "x.safetensors", "it ends within its header, having 10 bytes"),
+        (b"", "x.pth", "it has 0 bytes"),
+        (b"plain text\n" * 99, "x.pth", "it does not begin as one"),
+        (b"PK\3\4" + bytes(96), "x.pth", "its end is missing, after 100 bytes"),
+    ],
+)
+def test_what_is_no_checkpoint_is_told_plainly(run, data, file, said):
+    with open(file, "wb") as opened:
+        opened.write(data)
+    message = fails(run, "prune", file, "o.pth" if file == "x.pth" else "o.safetensors", "-s", 0.5)
+    assert (
+        f"must be a complete {'file of torch.save' if file == 'x.pth' else 'safetensors file'}"
+        in message
+    )
+    assert message.rstrip().endswith(f"({said})")
 
 
 def test_truncated_file(run):

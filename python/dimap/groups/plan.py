@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
+from .._errors import share, way_out
 from . import (
     AUX,
     COSTLY,
@@ -199,6 +200,10 @@ class Plan:
     def ratios(self, sparsity: Sparsity) -> dict[str, float]:
         """The ratio of each prunable module, checked; None is what the caller forgot."""
         names = [name for name in self.modules if name != AUX]
+        if sparsity is None:
+            raise TypeError(
+                "prune needs sparsity as 0.5 or '50%', or nm as '2:4', or a budget as flops=0.6, got none"
+            )
         if sparsity == "auto":
             raise TypeError("sparsity must be a number where no budget shares it out, got auto")
         given: dict[str, Any]
@@ -215,11 +220,8 @@ class Plan:
             given = dict.fromkeys(names, sparsity)
         for name, value in given.items():
             where = f"sparsity[{name!r}]" if isinstance(sparsity, Mapping) else "sparsity"
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise TypeError(f"{where} must be a number, got {type(value).__name__}")
-            if not 0 <= value <= 1 or math.isnan(value):
-                raise ValueError(f"{where} must be in [0, 1], got {value}")
-        return {name: float(value) for name, value in given.items()}
+            given[name] = share(where, value)
+        return given
 
     def counts(self, kept: Sequence[int] = ()) -> dict[str, int]:
         """The N of each layer by name.
@@ -357,4 +359,6 @@ def renamed(names: Sequence[str]) -> Iterator[None]:
         if found is None:
             raise
         others = re.sub(r"weights\[(\d+)\]", lambda m: names[int(m[1])], found[2])
-        raise ValueError(f"{names[int(found[1])]} {others}") from error
+        problem = f"{names[int(found[1])]} {others}"
+        hint = "" if problem.startswith("saliency") else way_out(problem)
+        raise ValueError(problem + hint) from error
