@@ -337,7 +337,7 @@ def test_missing_flops_are_told_only_with_a_report(run):
     told = json.loads(run("prune", "in.safetensors", "o.safetensors", "-s", 0.5, "--json")[1])
     assert told["report"]["notes"] == []
     arguments = ["-s", 0.5, "--force", "--report", "r.json"]
-    code, out, _ = run("prune", "in.safetensors", "o.safetensors", *arguments)
+    _, out, _ = run("prune", "in.safetensors", "o.safetensors", *arguments)
     assert "no FLOPs: IN does not say which model it is" in " ".join(out.split())
 
 
