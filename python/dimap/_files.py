@@ -48,6 +48,8 @@ def replacing(path: Path, *, folder: bool = False, force: bool = False) -> Itera
             temporary.mkdir() if folder else temporary.touch(exist_ok=False)
         except OSError as error:
             problem = f"must be in a folder that can be written to, got: {error.strerror}"
+            if isinstance(error, FileNotFoundError) and not path.parent.exists():
+                problem = f"must be in a folder that exists: make {path.parent} first (mkdir -p)"
             raise OSError(error.errno, problem, str(path)) from error
         lock = _lock(temporary)
         with naming(path, temporary):

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ._errors import way_out
 from .groups.nm import as_rows
 
 CHUNK = 1 << 24  # numbers that are looked at together, which takes some memory
@@ -37,7 +38,8 @@ def select_rows(name: str, values: Tensor, axis: int, sparsity: float) -> Tensor
             bad = ~values.detach().isfinite().flatten()
             at = int(bad.int().argmax())
             got = float(values.detach().flatten()[at])
-            raise ValueError(f"{name} must be finite, got {got} at flat index {at}")
+            problem = f"{name} must be finite, got {got} at flat index {at}"
+            raise ValueError(problem + ("" if name.startswith("saliency") else way_out(problem)))
         parts.append(_largest(part, keep))
     mask = torch.cat(parts)
     return mask.t().contiguous() if flip else mask.view(values.shape)

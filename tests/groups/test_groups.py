@@ -454,6 +454,75 @@ def test_unknown_model_is_described():
     assert "--family transformer" not in text  # it would be refused as well
 
 
+def _gptq() -> dict[str, tuple[int, ...]]:
+    """What a GPTQ checkpoint has of floating point."""
+    shapes = {
+        f"model.layers.{i}.{x}_proj.scales": (4, 64) for i in range(2) for x in ("mlp.up", "a.q")
+    }
+    return {"model.embed_tokens.weight": (100, 64), **shapes}
+
+
+def _beside(ending: str) -> dict[str, tuple[int, ...]]:
+    return {**tensors("timm_vit"), f"blocks.0.attn.qkv.{ending}": (1, 1)}
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [_gptq(), _beside("weight_scale"), _beside("weight_scale_inv"), _beside("qweight")],
+    ids=["GPTQ", "compressed-tensors", "fp8", "packed"],
+)
+def test_quantized_models_are_told_to_be_dequantized(shapes):
+    with pytest.raises(ValueError, match=r"quantized weights: dequantize it first") as error:
+        group_names(shapes)
+    assert "pattern" not in str(error.value)
+
+
+def test_scales_beside_a_weight_are_a_parameter_of_its_layer():
+    shapes = {"blocks.0.w.weight": (8, 8), "blocks.0.w.scales": (8, 8)}
+    with pytest.raises(ValueError, match="--pattern 'all=blocks") as error:
+        group_names(shapes)
+    assert "quantized" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        {"x": (0,)},
+        {"x": (0, 4)},
+        {"cls_token": (1, 1, 8), "pos_embed": (1, 5, 8), "blocks.0.norm1.weight": (8,)},
+        {"patch_embed.proj.weight": (192, 3, 16, 16), "cls_token": (1, 1, 192)},  # linears in int8
+        {"tok_embeddings.weight": (100, 8), "head.weight": (100, 8)},
+    ],
+    ids=lambda shapes: next(iter(shapes)),
+)
+def test_no_pattern_is_shown_where_nothing_can_be_pruned(shapes):
+    with pytest.raises(ValueError, match="looks like a matrix that can be pruned") as error:
+        group_names(shapes)
+    assert "pattern" not in str(error.value)
+    assert "convolutional" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["a+b.0.w$", "x[0].3.{w}", "(f).(g)|h.1.weight", "w^", "a?\\.2.w"])
+def test_the_pattern_that_is_shown_matches(name):
+    with pytest.raises(ValueError, match="patterns=") as error:
+        group_names({name: (8, 8)})
+    shown = re.search(r"patterns=(\{.*\})", str(error.value))
+    assert shown is not None
+    modules = group_names({name: (8, 8)}, ast.literal_eval(shown[1]))
+    assert modules["all"][0].parameters == (name,)
+
+
+def test_a_convolutional_network_is_called_so():
+    shapes = {f"layer{i}.{j}.conv1.weight": (8, 8, 3, 3) for i in range(4) for j in range(2)}
+    with pytest.raises(ValueError, match="looks like a convolutional network") as error:
+        group_names(shapes | {"fc.weight": (10, 8)})
+    assert "--pattern 'all=layer0" in str(error.value)
+    for other in (tensors("timm_vit") | {"blocks.0.extra": (2, 2)}, {"blocks.0.w.weight": (8, 8)}):
+        with pytest.raises(ValueError, match="known family") as error:
+            group_names(other)
+        assert "convolutional" not in str(error.value)
+
+
 def test_hint_of_the_error_works():
     shapes = {**tensors("timm_vit"), "blocks.0.extra": (2, 2)}
     with pytest.raises(ValueError, match="patterns=") as error:
@@ -474,6 +543,7 @@ def test_hint_of_the_error_works():
     [
         ([1], TypeError, "must be an nn.Module or a mapping of names to tensors, got list"),
         ({"model": {}}, TypeError, "must hold tensors only, got dict under 'model'"),
+        ({"fc1._packed_params.dtype": torch.qint8}, TypeError, "dequantize the model first"),
         ({}, ValueError, "must have at least one parameter"),
         (nn.ReLU(), ValueError, "must have at least one parameter"),
     ],

@@ -250,9 +250,11 @@ def test_sparsities_of_some_modules_and_auto() -> None:
     [
         ({"sparsity": 0.5, "flops": 0.6}, ValueError, "sparsity must be left to the budget of flops"),
         ({"flops": 1.1}, ValueError, r"flops must be in \[0, 1\], got 1.1"),
-        ({"flops": "60%"}, TypeError, "flops must be a number, got str"),
+        ({"flops": [1]}, TypeError, "flops must be a number, got list"),
+        ({"sparsity": "50%", "flops": 0.6}, ValueError, "sparsity must be left to the budget of flops"),
+        ({"flops": 60}, ValueError, r"got 60: 60 % is 0.6"),
         ({"flops": 0.01}, ValueError, "flops must be at least 0.* all is pruned that may be, got 0.01"),
-        ({"sparsity": 0.5, "min_keep": 0.6}, ValueError, "qkv must keep from 922 to 1536 weights .*got 768"),
+        ({"sparsity": 0.5, "min_keep": 0.6}, ValueError, "qkv must keep from 922 to 1536 weights .*got 768.* lower min_keep or the sparsity"),
         ({"sparsity": 0.5, "limits": {"mlp": (0.6, 0.4)}}, ValueError, "at least 615 .0.6. and at most 409 .0.4."),
         ({"sparsity": 0.5, "limits": {"nix": (0, 1)}}, ValueError, "limits must be for modules .*'nix', which matches none"),
         ({"sparsity": 0.5, "limits": {"mlp": 0.5}}, ValueError, r"limits\['mlp'\] must be \(least, most\), got 0.5"),

@@ -151,12 +151,25 @@ def test_non_contiguous_parameters(model: nn.Module) -> None:
         assert torch.equal(state[n], twin[n])
 
 
+def test_shares_in_percent(model: nn.Module) -> None:
+    for text, share in (
+        ({"sparsity": "55%"}, {"sparsity": 0.55}),
+        ({"params": " 60 %", "min_keep": "7%"}, {"params": 0.6, "min_keep": 0.07}),
+        ({"sparsity": "50%", "limits": {"mlp": ["30%", 1]}}, {"sparsity": 0.5, "limits": {"mlp": (0.3, 1)}}),
+    ):  # fmt: skip
+        found, wanted = (dimap.select(model, patterns=PATTERNS, **given) for given in (text, share))
+        assert all(torch.equal(mask, wanted[name]) for name, mask in found.items())
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
         ({"sparsity": 1.2}, ValueError, r"sparsity must be in \[0, 1\], got 1.2"),
         ({"sparsity": float("nan")}, ValueError, r"sparsity must be in \[0, 1\], got nan"),
-        ({"sparsity": "0.5"}, TypeError, "sparsity must be a number, got str"),
+        ({"sparsity": "half"}, ValueError, "sparsity must be a share as 0.6 or 60%, got 'half'"),
+        ({"sparsity": 55}, ValueError, r"sparsity must be in \[0, 1\], got 55: 55 % is 0.55"),
+        ({"sparsity": "155%"}, ValueError, r"sparsity must be in \[0, 1\], got 155%$"),
+        ({}, TypeError, "sparsity as 0.5 or '50%', or nm as '2:4', or a budget as flops=0.6, got none"),
         ({"sparsity": True}, TypeError, "sparsity must be a number, got bool"),
         ({"sparsity": {"qkv": 0.5}}, ValueError, r"one number for each of the modules qkv, proj, mlp \(0 keeps a module as it is\), got qkv"),
         ({"sparsity": {"qkv": -1, "proj": 0, "mlp": 0}}, ValueError, r"sparsity\['qkv'\] must be in \[0, 1\], got -1"),

@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
+from .._errors import share
 from ..groups import AUX
 from ..groups.plan import Plan
 
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Budgets:
     """What may be left of a model at most, and of each layer at least and at most.
+
+    Shares are numbers, or text as "60%".
 
     flops: the multiply-adds of nonzero weights times the tokens that meet them, as a share of the
         dense model's, (0, 1]; what is never pruned is part of both.
@@ -59,15 +62,18 @@ class Budgets:
 
     def __post_init__(self) -> None:
         for name in ("flops", "nominal_flops", "params", "min_keep", "max_keep"):
-            _check_share(name, getattr(self, name))
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, share(name, getattr(self, name)))
         size: object = self.size
         if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
             raise ValueError(f"size must be a positive number of bytes, got {size!r}")
         for pattern, pair in self.limits.items():
             if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
                 raise ValueError(f"limits[{pattern!r}] must be (least, most), got {pair!r}")
-            for share in pair:
-                _check_share(f"limits[{pattern!r}]", share)
+        limits = {
+            p: tuple(share(f"limits[{p!r}]", x) for x in pair) for p, pair in self.limits.items()
+        }
+        object.__setattr__(self, "limits", limits)
 
     @property
     def asked(self) -> dict[str, float]:
@@ -128,12 +134,3 @@ class Budgets:
                 )
             limits[name] = least, most
         return limits
-
-
-def _check_share(name: str, value: object) -> None:
-    if value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not 0 <= value <= 1:  # nor a NaN
-        raise ValueError(f"{name} must be in [0, 1], got {value}")

@@ -10,6 +10,7 @@ from fractions import Fraction
 from functools import cache
 from itertools import accumulate, pairwise
 
+from .._errors import share
 from ..groups import AUX
 from ..groups.plan import Plan, Sparsity
 from .asked import Budgets
@@ -49,7 +50,9 @@ def solve(
     limits = budgets.of_layers(plan) if budgets.limited else None
     if not costs and not limits:
         return Solved(plan, plan.keep(sparsity), plan.ratios(sparsity))
-    if costs and isinstance(sparsity, (int, float)):
+    if costs and isinstance(sparsity, Mapping):
+        sparsity = {name: share(f"sparsity[{name!r}]", x) for name, x in sparsity.items()}
+    elif costs and sparsity not in (None, "auto"):
         raise ValueError(f"sparsity must be left to the budget of {costs[0].name}, got both")
     tables = None
     if limits or sparsity == "auto" or any(cost.part for cost in costs):
@@ -61,7 +64,12 @@ def solve(
             if not least <= count <= most:
                 raise ValueError(
                     f"{name} must keep from {least} to {most} weights with these limits of its layers, "
-                    f"got {count}, which are left at the sparsity asked for"
+                    f"got {count}, which are left at the sparsity asked for: "
+                    + (
+                        "lower min_keep or the sparsity"
+                        if count < least
+                        else "raise max_keep or the sparsity"
+                    )
                 )
     else:
         given, keep = _search(plan, sparsity, costs, tables, allowed)

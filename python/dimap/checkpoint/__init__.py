@@ -7,12 +7,7 @@ in an output: metadata, index, optimizer state and a folder's other files are ca
         for name, spec in checkpoint.tensors.items():
             print(name, spec.shape, checkpoint.get(name))
 
-Rooms: `locate` (what a path is), `header` (safetensors headers), `bitmask` (the sparse formats, with
-`compact`, the blocks of one of them; `sparse_bitmask`, another library's), `shards` (safetensors),
-`state_dict` (`.pth` and timm; imports torch), `copies` (of the weights, beside them); what is done with
-them: `prune` (with `streaming` for safetensors, `in_memory` for the others, and `outputs`), `inspect`,
-`expand`, and `native`, what `_C` is handed;
-of many checkpoints: `inputs` (which), `manifest` (what is done), `many` (one of them), `workers` (--jobs).
+What each file here is for: docs/architecture.md.
 """
 
 from __future__ import annotations

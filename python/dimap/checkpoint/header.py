@@ -188,9 +188,12 @@ def read_header(path: Path) -> Header:
         whole = len(head) == 8 and 2 <= length <= min(MOST, size - 8)
         raw = head + file.read(length if whole else 0)
     try:
+        if size < 10:
+            raise ValueError(f"it has {size} bytes")
+        if not whole and 2 <= length <= MOST:
+            raise ValueError(f"it ends within its header, having {size} bytes")
         if not whole:
-            most, got = max(0, min(MOST, size - 8)), length if len(head) == 8 else "none"
-            raise ValueError(f"a header of at most {most} bytes, got {got}")
+            raise ValueError("it does not begin with the length of a header")
         return parse_header(raw, size, str(path))
     except ValueError as error:
         reason = str(error).removeprefix(str(path)).lstrip(": ")

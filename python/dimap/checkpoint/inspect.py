@@ -132,6 +132,8 @@ def _grouping(checkpoint: Checkpoint) -> tuple[Grouping, bool]:
         told = (
             "of no known family: grouped by the words of its names, which explain "
             f"{100 * guess.covered:.1f} % of the weights in the blocks\n{describe(modules)}\n{error}"
+            if guess.found
+            else f"of no known family, and its names do not say what to prune: all is under aux\n{error}"
         )
         return Grouping(modules, {}, (told,)), True
 

@@ -158,7 +158,7 @@ def find_weights(path: Path, *, alone: bool = False) -> Weights:
     forms = set()
     for file in files:
         if index and not os.path.lexists(file):
-            problem = f"must be there, since {chosen} names it"
+            problem = f"must be there, since {chosen} names it: download it again"
             raise FileNotFoundError(errno.ENOENT, problem, str(file))
         check_readable(file)
         form = form_of(file)
@@ -194,6 +194,11 @@ def choose_weights(folder: Path) -> Path:
         p.name for p in sorted(folder.iterdir()) if p.is_dir() and known_weights(os.listdir(p))
     ]
     hint = f"; give one of its folders: {shorten(below)}" if below else ""
+    if any(map(_SHARD.fullmatch, names)):
+        hint = (
+            "; these are shards without the index that says which tensor is in which: download that, "
+            "too, or save the model again by save_pretrained"
+        )
     raise FileNotFoundError(
         errno.ENOENT,
         f"must hold {SINGLE} or {INDEX}, or one other .safetensors or .bin file or its index, "

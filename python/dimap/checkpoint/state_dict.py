@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import importlib
+import os
 import re
 import zipfile
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import _timm
-from .._errors import Damaged
+from .._errors import Damaged, first_line
 from .._files import naming, save_safetensors
 from ..groups.tied import ties_of
 from ..masks import apply_masks
@@ -261,7 +262,7 @@ def _load(path: Path) -> Any:
             if wanted is None:
                 raise Damaged(
                     f"{path} must be a complete file of torch.save, got one that is truncated, "
-                    f"damaged or of another format ({type(error).__name__})"
+                    f"damaged or of another format ({_fault(path, error)})"
                 ) from error
             name = wanted[1] or wanted[2]
             value = _harmless(name)
@@ -272,6 +273,19 @@ def _load(path: Path) -> Any:
                     "torch.load(..., weights_only=False) and save its weights alone"
                 ) from error
             allowed.append((value, name))
+
+
+def _fault(path: Path, error: Exception) -> str:
+    """What is wrong with a file that torch cannot read."""
+    with open(path, "rb") as file:
+        head, size = file.read(2), os.fstat(file.fileno()).st_size
+    if size < 10:
+        return f"it has {size} bytes"
+    if head not in (b"PK", b"\x80\x02"):
+        return "it does not begin as one"
+    if isinstance(error, EOFError) or (head == b"PK" and not zipfile.is_zipfile(path)):
+        return f"its end is missing, after {size} bytes"
+    return first_line(error)
 
 
 def _check_sums(path: Path) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import _C
+from .._errors import way_out
 from .._files import naming
 from ..budgets import Solved, Weights
 from ..distributed.ranks import Ranks
@@ -73,7 +74,8 @@ def check_dtypes(checkpoint: Checkpoint, plan: Plan) -> None:
     for name in wholes(plan.names):
         dtype = checkpoint.tensors[name].dtype
         if dtype.code not in ENGINE_DTYPES:
-            raise ValueError(f"{name} must be float32, bfloat16 or float16, got {dtype.name}")
+            problem = f"{name} must be float32, bfloat16 or float16, got {dtype.name}"
+            raise ValueError(problem + way_out(problem))
 
 
 def nan_notes(names: Sequence[str]) -> list[str]:
@@ -186,8 +188,10 @@ class Stream:
         except _C.NonFiniteError as error:
             number, index, kind = error.args
             name = self.plan.names[numbers[number]]
-            name = f"saliency of {name}" if self.norms else name
-            raise ValueError(f"{name} must be finite, got {kind} at flat index {index}") from error
+            problem = f"must be finite, got {kind} at flat index {index}"
+            if self.norms:
+                raise ValueError(f"saliency of {name} {problem}") from error
+            raise ValueError(f"{name} {problem}{way_out(problem)}") from error
         except _C.ChangedError as error:
             file, entry = self.tensors[numbers[error.args[0]]]
             raise ValueError(

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from .._errors import share
 from .common import adding, option
 
 BUDGETS = {"flops", "nominal_flops", "params", "size"}  # each of which finds a sparsity
@@ -17,23 +18,15 @@ UNITS |= {f"{unit}i": 1024 ** (i + 1) for i, unit in enumerate("kmgt")}
 
 def parse_share(text: object) -> float:
     """A share in [0, 1], as 0.6 or 60%."""
-    share = _number(text)
-    if not 0 <= share <= 1:
-        raise typer.BadParameter(f"must be in [0, 1], got {text}")
-    return share
-
-
-def _number(text: object) -> float:
-    said = str(text).strip()
     try:
-        return float(said.removesuffix("%")) / (100 if said.endswith("%") else 1)
-    except ValueError:
-        raise typer.BadParameter(f"must be a share as 0.6 or 60%, got {said!r}") from None
+        return share("", str(text))
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
 
 
 def parse_sparsity(text: object) -> float | str:
     """A number, or "auto"."""
-    return "auto" if text == "auto" else _number(text)
+    return "auto" if text == "auto" else parse_share(text)
 
 
 def parse_size(text: object) -> int:

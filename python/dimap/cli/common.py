@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .._errors import sentence
+from .._errors import sentence, share
 from ..report.text import make_console
 
 
@@ -129,12 +129,14 @@ def parse_shares(options: list[str]) -> dict[str, float]:
     for option in options:
         name, _, text = option.partition("=")
         try:
-            share = float(text)
-        except ValueError:
-            raise typer.BadParameter(f"--module must be NAME=SHARE, got {option!r}") from None
+            found = share(f"--module {name}", text)
+        except ValueError as error:
+            raise typer.BadParameter(
+                f"--module must be NAME=SHARE, got {option!r}: {error}"
+            ) from None
         if name in shares:
             raise typer.BadParameter(f"--module must name a module once, got {name!r} twice")
-        shares[name] = share
+        shares[name] = found
     return shares
 
 

@@ -30,7 +30,7 @@ def with_settings(*names: str) -> Callable[[Any], Any]:
         if name in ("mean", "std"):
             kind = str | None
             details |= {"parser": _numbers, "metavar": "N,N,N"}
-        names_of = ()
+        names_of: tuple[str, ...] = ()
         if name == "timm_model":  # as `dimap prune` calls it
             names_of, details["metavar"] = ("--model", "--timm-model"), "timm:NAME"
         kind = Annotated[kind, option(str(field.description), *names_of, **details)]

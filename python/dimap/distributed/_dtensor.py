@@ -21,6 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
 from .. import _C, ops
+from .._errors import way_out
 from .group import Group
 from .launch import group_of
 from .ranks import Ranks
@@ -63,7 +64,8 @@ class Local:
     def non_finite(self, index: int, kind: str) -> ValueError:
         """The error for a local weight, by its place in the whole tensor."""
         whole = self.whole_index(torch.tensor(index)).item()
-        return ValueError(f"{self.name} must be finite, got {kind} at flat index {whole}")
+        problem = f"{self.name} must be finite, got {kind} at flat index {whole}"
+        return ValueError(problem + ("" if self.name.startswith("saliency") else way_out(problem)))
 
     def check_positive(self) -> None:
         weights = self.weights.flatten()
@@ -113,7 +115,8 @@ def local_of(name: str, tensor: Tensor, layer: int, module: int) -> Local:
     weights = local_part(tensor)
     if weights.dtype not in DTYPES:
         got = str(weights.dtype).removeprefix("torch.")
-        raise ValueError(f"{name} must be float32, bfloat16 or float16, got {got}")
+        problem = f"{name} must be float32, bfloat16 or float16, got {got}"
+        raise ValueError(problem + way_out(problem))
     offset, shape = (0,) * tensor.dim(), tuple(tensor.shape)
     if isinstance(tensor, DTensor):
         offset, shape = _place(name, tensor)

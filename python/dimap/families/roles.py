@@ -28,6 +28,13 @@ NEVER = (
     r"|^conv$|conv_module|squeeze|^se$|sampling_offsets|attention_weights|altup|laurel|hyper|lstm|1d$"
     r"|head$|classifier|pooler|message_gate"
 )
+# What no example of patterns names, in a model whose names have none of the words here.
+BESIDE = r"embed|norm|tokens?$|scale|zero|bias|absmax|quant|lora_|head$|classifier|position|(?:^|_)pos(?:_|$)"
+# Last components of what stands beside quantized weights: GPTQ, AWQ, bitsandbytes, fp8 and others.
+QUANTIZED = (
+    r"qweight|qzeros|scales|SCB|absmax|quant_map|weight_packed|weight_scale(?:_inv|_2)?"
+    r"|weight_zero_point|W_q|_packed_params"
+)
 # Beside these stand the other parts of a state-space layer, of a linear attention or of a
 # recurrence: nothing there is pruned.
 STATE_SPACE = (

@@ -143,6 +143,6 @@ def regex(text: str) -> str:
     def spelled(found: re.Match[str]) -> str:
         if found["name"]:
             return f"(?P<{found['name']}>{regex(found['of'] or '*')})"
-        return _SPELLED[found[0]]
+        return _SPELLED.get(found[0], found[0])
 
-    return re.sub(r"<(?P<name>\w+)(?::(?P<of>[^>]+))?>|\.{1,3}|[*(]", spelled, text)
+    return re.sub(r"<(?P<name>\w+)(?::(?P<of>[^>]+))?>|\[.*?\]|\.{1,3}|[*(]", spelled, text)

@@ -14,6 +14,7 @@ from math import prod
 from typing import TYPE_CHECKING, TypeAlias
 
 from ..families import BUFFERS, FAMILIES, Family
+from ..families import roles as words
 from .choice import Choice, Patterns, choose
 from .known import Names, Tower, bare, fitting, merge, tower_names, towers
 from .layers import (
@@ -159,7 +160,8 @@ def shapes_of(model: Model) -> dict[str, Shape]:
     for name, tensor in state.items():
         if not isinstance(tensor, Tensor):
             kind = type(tensor).__name__
-            raise TypeError(f"a state dict must hold tensors only, got {kind} under {name!r}")
+            hint = ": dequantize the model first" if "_packed_params" in name else ""
+            raise TypeError(f"a state dict must hold tensors only, got {kind} under {name!r}{hint}")
     return {
         name: tuple(tensor.shape)
         for name, tensor in state.items()
@@ -310,15 +312,27 @@ def describe(modules: Mapping[str, Sequence[Layer]]) -> str:
 
 
 def _describe_unknown(families: Sequence[Family], shapes: Mapping[str, Shape]) -> str:
+    if quantized := _quantized(shapes):
+        return quantized
     one = f"the family {families[0].name}" if len(families) == 1 else "a known family"
-    matrices = sum(len(shape) > 1 for shape in shapes.values())
+    matrices = [shape for shape in shapes.values() if len(shape) > 1]
+    convolved = sum(prod(shape) for shape in matrices if len(shape) > 3)
+    got = "other names"
+    most = 2 * convolved > sum(map(prod, shapes.values()))
+    if most and not propose(shapes)[0].found and _example(shapes):
+        got = (
+            "one that looks like a convolutional network: dimap groups the blocks of transformers, "
+            "and the layers of other networks by patterns of your own"
+        )
     return (
-        f"model must be of {one} (`dimap families` lists all), got other names.\n{_ways_out(shapes)}\n"
-        f"It has {len(shapes)} parameters, {matrices} of two or more dimensions:\n{kinds(shapes)}"
+        f"model must be of {one} (`dimap families` lists all), got {got}.\n{_ways_out(shapes)}\n"
+        f"It has {len(shapes)} parameters, {len(matrices)} of two or more dimensions:\n{kinds(shapes)}"
     )
 
 
 def _describe_misfit(tower: Tower, shapes: Mapping[str, Shape]) -> str:
+    if quantized := _quantized(shapes):
+        return quantized
     problems = "\n  ".join(first(tower.problems))
     family = tower.family
     unknown = re.search(r"unknown weight (\S+)", problems)
@@ -327,6 +341,19 @@ def _describe_misfit(tower: Tower, shapes: Mapping[str, Shape]) -> str:
         f"({family.models}) but differs:\n  {problems}\n"
         + _ways_out(shapes, kind_of(unknown[1]) if unknown else "")
     )
+
+
+def _quantized(shapes: Mapping[str, Shape]) -> str:
+    """The error of a model that is quantized, as what stands beside its weights says; "" of others."""
+    for name in shapes:
+        home, _, leaf = name.rpartition(".")
+        beside = leaf == "scales" and f"{home}.weight" in shapes  # some layer's own parameter
+        if re.fullmatch(words.QUANTIZED, leaf) and not beside:
+            return (
+                f"model must not be quantized to be pruned, got {name}, which belongs to quantized "
+                "weights: dequantize it first, or prune the model that it was made from"
+            )
+    return ""
 
 
 def _ways_out(shapes: Mapping[str, Shape], kind: str = "") -> str:
@@ -345,12 +372,18 @@ def _ways_out(shapes: Mapping[str, Shape], kind: str = "") -> str:
             "    groups by the words of the names, and shows how",
         ]
     example = _example(shapes)
-    lines += [
-        f"  patterns={_written(example)}",
-        "  " + " ".join(f"--pattern '{m}={r}'" for m, rows in example.items() for r in rows),
-        "    names the modules by regexes that match whole parameter names; a group (?P<block>...)",
-        "    captures the block; what no regex matches is never pruned",
-    ]
+    if example:
+        lines += [
+            f"  patterns={_written(example)}",
+            "  " + " ".join(f"--pattern '{m}={r}'" for m, rows in example.items() for r in rows),
+            "    names the modules by regexes that match whole parameter names; a group (?P<block>...)",
+            "    captures the block; what no regex matches is never pruned",
+        ]
+    if not lines:
+        return (
+            "None of its parameters looks like a matrix that can be pruned. (Weights that are "
+            "quantized may be no parameters: dequantize them first.)"
+        )
     return "What you can do, in Python and on the command line:\n" + "\n".join(lines)
 
 
@@ -362,9 +395,15 @@ def _example(shapes: Mapping[str, Shape]) -> dict[str, list[str]]:
         for name in wholes(layer.parameters):
             found.setdefault(layer.module, {})[_regex(kind_of(name))] = None
     if not found:
-        matrices = [kind_of(name) for name, shape in shapes.items() if len(shape) > 1]
-        numbered = [kind for kind in matrices if "*" in kind] or matrices or ["*.weight"]
-        found = {"all": {_regex(numbered[0]): None}}
+        matrices = [
+            kind_of(name)
+            for name, shape in shapes.items()
+            if len(shape) > 1
+            and 0 not in shape
+            and not any(re.search(words.BESIDE, part.lower()) for part in name.split("."))
+        ]
+        numbered = [kind for kind in matrices if "*" in kind] or matrices
+        found = {"all": {_regex(numbered[0]): None}} if numbered else {}
     return {module: list(regexes) for module, regexes in list(found.items())[:3]}
 
 
@@ -378,8 +417,11 @@ def _written(example: Mapping[str, Sequence[str]]) -> str:
 
 def _regex(kind: str) -> str:
     """A regex for names of this kind: the last number is the block."""
-    head, star, tail = kind.rpartition("*")
-    if not star:
-        return kind.replace(".", r"\.")
-    head = head.replace(".", r"\.").replace("*", r"\d+")
-    return rf"{head}(?P<block>\d+)" + tail.replace(".", r"\.")
+    parts = [r"\d+" if part == "*" else _escape(part) for part in kind.split(".")]
+    if r"\d+" in parts:
+        parts[len(parts) - 1 - parts[::-1].index(r"\d+")] = r"(?P<block>\d+)"
+    return r"\.".join(parts)
+
+
+def _escape(text: str) -> str:
+    return re.sub(r"([$()*+?\[\\\]^{|}])", r"\\\1", text)

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
+from .._errors import share, way_out
 from . import (
     AUX,
     COSTLY,
@@ -23,6 +24,7 @@ from . import (
     named_tensors,
     part_of,
     part_shape,
+    prunable,
     shapes_of,
     tied_in,
     whole,
@@ -152,7 +154,7 @@ class Plan:
 
     def prunable(self) -> list[tuple[str, Layer]]:
         """The layers that are pruned, each with its module."""
-        return [(m, layer) for m, layers in self.modules.items() if m != AUX for layer in layers]
+        return [(layer.module, layer) for layer in prunable(self.modules)]
 
     def layer_of_tensors(self) -> list[tuple[str, Layer]]:
         """The module and the layer of each tensor."""
@@ -198,6 +200,10 @@ class Plan:
     def ratios(self, sparsity: Sparsity) -> dict[str, float]:
         """The ratio of each prunable module, checked; None is what the caller forgot."""
         names = [name for name in self.modules if name != AUX]
+        if sparsity is None:
+            raise TypeError(
+                "prune needs sparsity as 0.5 or '50%', or nm as '2:4', or a budget as flops=0.6, got none"
+            )
         if sparsity == "auto":
             raise TypeError("sparsity must be a number where no budget shares it out, got auto")
         given: dict[str, Any]
@@ -214,11 +220,8 @@ class Plan:
             given = dict.fromkeys(names, sparsity)
         for name, value in given.items():
             where = f"sparsity[{name!r}]" if isinstance(sparsity, Mapping) else "sparsity"
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise TypeError(f"{where} must be a number, got {type(value).__name__}")
-            if not 0 <= value <= 1 or math.isnan(value):
-                raise ValueError(f"{where} must be in [0, 1], got {value}")
-        return {name: float(value) for name, value in given.items()}
+            given[name] = share(where, value)
+        return given
 
     def counts(self, kept: Sequence[int] = ()) -> dict[str, int]:
         """The N of each layer by name.
@@ -226,7 +229,7 @@ class Plan:
         kept: for nm "auto", how many weights `select` keeps of each tensor.
         """
         assert self.nm is not None
-        layers = [layer for _, layer in self.prunable()]
+        layers = prunable(self.modules)
         if self.nm.n is not None:
             return dict.fromkeys((x.name for x in layers), self.nm.n)
         of = {name: i for i, name in enumerate(self.names)}
@@ -243,9 +246,7 @@ class Plan:
 
     def by_tensor(self, counts: Mapping[str, int]) -> list[int]:
         """What is said of layers by name, of each tensor."""
-        layers = (x for found in self.modules.values() for x in found)
-        said = {p: counts[x.name] for x in layers if x.name in counts for p in x.parameters}
-        return [said[name] for name in self.names]
+        return [counts[layer.name] for _, layer in self.layer_of_tensors()]
 
     def ranked(self, saliency: Mapping[str, Tensor]) -> list[Tensor]:
         """The saliency of each tensor, checked: it takes the place of the magnitudes."""
@@ -305,14 +306,13 @@ def scope_names(modules: Mapping[str, Sequence[Located]], scope: str) -> dict[st
             continue
         seen: Counter[tuple[str, int | None, int | None]] = Counter()
         for layer in layers:
-            if scope in ("type", "block", "stage"):
-                place = block_name(layer, "stage" if scope == "stage" else "block", "scope", scope)
-            if scope == "type":
-                seen[layer.tower, layer.stage, layer.block] += 1
-                number = seen[layer.tower, layer.stage, layer.block]
-                names[layer.name] = f"{module}.{number}"
-            elif scope in ("block", "stage"):
-                names[layer.name] = place
+            if scope in ("block", "stage"):
+                names[layer.name] = block_name(layer, scope, "scope", scope)
+            elif scope == "type":
+                block_name(layer, "block", "scope", scope)  # or the error that it has none
+                place = layer.tower, layer.stage, layer.block
+                seen[place] += 1
+                names[layer.name] = f"{module}.{seen[place]}"
             else:
                 own = {"module": module, "layer": layer.name, "row": layer.name}
                 names[layer.name] = own.get(scope, scope)
@@ -321,8 +321,8 @@ def scope_names(modules: Mapping[str, Sequence[Located]], scope: str) -> dict[st
     return names
 
 
-def block_name(layer: Located, kind: Literal["block", "stage"], argument: str, value: str) -> str:
-    """A layer's block or stage in words. argument, value: what asks for it, for the error."""
+def block_name(layer: Located, kind: str, argument: str, value: str) -> str:
+    """A layer's "block" or "stage" in words. argument, value: what asks for it, for the error."""
     # A model of one stage numbers its blocks only.
     if layer.block is None and (kind == "block" or layer.stage is None):
         raise ValueError(
@@ -337,14 +337,10 @@ def block_name(layer: Located, kind: Literal["block", "stage"], argument: str, v
 
 
 def _group_key(layer: Layer, module: str, normalize: str) -> tuple[str, ...]:
-    if normalize == "scope":
-        return ()
-    if normalize == "module":
-        return (module,)
-    if normalize == "layer":
-        return (module, layer.name)
-    kind: Literal["block", "stage"] = "block" if normalize == "block" else "stage"
-    return (module, block_name(layer, kind, "normalize", normalize))
+    if normalize in ("block", "stage"):
+        return (module, block_name(layer, normalize, "normalize", normalize))
+    keys = {"scope": (), "module": (module,), "layer": (module, layer.name)}
+    return keys[normalize]
 
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
@@ -363,4 +359,6 @@ def renamed(names: Sequence[str]) -> Iterator[None]:
         if found is None:
             raise
         others = re.sub(r"weights\[(\d+)\]", lambda m: names[int(m[1])], found[2])
-        raise ValueError(f"{names[int(found[1])]} {others}") from error
+        problem = f"{names[int(found[1])]} {others}"
+        hint = "" if problem.startswith("saliency") else way_out(problem)
+        raise ValueError(problem + hint) from error

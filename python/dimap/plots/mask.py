@@ -129,7 +129,7 @@ def find_layer(source: Source, name: str) -> Layer:
         if name == layer.name or name in layer.parameters:
             return layer
     near = difflib.get_close_matches(name, [layer.name for layer in source.layers], 3, 0.5)
-    hint = f"; near it are {', '.join(near)}" if near else ""
+    hint = f"; near it are {', '.join(near)}" if near else "; `dimap inspect --layers` lists them"
     raise ValueError(f"layer must be a prunable layer of the model, got {name!r}{hint}")
 
 
