@@ -314,7 +314,7 @@ def test_architecture_in_a_file_that_is_no_timm_model_costs_only_the_flops(run, 
             "torchvision:swin_tt",
             "torchvision must know the model, got 'swin_tt'; near it are swin_t",
         ),
-        ("torchvision:swin_t", "model must be the one that was pruned: layers.0.blocks.0"),
+        ("torchvision:swin_t", "model must be the one whose weights these are: layers.0.blocks.0"),
         (".", "timm must know the model, got '.'"),
     ],
 )

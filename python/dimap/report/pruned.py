@@ -259,15 +259,22 @@ def _names_in(pruning: Pruned, model: nn.Module | Mapping[str, Tensor] | None) -
             for ours, theirs in same_weights(given, there, places):
                 if len(ours) == len(theirs) == 1 and shapes[ours[0]] == there[theirs[0]]:
                     names[ours[0]] = theirs[0]
-    claim = "model must be the one that was pruned"
+    claim = "model must be the one whose weights these are"
+    have = Counter(map(kind_of, there))
+    own = Counter(kind_of(names.get(name, name)) for name in shapes)
     for name, shape in shapes.items():
         if name not in names and (name in there or name in pruned):
+            if name not in there and have[kind := kind_of(name)]:
+                raise ValueError(
+                    f"{claim}: it has {have[kind]} of {kind}, and they are {own[kind]}"
+                )
             got = there.get(name, "no such parameter")
             raise ValueError(f"{claim}: {name} must have shape {shape}, got {got}")
     known, found = {kind_of(names[name]) for name in pruned}, set(names.values())
     for name in there:
-        if name not in found and kind_of(name) in known:  # of a block that was not there
-            raise ValueError(f"{claim}: it has {name}, of which nothing is known")
+        kind = kind_of(name)
+        if name not in found and kind in known:  # of a block that was not there
+            raise ValueError(f"{claim}: it has {have[kind]} of {kind}, and they are {own[kind]}")
     return names
 
 
