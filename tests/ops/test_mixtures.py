@@ -6,9 +6,10 @@ import random
 
 import pytest
 import torch
-from dimap import ops, reference
+from dimap import _C, ops, reference
 from torch import Tensor
 
+ENGINE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 SIZES = (1, 7, 100, 5_000, 30_000, 70_000)  # from 16,000 on, a sample is smaller than the layer
 
 
@@ -67,6 +68,13 @@ def test_mixture(seed: int) -> None:
             assert torch.equal(p, torch.where(m, w, torch.zeros_like(w)))
 
 
+def of_one_rank(weights: list[torch.Tensor], modules: list[int], keep: list[int]) -> list[float]:
+    """The thresholds of shards that all lie here: one rank, and an exchange that has nothing to add."""
+    shards = [(w.data_ptr(), w.numel(), ENGINE[w.dtype], i) for i, w in enumerate(weights)]
+    totals = [w.numel() for w in weights]
+    return _C.decide_shards(shards, totals, modules, keep, exchange=lambda _: None, size=1)[2]
+
+
 @pytest.mark.parametrize("together", ["one module", "each alone", "eight modules"])
 @pytest.mark.parametrize("seed", range(8))
 def test_many_small_layers(seed: int, together: str) -> None:
@@ -98,6 +106,8 @@ def test_many_small_layers(seed: int, together: str) -> None:
         got, thresholds = ops.select_cuts(weights, layers, of, keep)
         for g, m in zip(got, masks, strict=True):
             assert torch.equal(g, m)
+        same = torch.tensor(of_one_rank(weights, of, keep), dtype=torch.float64)
+        torch.testing.assert_close(same, thresholds, rtol=0, atol=0, equal_nan=True)
         for m, threshold in enumerate(thresholds.tolist()):
             kept = [s[g] for s, g, of_m in zip(scores, got, of, strict=True) if of_m == m]
             assert not keep[m] or threshold == min(k.min().item() for k in kept if k.numel())

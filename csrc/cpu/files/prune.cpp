@@ -125,14 +125,9 @@ void FilePruning::mark_by_cut(const Chunk& chunk, const void* weights, uint8_t* 
   const DType dtype = problem_.tensors[chunk.tensor].dtype;
   Cut cut = decision_->cuts[chunk.layer];
   if (cut.tie != Cut::kNoTie && chunk.quota == chunk.ties && chunk.ties > 0) cut.keep_from = cut.tie;
-  uint32_t keys[Decided::kSlack];
-  uint16_t positions[Decided::kSlack];
-  ExponentSums outliers;
-  Decided out;
-  out.keys = keys, out.positions = positions, out.outliers = &outliers;
   // As a guess, not as the bracket's high end: what is kept need not be summed.
   const Bracket bracket{kKeyEnd, kKeyEnd, Bracket::kNoAtom, cut.keep_from};
-  kernels().decide[static_cast<int>(dtype)](weights, chunk.n, bracket, mask, out);
+  decide_from(kernels().decide[static_cast<int>(dtype)], weights, chunk.n, bracket, mask);
   int64_t left = cut.keep_from > cut.tie ? chunk.quota : 0;
   for_type(dtype, [&]<DType kType>() {
     auto* w = static_cast<const storage_t<kType>*>(weights);

@@ -45,7 +45,7 @@ Decision::Decision(const Problem& problem, const Pool& pool, const Exchange* exc
       modules(problem.modules()),
       problem_(problem),
       pool_(pool),
-      exchange_(exchange),
+      exchange_(problem.ranks > 1 ? exchange : nullptr),
       loader_(problem, pool.workers()),
       reading_(problem, loader_, pool, keeps),
       read_(problem.layers()),
@@ -228,7 +228,7 @@ void Decision::add_up(std::span<const int32_t> layers, std::span<LayerTable> tab
   for_tables([&](LayerTable& table, size_t at, size_t) {
     const int64_t total = table.total;  // of all ranks already
     std::vector<Bin>& home =
-        !bins.empty() && table.bins.data() >= bins.data() && table.bins.data() < &*bins.end() ? bins : seen.bins;
+        !bins.empty() && table.bins.data() >= bins.data() && table.bins.data() < bins.data() + bins.size() ? bins : seen.bins;
     read_sums(numbers.data() + at, table, {home.data() + (table.bins.data() - home.data()), table.bins.size()});
     table.total = total;
   });
