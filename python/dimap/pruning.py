@@ -433,10 +433,17 @@ def most_in_groups(tensor: Tensor, axis: int) -> list[int]:
     if tensor.layout is torch.strided and tensor.numel() and not tensor.is_quantized:
         values = tensor.float() if tensor.itemsize == 1 else tensor  # torch compares no float8
         along = (values != 0).movedim(axis, -1)
-        for m in range(2, LARGEST + 1):
-            if along.shape[-1] % m == 0:
-                groups = along.unflatten(-1, (-1, m))
-                most[m] = int(groups.sum(-1, dtype=torch.uint8).amax())
+        along = along.reshape(-1, along.shape[-1])
+        fitting = [m for m in range(2, LARGEST + 1) if along.shape[-1] % m == 0]
+        most = [0 if m in fitting else m for m in most]
+        for rows in (
+            along[:64],
+            along,
+        ):  # in most tensors some group of the first rows is full already
+            for m in fitting:
+                if most[m] < m:
+                    groups = rows.unflatten(-1, (-1, m))
+                    most[m] = int(groups.sum(-1, dtype=torch.uint8).amax())
     return most
 
 

@@ -256,6 +256,9 @@ def test_chance_is_no_pattern() -> None:
         w = torch.randn(96, 384, generator=generator)
         w[torch.rand(w.shape, generator=generator) > density] = 0
         assert pattern_of(most_in_groups(w, -1), int(w.count_nonzero()), w.numel()) is None
+    late = torch.zeros(200, 48)  # whose only full groups are in its last row
+    late[-1, :6] = 1
+    assert most_in_groups(late, -1)[2:9] == [2, 3, 4, 5, 6, 7, 6]
     assert pattern_of(most_in_groups(torch.zeros(8, 16), -1), 0, 128) is None
     assert pattern_of(list(range(17)), 0, 0) is None
 
