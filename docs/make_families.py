@@ -50,7 +50,7 @@ unknown weight inside a block is an error. For other models there are
 - `patterns=`, `--pattern MODULE=REGEX`, `--patterns FILE.toml`: modules of your own.
 - `ignore=`, `--ignore REGEX`: what is never pruned.
 
-Magnitude alone costs language models dearly; their reports say so.
+Magnitude alone costs decoders of language dearly; their reports say so.
 """
 
 
@@ -178,8 +178,8 @@ def summary(text: str) -> str:
         f"Very likely. {len(FAMILIES)} ways of naming are known, and with them **{of_timm[0]} of the "
         f"{of_timm[1]} models with attention in {timm}**,\nand {of_transformers[0]} of the "
         f"{of_transformers[1]} model types of {transformers}; `--family transformer` knows {words[1]} "
-        "of these. Among them are Swin, ViT,\nDINO, SAM, CLIP, BERT, T5, Whisper, Llama and Qwen: "
-        "[all names](docs/families.md)."
+        f"of these {of_transformers[1]}. Among them are Swin, ViT,\nDINO, SAM, CLIP, "
+        "BERT, T5, Whisper, Llama and Qwen: [all names](docs/families.md)."
     )
 
 

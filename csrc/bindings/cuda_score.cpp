@@ -113,7 +113,7 @@ std::vector<Tensor> score_op(std::vector<Tensor> weights, Ints layers) {
 
   std::vector<int32_t> types(problem.layers(), -1);  // a DType, or kMixed
   std::vector<int64_t> places(problem.layers());     // weights, each tensor's last chunk in full
-  constexpr int32_t kMixed = 3;
+  constexpr int32_t kMixed = INT32_MAX;              // which no DType has
   for (const TensorView& t : problem.tensors) {
     const auto l = static_cast<size_t>(t.layer);
     types[l] = types[l] < 0 || types[l] == static_cast<int32_t>(t.dtype) ? static_cast<int32_t>(t.dtype) : kMixed;

@@ -12,5 +12,5 @@ def stranger(folder: Path) -> str | None:
         return None
     return (
         f"another project's dimap is installed in {folder} ({found.name}), and each writes over the other's "
-        "files. Keep one: pip uninstall dimap torch-dimap, then pip install torch-dimap"
+        "files. Keep one: pip uninstall dimap torch-dimap, then install the one that you want again"
     )

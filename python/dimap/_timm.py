@@ -10,7 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from ._errors import near, need
+from ._errors import first_line, near, need
+from ._hub import reaching_hub
 from .groups.identity import same_weights
 
 if TYPE_CHECKING:
@@ -30,11 +31,12 @@ def create(name: str, *, pretrained: bool) -> nn.Module:
     if not pretrained:
         return seeded(0, lambda: timm.create_model(name))
     try:
-        return cast("nn.Module", timm.create_model(name, pretrained=True))
+        with reaching_hub("timm models need"):
+            return cast("nn.Module", timm.create_model(name, pretrained=True))
     except Exception as error:  # the hub's client has its own kinds; timm raises RuntimeError
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = first_line(error).removesuffix(".")
         raise OSError(
-            f"the pretrained weights of timm:{name} could not be loaded: {reason} "
+            f"the pretrained weights of timm:{name} could not be loaded: {reason}. "
             "For a dry run with random weights there is --random-init."
         ) from error
 

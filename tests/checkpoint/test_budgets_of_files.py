@@ -37,8 +37,13 @@ CASES = [
 
 
 @pytest.mark.parametrize("options", CASES, ids=str)
-@pytest.mark.parametrize("form", ["safetensors", "pth"])
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=str)
+@pytest.mark.parametrize(
+    ("form", "dtype"),
+    [("safetensors", dtype) for dtype in DTYPES.values()]
+    + [("pth", torch.bfloat16)]
+    + [pytest.param("pth", t, marks=pytest.mark.large) for t in (torch.float32, torch.float16)],
+    ids=str,
+)
 def test_files_are_pruned_as_in_memory(tmp_path, model, form, dtype, options):
     whole = copy.deepcopy(model).to(dtype)
     source, out = (tmp_path / f"{name}.{form}" for name in ("in", "out"))

@@ -539,12 +539,22 @@ def test_unknown_timm_model():
 def test_timm_without_a_hub(monkeypatch):
     timm = pytest.importorskip("timm")
 
+    constants = pytest.importorskip("huggingface_hub.constants")
+
+    def no_session():
+        raise ConnectionError("no route")
+
     def unreachable(*_, pretrained=False, **__):
         assert pretrained
-        raise ConnectionError("the hub is away")
+        assert constants.HF_HUB_OFFLINE  # its client must not try again and again
+        raise RuntimeError("not in the cache")
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.utils.get_session", no_session)
 
     monkeypatch.setattr(timm, "create_model", unreachable)
     with pytest.raises(
-        OSError, match=r"pretrained weights of timm:vit_tiny.* could not be loaded: the"
+        OSError, match=r"timm:vit_tiny.* could not be loaded: .* does not answer \(no route\)"
     ):
         checkpoints.open_checkpoint("timm:vit_tiny_patch16_224")
+    assert not constants.HF_HUB_OFFLINE

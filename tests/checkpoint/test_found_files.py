@@ -272,6 +272,7 @@ def test_a_repository_of_the_hub_comes_from_its_cache(tmp_path, monkeypatch):
         asked.append((name, revision))
         return str(folder)
 
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # nobody is asked
     monkeypatch.setattr(hub, "snapshot_download", cached)
     done = prune_checkpoint("hf:org/name@v1", tmp_path / "out", 0.5)
     assert asked == [("org/name", "v1")]

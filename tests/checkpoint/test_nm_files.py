@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import dimap
+import numpy as np
 import pytest
 import torch
 from checkpoints import DTYPES, assert_same, load_folder, shards, vit
@@ -226,11 +227,8 @@ def test_counts_of_groups_in_files_are_those_in_memory(tmp_path, shape, axis, dt
     grid = [torch.Size(shape[:at]).numel(), shape[at], torch.Size(shape[at + 1 :]).numel()]
     mask = (1 << 8 * w.itemsize) - 1 >> (dtype != torch.int8)
     # The same as bits, three bits into a byte.
-    ones = [0, 1, 1, *(w != 0).flatten().tolist()]
-    packed = bytes(
-        sum(bit << i for i, bit in enumerate(ones[k : k + 8])) for k in range(0, len(ones), 8)
-    )
-    (tmp_path / "bits").write_bytes(packed + b"\0")
+    ones = np.concatenate([[False, True, True], (w != 0).flatten().numpy()])
+    (tmp_path / "bits").write_bytes(np.packbits(ones, bitorder="little").tobytes() + b"\0")
     with open(tmp_path / IN, "rb") as file, open(tmp_path / "bits", "rb") as bits:
         files = [(file.fileno(), IN), (bits.fileno(), "bits")]
         found = _C.count_groups(files, [(0, begin, w.itemsize, mask, *grid), (1, 3, 0, 0, *grid)])

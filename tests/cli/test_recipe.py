@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 from checkpoints import vit
 from commands import runner
 from finetune_problems import save_images, save_swin
@@ -28,12 +29,32 @@ def test_an_output_is_made_again_by_the_recipe_beside_it(run):
         run("prune", "in.safetensors", "a.safetensors", *OPTIONS, "--ignore", r".*0\.attn\.proj")[0]
         == 0
     )
-    text = Path("a.recipe.toml").read_text()
+    text = Path("a.safetensors.recipe.toml").read_text()
     assert r'ignore = [".*0\\.attn\\.proj"]' in text
     assert '# got: {"params": 0.' in text
-    assert run("prune", "in.safetensors", "b.safetensors", "--recipe", "a.recipe.toml")[0] == 0
+    assert (
+        run("prune", "in.safetensors", "b.safetensors", "--recipe", "a.safetensors.recipe.toml")[0]
+        == 0
+    )
     assert Path("a.safetensors").read_bytes() == Path("b.safetensors").read_bytes()
-    assert Path("b.recipe.toml").read_text() == text
+    assert Path("b.safetensors.recipe.toml").read_text() == text
+
+
+def test_recipes_of_two_outputs_stand_side_by_side_and_none_is_replaced_in_silence(run):
+    torch.save(vit(), "in.pth")
+    told = run("prune", "in.safetensors", "a.safetensors", "-s", "0.5")[1]
+    assert ", a.safetensors.recipe.toml in " in told
+    run("prune", "in.pth", "a.pth", "-s", "0.6")
+    assert "sparsity = 0.5" in Path("a.safetensors.recipe.toml").read_text()
+    assert "sparsity = 0.6" in Path("a.pth.recipe.toml").read_text()
+    Path("a.safetensors").unlink()
+    code, _, err = run("prune", "in.safetensors", "a.safetensors", "-s", "0.7")
+    assert (code, Path("a.safetensors").exists()) == (1, False)
+    assert "a.safetensors.recipe.toml" in err
+    mine = ["--recipe", "a.safetensors.recipe.toml"]  # read, and written again
+    assert run("prune", "in.safetensors", "a.safetensors", *mine)[0] == 0
+    assert run("prune", "in.safetensors", "a.safetensors", "-s", "0.7", "--force")[0] == 0
+    assert "sparsity = 0.7" in Path("a.safetensors.recipe.toml").read_text()
 
 
 def test_a_recipe_is_printed_from_options_and_the_command_line_goes_first(run):

@@ -125,7 +125,10 @@ def test_an_interruption_says_how_to_go_on(run, monkeypatch):
     assert run(*command)[2] == "dimap: error: interrupted\n"
     Path("run").mkdir()
     Path("run", "state.pt").touch()
-    assert "interrupted: the same command with --resume goes on" in run(*command)[2]
+    for epoch, held in enumerate(("the weights before training", "the weights of epoch 1")):
+        Path("run", "history.json").write_text(f'{{"epochs": [{{"epoch": {epoch}}}]}}')
+        wanted = f"interrupted: run holds {held}; the same command with --resume goes on from there"
+        assert wanted in " ".join(run(*command)[2].split())
 
 
 def test_no_empty_folders_are_left_behind(run):

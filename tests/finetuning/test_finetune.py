@@ -529,6 +529,26 @@ def test_the_command_takes_options_and_prints_json(made, tmp_path) -> None:
     assert_zero(tmp_path / "run" / "last.safetensors", masks)
 
 
+def test_without_a_terminal_lines_tell_how_far_it_is(made, tmp_path, monkeypatch) -> None:
+    checkpoint, masks_file, _, images = made
+    options = ["--epochs", 1, "--batch-size", 8, "--workers", 0, "--device", "cpu"]
+    arguments = [
+        checkpoint,
+        "--data",
+        images,
+        "--masks",
+        masks_file,
+        *options,
+        "--warmup-epochs",
+        0,
+    ]
+    ran = invoke(*arguments, "--out", tmp_path / "a")
+    assert [line.split(",")[0] for line in ran.stderr.splitlines()] == ["epoch 0/1", "epoch 1/1"]
+    monkeypatch.setattr("dimap.finetuning.run.QUIET", -1.0)
+    ran = invoke(*arguments, "--out", tmp_path / "b")
+    assert "epoch 1/1, step 1 of " in ran.stderr
+
+
 def test_the_command_tells_errors_in_a_sentence(made, tmp_path) -> None:
     checkpoint, masks_file, _, images = made
     out = tmp_path / "run"
@@ -736,12 +756,9 @@ def test_errors_come_before_any_work(made, tmp_path) -> None:
 
     save_file(load_file(checkpoint), bare)
     refused(ValueError, "does not say which timm model it is", model=bare)
-    refused(
-        ValueError,
-        "must hold the weights of timm's swin_tiny",
-        model=bare,
-        timm_model="swin_tiny_patch4_window7_224",
-    )
+    for name in ("swin_tiny_patch4_window7_224", "timm:swin_tiny_patch4_window7_224"):
+        claim = "must hold the weights of timm's swin_tiny"
+        refused(ValueError, claim, model=bare, timm_model=name)
     refused(ValueError, r"must take images \[3, 24, 24\]", model=swin(), masks={}, input_size=24)
     # Masks
     other = swin(embed_dim=16)

@@ -101,3 +101,13 @@ def test_many_small_layers(seed: int, together: str) -> None:
         for m, threshold in enumerate(thresholds.tolist()):
             kept = [s[g] for s, g, of_m in zip(scores, got, of, strict=True) if of_m == m]
             assert not keep[m] or threshold == min(k.min().item() for k in kept if k.numel())
+
+
+def test_tails_beyond_the_grid_of_tiny_layers() -> None:
+    """Heavy tails of layers so small that all of them is sampled, in wide bins: each alone in its module."""
+    generator = torch.Generator().manual_seed(0)
+    weights = [values(64, 5, random.Random(0), generator) for _ in range(300)]
+    numbers = list(range(300))
+    scores = reference.score64(weights, numbers)
+    _, thresholds = ops.select_cuts(weights, numbers, numbers, [63] * 300)
+    assert thresholds.tolist() == [s.sort().values[1].item() for s in scores]

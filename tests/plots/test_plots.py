@@ -696,7 +696,7 @@ def test_report_into_a_folder_that_is_there_keeps_its_other_files(run, tmp_path)
     (tmp_path / "r" / "notes.txt").write_text("mine")
     arguments = ["prune", "in.safetensors", "r/p.safetensors", "-s", 0.5, "--report", "r"]
     assert run(*arguments)[0] == 0
-    assert sorted(path.name for path in (tmp_path / "r").iterdir()) == sorted([*FILES, "notes.txt", "p.safetensors", "p.recipe.toml"])  # fmt: skip
+    assert sorted(path.name for path in (tmp_path / "r").iterdir()) == sorted([*FILES, "notes.txt", "p.safetensors", "p.safetensors.recipe.toml"])  # fmt: skip
     before = (tmp_path / "r" / "index.html").read_bytes()
     got, _, err = run("prune", "in.safetensors", "q.safetensors", "-s", 0.7, "--report", "r")
     assert (got, "exists already and is replaced only by force" in err) == (1, True)

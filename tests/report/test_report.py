@@ -48,6 +48,20 @@ def test_table_1_of_the_paper(name):
     assert report.flops_removed_percent < report.flops_nominal_removed_percent - 5
 
 
+def test_the_summary_says_no_more_than_there_is():
+    model = Tiny()
+    text = str(
+        dimap.prune(model, 0.0, patterns={"fc": r"blocks\.(?P<block>\d+)\.fc\.weight"}).report()
+    )
+    assert "threshold" not in text  # nothing was cut
+    model.embed.bias.data.zero_()
+    text = str(
+        dimap.prune(model, 0.5, patterns={"fc": r"blocks\.(?P<block>\d+)\.fc\.weight"}).report()
+    )
+    assert "threshold" in text
+    assert "that are kept were zero before" in text
+
+
 class Tiny(nn.Module):
     """Two blocks; `fc` works on 16 tokens in the first and on 4 in the second."""
 

@@ -98,7 +98,7 @@ Bracket bracket_of(const Sketch& sketch, const Threshold& threshold, double slac
   bracket.high = finite(upper.key + 2) + 1;
   if (sketch.exact) {  // where in a bin the weights are is not known, but which are in it
     const auto edge = [&](uint32_t key, uint32_t bins) {
-      return Sketch::first_of(((Sketch::bin_of(key) >> sketch.coarse) + bins) << sketch.coarse);
+      return Sketch::first_of(Sketch::coarser(Sketch::bin_of(key), sketch.coarse) + bins, sketch.coarse);
     };
     bracket.low = std::max<uint32_t>(1, edge(bracket.low, 0));
     bracket.high = std::min(kNonFinite, edge(bracket.high, 1));

@@ -15,28 +15,23 @@ constexpr double kRunMost = 1 << 16;  // with so many weights at most in a run
 }  // namespace
 
 std::pair<uint32_t, uint32_t> Cells::add_keys(std::span<const uint32_t> keys, int coarse) {
-  constexpr uint32_t kNormal = 1 << 24;  // a bin from here on has no denormals
-  int32_t top = 0, bottom = INT32_MAX;   // keys are below 2^31, and processors compare signed numbers
+  int32_t top = 0, bottom = INT32_MAX;  // keys are below 2^31, and processors compare signed numbers
   for (const uint32_t key : keys) {
     top = std::max(top, static_cast<int32_t>(key));
     bottom = std::min(bottom, static_cast<int32_t>(key));
   }
-  if (static_cast<uint32_t>(bottom) >= kNormal && coarse == 0) {
-    for (const uint32_t key : keys)
-      add((key >> Sketch::kShift) - 64 + Sketch::kDenormals, 1, key & ((1u << Sketch::kShift) - 1));
-  } else if (static_cast<uint32_t>(bottom) >= kNormal) {
-    for (const uint32_t key : keys) {
-      const uint32_t bin = ((key >> Sketch::kShift) - 64 + Sketch::kDenormals) >> coarse;
-      add(bin, 1, key - (((bin << coarse) - Sketch::kDenormals + 64) << Sketch::kShift));
-    }
+  const auto bin_of = [&](uint32_t key) { return Sketch::coarser(Sketch::bin_of(key), coarse); };
+  if (bottom >> 23) {  // all are normal: their bins are their upper bits, but for where these begin
+    const int shift = Sketch::kShift + coarse;
+    const uint32_t begin = bin_of(static_cast<uint32_t>(bottom)) - (static_cast<uint32_t>(bottom) >> shift);
+    for (const uint32_t key : keys) add((key >> shift) + begin, 1, key & ((1u << shift) - 1));
   } else {
     for (const uint32_t key : keys) {
-      const uint32_t bin = Sketch::bin_of(key) >> coarse;
-      add(bin, 1, key - Sketch::first_of(bin << coarse));
+      const uint32_t bin = bin_of(key);
+      add(bin, 1, key - Sketch::first_of(bin, coarse));
     }
   }
-  return {Sketch::bin_of(static_cast<uint32_t>(bottom)) >> coarse,
-          Sketch::bin_of(static_cast<uint32_t>(top)) >> coarse};
+  return {bin_of(static_cast<uint32_t>(bottom)), bin_of(static_cast<uint32_t>(top))};
 }
 
 void Cells::take(Cells& other) {

@@ -21,7 +21,7 @@ struct Histogram {
   int coarse = 0;         // few weights are counted in wider bins: of one rank alone
 
   // Of a bin, its first key.
-  uint32_t first_of(uint32_t bin) const { return Sketch::first_of(bin << coarse); }
+  uint32_t first_of(uint32_t bin) const { return Sketch::first_of(bin, coarse); }
 
   // Of a sample, which is taken in runs of neighbours: the sums over its runs of their energy and of the number of
   // weights in them above a likely cut, and of the squares of both.

@@ -28,6 +28,12 @@ struct Sketch {
     return bin == 0 ? 0 : static_cast<uint32_t>(std::ceil(std::bit_cast<float>((bin - 1 + 127 * 64) << kShift)));
   }
 
+  // 2^coarse bins together, within an octave; zero stays alone.
+  static uint32_t coarser(uint32_t bin, int coarse) { return (bin + (1u << coarse) - 1) >> coarse; }
+  static uint32_t first_of(uint32_t bin, int coarse) {  // key
+    return first_of(bin == 0 ? 0 : (bin << coarse) - (1u << coarse) + 1);
+  }
+
   struct Step {           // a nonempty bin
     uint32_t first, end;  // keys
     uint32_t only;        // the one key in it, as far as is known; else kMixed

@@ -91,8 +91,9 @@ def solve(
         sum(count == limits[name][end] for name, count in zip(tables.names, counts, strict=True))
         for end in (0, 1)
     )
-    note = f"limits: {least} layers keep the least that they may, {most} the most"
-    return Solved(apart, counts, plan.ratios(given), named, [note])
+    told = {"the least that they may": least, "the most that they may": most}
+    notes = [f"limits: {count} layers keep {which}" for which, count in told.items() if count]
+    return Solved(apart, counts, plan.ratios(given), named, notes)
 
 
 def _allowed(plan: Plan, limits: Mapping[str, tuple[int, int]]) -> list[tuple[int, int]]:

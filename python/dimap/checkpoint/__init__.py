@@ -7,12 +7,7 @@ in an output: metadata, index, optimizer state and a folder's other files are ca
         for name, spec in checkpoint.tensors.items():
             print(name, spec.shape, checkpoint.get(name))
 
-Rooms: `locate` (what a path is), `header` (safetensors headers), `bitmask` (the sparse formats, with
-`compact`, the blocks of one of them; `sparse_bitmask`, another library's), `shards` (safetensors),
-`state_dict` (`.pth` and timm; imports torch), `copies` (of the weights, beside them); what is done with
-them: `prune` (with `streaming` for safetensors, `in_memory` for the others, and `outputs`), `inspect`,
-`expand`, and `native`, what `_C` is handed;
-of many checkpoints: `inputs` (which), `manifest` (what is done), `many` (one of them), `workers` (--jobs).
+What each file here is for: docs/architecture.md.
 """
 
 from __future__ import annotations
@@ -21,6 +16,7 @@ import os
 from pathlib import Path
 
 from .._errors import first_line, need
+from .._hub import reaching_hub
 from .base import Checkpoint
 from .header import Spec
 from .locate import PICKLED, SAFETENSORS, find_weights, other_weights
@@ -89,7 +85,8 @@ def _from_hub(text: str) -> Path:
     name, _, revision = text.removeprefix(HUB).partition("@")
     hub = need("huggingface_hub", "hf:ORG/NAME needs")
     try:
-        return Path(hub.snapshot_download(name, revision=revision or None))
+        with reaching_hub("hf:ORG/NAME needs"):
+            return Path(hub.snapshot_download(name, revision=revision or None))
     except Exception as error:  # its own kinds, and those of what it loads with
         problem = f"{text} is not in the hub's cache and could not be downloaded"
         raise OSError(f"{problem}: {first_line(error)}") from error

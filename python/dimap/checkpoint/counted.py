@@ -8,10 +8,11 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from .. import _timm
 from .._errors import near, need
+from .._hub import reaching_hub
 from . import HUB, TIMM
 from .base import Checkpoint
 
@@ -19,6 +20,14 @@ if TYPE_CHECKING:
     from torch import nn
 
 TORCHVISION = "torchvision:"
+MODEL_KEY = "dimap_model"  # metadata of an output: its model, where it is not timm's
+
+
+class Counted(NamedTuple):
+    """A model on the meta device, and the metadata by which an output says that it is this one."""
+
+    model: nn.Module
+    says: dict[str, str]
 
 
 def model_of(
@@ -28,36 +37,45 @@ def model_of(
     input_size: int | Sequence[int] | None,
     *,
     asked: bool = True,
-) -> nn.Module:
-    """The model in a checkpoint, on the meta device.
+) -> Counted | None:
+    """The model in a checkpoint.
 
     names: of all its parameters. named: "timm:NAME" or NAME, "torchvision:NAME", "hf:ORG/NAME" or a folder
         with the config.json of transformers; None asks the checkpoint.
-    asked: whether somebody wants FLOPs: transformers, which takes seconds to import, is left alone otherwise.
+    asked: whether somebody wants FLOPs. Otherwise it is None where the checkpoint does not say it, or
+        transformers would build it, which takes seconds to import.
 
     Raises ValueError where the checkpoint does not say it, or is not of the model that is named;
     ModuleNotFoundError where the library is missing; and whatever a library raises that cannot build it.
     """
     place = str(checkpoint.place)
+    described = _timm.described(place, checkpoint.metadata)
+    theirs = _of_transformers(Path(place))
+    own = checkpoint.metadata.get(MODEL_KEY)
+    if named is None and described:
+        return _timm_model(checkpoint, names, *described, input_size)._replace(says={})
+    if named is None and not asked and (theirs or not (own or "").startswith(TORCHVISION)):
+        return None
+    if named is None and theirs:
+        return Counted(_transformers_model(place), {})
+    named = named or own
     if named is None:
-        if described := _timm.described(place, checkpoint.metadata):
-            return _timm_model(checkpoint, names, *described, input_size)
-        if _of_transformers(Path(place)):
-            if not asked:
-                raise ValueError(
-                    "transformers would build the model, which takes seconds; --report FILE, or "
-                    "--model with the folder, asks for them"
-                )
-            return _transformers_model(place)
         raise ValueError(
-            "IN does not say which model it is; --model says it, as timm:NAME, torchvision:NAME, "
-            "hf:ORG/NAME or a folder with the config.json of transformers"
+            "IN does not say which model it is: give --model timm:NAME, torchvision:NAME, hf:ORG/NAME "
+            "or a folder with the config.json of transformers"
         )
+    says = {MODEL_KEY: named}
     if named.startswith(TORCHVISION):
-        return _torchvision_model(checkpoint, named.removeprefix(TORCHVISION))
-    if named.startswith(HUB) or _of_transformers(Path(named)):
-        return _transformers_model(named.removeprefix(HUB))
-    return _timm_model(checkpoint, names, named.removeprefix(TIMM), {}, input_size)
+        found = Counted(_torchvision_model(checkpoint, named.removeprefix(TORCHVISION)), says)
+    elif named.startswith(HUB):
+        with reaching_hub("the model needs"):
+            found = Counted(_transformers_model(named.removeprefix(HUB)), says)
+    elif _of_transformers(Path(named)):
+        found = Counted(_transformers_model(named), {})
+    else:
+        found = _timm_model(checkpoint, names, named.removeprefix(TIMM), {}, input_size)
+    said = described or theirs or checkpoint.metadata.keys() & {*found.says, "config"}
+    return found._replace(says={}) if said else found
 
 
 def _timm_model(
@@ -66,15 +84,18 @@ def _timm_model(
     architecture: str,
     config: dict[str, Any],
     input_size: int | Sequence[int] | None,
-) -> nn.Module:
+) -> Counted:
     state = {name: checkpoint.tensors[name].meta() for name in names}
+    says = {"architecture": architecture}
     try:
-        return _timm.with_weights(architecture, config, state)
+        return Counted(_timm.with_weights(architecture, config, state), says)
     except ValueError:  # built for images of another size, it may be
         if input_size is None:
             raise
         sides = (input_size,) * 2 if isinstance(input_size, int) else tuple(input_size)[-2:]
-        return _timm.with_weights(architecture, {**config, "img_size": sides}, state)
+        config = {**config, "img_size": sides}
+        says["config"] = json.dumps(config)
+        return Counted(_timm.with_weights(architecture, config, state), says)
 
 
 def _torchvision_model(checkpoint: Checkpoint, name: str) -> nn.Module:

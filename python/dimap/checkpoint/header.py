@@ -263,6 +263,12 @@ def make_header(
     return parse_header(raw, len(raw) + at, where)
 
 
+def with_metadata(header: Header, more: Mapping[str, str], where: str) -> Header:
+    """The header of the same tensors and of more metadata, which goes behind what is there."""
+    described = ((entry.name, entry.dtype, entry.shape) for entry in header.entries)
+    return make_header(described, {**header.metadata, **more}, where) if more else header
+
+
 def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A hook for `json`: an object as a dict; ValueError where a name is there twice."""
     found: dict[str, Any] = {}

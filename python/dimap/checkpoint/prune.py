@@ -25,6 +25,7 @@ from ..groups.nm import NM
 from ..groups.plan import Normalize, Plan, Scope, Sparsity, check_choice
 from ..methods import METHODS
 from ..report import Report, build_report
+from ..report.pruned import count_dense
 from . import HUB, open_checkpoint
 from .base import Checkpoint, Progress, Silent, raw_bytes
 from .bitmask import VERSIONS, Format
@@ -98,7 +99,9 @@ def pruning_checkpoint(
         earlier checkpoints in a folder.
     model, input_size: for counting FLOPs: the model's name, where the checkpoint does not say it
         ("timm:NAME", "torchvision:NAME", "hf:ORG/NAME", a folder with the config.json of transformers), and
-        the size of its input (see `flops.count_flops`). Where they cannot be counted a note says why.
+        the size of its input (see `flops.count_flops`). Safetensors outputs say `model` in their metadata,
+        unless it is a folder. What does not fit is a ValueError before any
+        work; where neither is given and `report` has no FLOPs, a note says why.
     force: replace outputs that are there already.
     group: several processes do it together, each its part of the bytes: all of them call this with
         the same arguments and see the same files. The first one creates the outputs and returns
@@ -161,9 +164,16 @@ def pruning_checkpoint(
         norms = digest = None
         if input_norms is not None:
             norms, digest = _read_norms(Path(input_norms), shapes, wholes(plan.names))
+        parts = [p for layers in plan.modules.values() for x in layers for p in x.parameters]
+        names = wholes(parts)
+        named = model is not None or input_size is not None
+        known = None
+        if named or wanted.flops is not None or wanted.nominal_flops is not None:
+            known = model_of(checkpoint, names, model, input_size)
+        counted, says = known or (None, {})
         stream = None
         if isinstance(checkpoint, Shards):
-            stream = Stream(checkpoint, plan, ranks, Told(progress), norms)
+            stream = Stream(checkpoint, plan, ranks, Told(progress), norms, says)
             settings = (
                 given,
                 wanted.settings(),
@@ -175,11 +185,6 @@ def pruning_checkpoint(
                 digest,
             )
             check_agreement(checkpoint, plan, settings, ranks)
-        parts = [p for layers in plan.modules.values() for x in layers for p in x.parameters]
-        names = wholes(parts)
-        counted = None
-        if wanted.flops is not None or wanted.nominal_flops is not None:
-            counted = model_of(checkpoint, names, model, input_size)
         parts = list(dict.fromkeys([*names, *parts]))
         result = StreamPruning(
             modules=plan.modules,
@@ -193,6 +198,10 @@ def pruning_checkpoint(
             asked=wanted.settings(),
             saliency="magnitude" if input_norms is None else method,
         )
+        if named:  # one that does not fit is told before any work
+            _, flops, notes = count_dense(result, counted, input_size)
+            if flops is None:
+                raise ValueError(notes[0])
 
         written = {"masks": masks, "report": report}
         small = {kind: Path(path) for kind, path in written.items() if path is not None}
@@ -213,6 +222,7 @@ def pruning_checkpoint(
         else:
             from .in_memory import fill_in_memory
 
+            checkpoint.metadata |= says
             asked: dict[str, Any] = {
                 "sparsity": None if exact else given,
                 "nm": nm,
@@ -237,9 +247,10 @@ def pruning_checkpoint(
             why = "the first rank counts them"
             if first:
                 try:
-                    asked = report is not None or input_size is not None
-                    counted = model_of(checkpoint, names, model, input_size, asked=asked)
-                    return build_report(result, counted, input_size)
+                    asked = report is not None
+                    found = known or model_of(checkpoint, names, None, None, asked=asked)
+                    built = found and found.model
+                    return build_report(result, built, input_size, no_flops="")
                 except Exception as error:  # of the library that builds it, too: a note, no end
                     why = first_line(error)
             return build_report(result, no_flops=why)

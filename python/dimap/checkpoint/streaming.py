@@ -24,9 +24,9 @@ from ..groups import Slice, part_shape, whole, wholes
 from ..groups.plan import Plan
 from ..report import Pruned, Report
 from .base import Checkpoint, raw_bytes
-from .bitmask import Format, Layout, compact_file, lay_out, size_at_most
+from .bitmask import Format, Layout, compact_file, lay_out, read_layout, size_at_most
 from .compact import Writer
-from .header import DTYPES, Entry, Header, make_header
+from .header import DTYPES, Entry, Header, make_header, with_metadata
 from .native import FILL, READ, Told, begin, elements, opened
 from .shards import Shards
 
@@ -129,14 +129,20 @@ class Stream:
         ranks: Ranks,
         told: Told,
         norms: Mapping[str, Tensor] | None = None,
+        metadata: Mapping[str, str] | None = None,
     ) -> None:
-        """norms: what the magnitudes are multiplied with to be ranked, checked and by parameter."""
+        """norms: what the magnitudes are multiplied with to be ranked, checked and by parameter.
+
+        metadata: what the outputs say beside what the inputs do.
+        """
         self.checkpoint, self.plan, self.ranks, self.told = checkpoint, plan, ranks, told
         self.norms: list[tuple[memoryview, int]] = []
         if norms is not None:
             shapes = checkpoint.shapes()
             self.norms = [_norms_of(n, part_shape(shapes, n), norms[whole(n)]) for n in plan.names]
         self.shards = checkpoint.shards
+        # Of the dense outputs.
+        self.headers = [with_metadata(s.header, metadata or {}, str(s.path)) for s in self.shards]
         located = {
             e.name: (file, e) for file, s in enumerate(self.shards) for e in s.header.entries
         }
@@ -210,8 +216,8 @@ class Stream:
             writers: list[Writer] = []
             takes: list[tuple[int, str]] | _C.Piece
             if form == "compact":
-                for target, shard in zip(targets, self.shards, strict=True):
-                    writer = compact_file(target, shard.header, str(shard.path))
+                for target, header, shard in zip(targets, self.headers, self.shards, strict=True):
+                    writer = compact_file(target, header, str(shard.path))
                     writers.append(files.enter_context(writer))
 
                 def takes(file: int, at: int, data: memoryview) -> None:
@@ -307,21 +313,22 @@ class Stream:
     def packed_size(self, values: Mapping[str, int]) -> int:
         """Bytes of the bitmask files, if the pruned parameters have so many values at most."""
         return sum(
-            size_at_most(s.header, {n: values[n] for n in s.entries if n in values}, str(s.path))
-            for s in self.shards
+            size_at_most(h, {n: values[n] for n in s.entries if n in values}, str(s.path))
+            for h, s in zip(self.headers, self.shards, strict=True)
         )
 
     def _lay_out(self, engine: _C.Pruning, form: Format) -> list[Layout]:
         """What goes where in the outputs."""
         if form != "bitmask":
-            return [shard.layout for shard in self.shards]
+            sides = zip(self.headers, self.shards, strict=True)
+            return [read_layout(header, str(shard.path)) for header, shard in sides]
         packed: dict[str, int] = {}
         for i, (name, count) in enumerate(zip(self.plan.names, engine.count_packed(), strict=True)):
             self.before[i] = packed.get(whole(name), 0)
             packed[whole(name)] = self.before[i] + count
         return [
-            lay_out(s.header, {n: packed[n] for n in s.entries if n in packed}, str(s.path))
-            for s in self.shards
+            lay_out(h, {n: packed[n] for n in s.entries if n in packed}, str(s.path))
+            for h, s in zip(self.headers, self.shards, strict=True)
         ]
 
     def _add_up(

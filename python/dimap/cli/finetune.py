@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..finetuning.settings import STATE, Settings
+from ..finetuning.settings import HISTORY, STATE, Settings
 from .common import IN_HELP, Debug, Json, adding, option, print_json, print_wrote, report_errors
 from .grouping import Grouping, grouped
 
@@ -29,7 +30,10 @@ def with_settings(*names: str) -> Callable[[Any], Any]:
         if name in ("mean", "std"):
             kind = str | None
             details |= {"parser": _numbers, "metavar": "N,N,N"}
-        kind = Annotated[kind, option(str(field.description), **details)]
+        names_of: tuple[str, ...] = ()
+        if name == "timm_model":  # as `dimap prune` calls it
+            names_of, details["metavar"] = ("--model", "--timm-model"), "timm:NAME"
+        kind = Annotated[kind, option(str(field.description), *names_of, **details)]
         parameter = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=kind)
         options.append(parameter.replace(default=field.default))
     return adding("settings", dict, options)
@@ -81,7 +85,9 @@ def finetune(
     def again() -> str:
         if not (out / STATE).exists():
             return ""
-        return "the same command with --resume goes on after the last complete epoch"
+        epoch = json.loads((out / HISTORY).read_text(encoding="utf-8"))["epochs"][-1]["epoch"]
+        held = f"the weights of epoch {epoch}" if epoch else "the weights before training"
+        return f"{out} holds {held}; the same command with --resume goes on from there"
 
     with report_errors(debug, again):
         from ..finetuning import finetune as work

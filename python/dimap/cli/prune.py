@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
+from .._files import check_free, replacing
 from ..groups.plan import Normalize, Scope
 from ..methods import METHODS
 from ..report.text import make_console
@@ -29,7 +31,7 @@ from .common import (
 )
 from .grouping import Grouping, grouped
 from .progress import Bar
-from .recipes import Recipe, write_recipe
+from .recipes import Recipe, recipe_of, recipe_text
 
 PATHS_HELP = f"""{IN_HELP} OUT is a file where IN is a file, a folder where it is a folder.
 
@@ -226,19 +228,23 @@ def prune(
         from ..distributed.launch import launched
         from ..stream import prune_checkpoint
 
-        (source, out), start = paths, time.monotonic()
+        (source, out), start, made = paths, time.monotonic(), recipe_of(Path(paths[1]))
+        again = recipe is not None and recipe.absolute() == made.absolute()
+        if not os.path.lexists(out):  # else that is told
+            check_free(made, folder=False, force=force or again)
         with launched() as ranks, Bar("opening", whole="pruning", wanted=ranks.rank == 0) as bar:
             more |= {"masks": masks, "report": report, "force": force}
             done = prune_checkpoint(source, out, **settings, **more, progress=bar, group=ranks)
             built = done.summary()
         if ranks.rank == 0:
             found = {"sparsity": built.sparsity, **({"got": built.got} if built.got else {})}
-            write_recipe(Path(out), ctx, found)
+            with replacing(made, force=True) as temporary:
+                temporary.write_text(recipe_text(ctx, found), encoding="utf-8")
     if ranks.rank > 0:
         return  # the first one tells
     seconds = time.monotonic() - start
     if as_json:
-        files = {"in": source, "out": out, "masks": masks and str(masks)}
+        files = {"in": source, "out": out, "masks": masks and str(masks), "recipe": str(made)}
         print_json({**files, "seconds": round(seconds, 3), "report": built.to_dict()})
         return
 
@@ -246,5 +252,5 @@ def prune(
     console.print(built)
     if layers:
         console.print(built.layer_table())
-    names = ", ".join(str(path) for path in (out, masks, report) if path)
+    names = ", ".join(str(path) for path in (out, masks, report, made) if path)
     print_wrote(f"{names} in {seconds:.1f} s")

@@ -17,7 +17,6 @@ from typing import Annotated, Any
 import typer
 
 from .. import __version__
-from .._files import replacing
 from .budgets import parse_share, parse_sparsity
 from .common import option, read_toml
 
@@ -121,9 +120,6 @@ def recipe_text(ctx: typer.Context, found: Mapping[str, Any] | None = None) -> s
     return "\n".join(lines) + "\n"
 
 
-def write_recipe(out: Path, ctx: typer.Context, found: Mapping[str, Any] | None = None) -> None:
-    """Write the recipe of an output beside it."""
-    named = out.suffix.lower() in (".safetensors", ".pth", ".pt", ".bin")
-    stem = out.with_suffix("") if named else out
-    with replacing(stem.with_name(f"{stem.name}.recipe.toml"), force=True) as temporary:
-        temporary.write_text(recipe_text(ctx, found), encoding="utf-8")
+def recipe_of(out: Path) -> Path:
+    """Where the recipe of an output is: beside it, under its whole name."""
+    return Path(f"{out}.recipe.toml")

@@ -13,8 +13,8 @@ prefix is a tower of its own, and the first family of `FAMILIES` that fits a tow
 A family fits if every parameter of two or more dimensions inside the blocks is claimed, by a row (to
 be pruned) or by `block_aux` (never pruned), and every block has as many layers as `per_block` says.
 What stands outside the blocks is never pruned. Biases, norms and other parameters of fewer
-dimensions are aux without being named. To add a family, add one; nothing else has to change. The
-tables write them in short, by `table.family`.
+dimensions are aux without being named. To add a family, add an entry to
+a table, which writes it in short, by `table.family`; a new table goes into `FAMILIES`.
 
 Models of no family can be grouped by the words in their names: `roles`.
 """

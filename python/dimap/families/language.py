@@ -157,7 +157,6 @@ FAMILIES = (
         "(cross)?attention.self.distance_embedding.weight",
         aux=_BERT_AUX,
         per_block=[_ONCE, _TWICE],
-        language=True,
     ),
     family(
         "distilbert: DistilBERT",
@@ -166,7 +165,6 @@ FAMILIES = (
         proj="attention.out_lin",
         mlp="ffn.lin1 ffn.lin2",
         aux=_BERT_AUX,
-        language=True,
     ),
     family(
         "albert: ALBERT",
@@ -175,7 +173,6 @@ FAMILIES = (
         proj="attention.dense",
         mlp="ffn ffn_output",
         aux=f"{_BERT_AUX} encoder.embedding_hidden_mapping_in.weight predictions...",
-        language=True,
     ),
     family(
         "modernbert: ModernBERT",
@@ -184,7 +181,6 @@ FAMILIES = (
         proj="attn.Wo",
         mlp="mlp.Wi mlp.Wo",
         aux=f"{_BERT_AUX} (head|decoder)...",
-        language=True,
     ),
     _decoder(
         "t5: T5, mT5, UMT5, LongT5, Flan-T5",

@@ -45,7 +45,7 @@ class Family:
     aux: what is expected outside the blocks; all else there is not pruned either, with a note.
     per_block: layers of a block, by module; of several, a block must be as one of them says.
     mark: what one block has at least, relative to it; tells what another table would fit too.
-    language: a model of language, of which magnitude alone is a poor judge.
+    language: decoders of language, of which magnitude alone is a poor judge.
     """
 
     name: str
@@ -143,6 +143,6 @@ def regex(text: str) -> str:
     def spelled(found: re.Match[str]) -> str:
         if found["name"]:
             return f"(?P<{found['name']}>{regex(found['of'] or '*')})"
-        return _SPELLED[found[0]]
+        return _SPELLED.get(found[0], found[0])
 
-    return re.sub(r"<(?P<name>\w+)(?::(?P<of>[^>]+))?>|\.{1,3}|[*(]", spelled, text)
+    return re.sub(r"<(?P<name>\w+)(?::(?P<of>[^>]+))?>|\[.*?\]|\.{1,3}|[*(]", spelled, text)

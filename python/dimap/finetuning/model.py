@@ -70,11 +70,9 @@ def _read_model(path: str, settings: Settings) -> tuple[Source, str | None, dict
     with open_checkpoint(path) as checkpoint:
         found = _timm.described(path, checkpoint.metadata)
         if settings.timm_model:
-            found = settings.timm_model, {}
+            found = settings.timm_model.removeprefix("timm:"), {}
         if found is None:
-            raise ValueError(
-                f"{path} does not say which timm model it is: give the name as --timm-model NAME"
-            )
+            raise ValueError(f"{path} does not say which timm model it is: give --model timm:NAME")
         architecture, config = found
         if settings.input_size is not None:
             config = {**config, "img_size": settings.input_size}

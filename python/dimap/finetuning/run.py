@@ -26,6 +26,8 @@ from .settings import Settings
 from .state import BEST, LAST, Folder, fingerprint
 from .training import Trainer, seed_epoch
 
+QUIET = 60.0  # seconds from one line to the next where there is no bar
+
 
 @dataclass(frozen=True)
 class Finetuned:
@@ -200,7 +202,8 @@ def _run(
     """All epochs that are left; the history of the whole run.
 
     metadata: for the files of weights. identity: what a run must share with the one it resumes.
-    shown: show a line for each epoch on stderr, and a bar where that is a terminal. board: write logs
+    shown: show a line for each epoch on stderr, and a bar where that is a terminal, else a line from time to
+    time (`QUIET`). board: write logs
     for TensorBoard.
     """
     from tqdm import tqdm
@@ -228,10 +231,15 @@ def _run(
         disable=None if shown else True,  # None: where stderr is no terminal
     )  # fmt: skip
     with progress as bar, writing as writer:
+        told = time.monotonic()
 
         def tell(loss: float) -> None:
+            nonlocal told
             bar.set_description_str(f"{name}, loss {loss:.4f}", refresh=False)
             bar.update()
+            if bar.disable and time.monotonic() - told > QUIET:
+                told = time.monotonic()
+                say(f"{name}, step {trainer.updates} of {steps}, loss {loss:.4f}")
 
         for epoch in range(start, settings.epochs + 1):
             began, name = time.monotonic(), f"epoch {epoch}/{settings.epochs}"

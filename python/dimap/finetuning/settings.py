@@ -14,7 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from .._errors import near
 
-STATE = "state.pt"  # in the folder of a run: what --resume needs
+# In the folder of a run: what --resume needs; a row for each epoch.
+STATE, HISTORY = "state.pt", "history.json"
 
 # timm's, by how they begin.
 POLICIES = ("rand", "augmix", "original", "originalr", "v0", "v0r", "3a")

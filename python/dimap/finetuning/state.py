@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from .._files import replacing, save_safetensors
-from .settings import STATE
+from .settings import HISTORY, STATE
 
-BEST, LAST, HISTORY = "best.safetensors", "last.safetensors", "history.json"
+BEST, LAST = "best.safetensors", "last.safetensors"
 VERSION = 2
 
 

@@ -81,6 +81,9 @@ _WORDS = re.compile(
     r"(?:.+\.)?(?:embed_tokens|embed_in|wte|word_embeddings|word_embedding|shared|tok_embeddings"
     r"|token_embedding|token_embd)\.weight"
 )
+_ENCODER = re.compile(
+    r"(?:^|[._])encoder|EncDec"
+)  # in a layer of one, or of a decoder that looks at one
 COSTLY = (
     "magnitude alone costs language models dearly (LLaMA-2-7B at 50 %: perplexity 5.1 becomes 14.9; "
     "6.4 by Wanda, which looks at activations): a lower sparsity or a saliency of your own is advised"
@@ -94,11 +97,13 @@ class Grouping:
     modules: module name -> layers, "aux" last, as `find_modules` returns them.
     families: of each tower by its name, "" where there is one; none for the caller's own patterns.
     notes: what the user should know of it, one sentence each.
+    costly: whether it has a decoder of words, which loses much where it is pruned by magnitude (`COSTLY`).
     """
 
     modules: Modules
     families: dict[str, Family] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    costly: bool = False
 
 
 def find_modules(
@@ -220,10 +225,12 @@ def group(
     modules, left_out = choice.leave_out(modules, seen)
     notes += left_out
     modules = untie(modules, ties, notes)
-    language = any(family.language for family in families.values())
-    if (language or choice.family == TRANSFORMER) and any(_WORDS.fullmatch(n) for n, _ in names):
-        notes.append(COSTLY)
-    return Grouping(modules, families, tuple(notes))
+    spoken = {t for t, family in families.items() if family.language}
+    if choice.family == TRANSFORMER:
+        spoken = {x.tower for x in prunable(modules)}
+    spoken -= {x.tower for x in prunable(modules) if _ENCODER.search(x.name)}
+    costly = bool(spoken) and any(_WORDS.fullmatch(name) for name, _ in names)
+    return Grouping(modules, families, tuple(notes), costly)
 
 
 def propose(shapes: Mapping[str, Sequence[int]]) -> tuple[Guess, Modules]:

@@ -152,6 +152,7 @@ def assemble(
                 problems.append(f"a layer must have one tensor for each of its patterns, got {got}")
             group[part] = piece
             captured[key] = match.groupdict()
+    places = {row: i * in_order for i, row in enumerate(rows)}
     found = []
     for key, group in groups.items():
         row = key[0]
@@ -163,8 +164,7 @@ def assemble(
         stage, block = locate(captured[key], parameters[0], stages)
         name = layer_name(parameters, row.name)
         layer = Layer(name, row.module, parameters, stage, block)
-        place = rows.index(row) if in_order else 0
-        found.append(((*position(layer, -1), place, natural(name)), layer))
+        found.append(((*position(layer, -1), places[row], natural(name)), layer))
     found.sort(key=lambda each: each[0])  # does not depend on the mapping's order
     return [layer for _, layer in found], problems, {row for row, _ in groups}
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 from .._errors import share, way_out
 from . import (
     AUX,
+    COSTLY,
     Choice,
     Layer,
     Located,
@@ -23,6 +24,7 @@ from . import (
     named_tensors,
     part_of,
     part_shape,
+    prunable,
     shapes_of,
     tied_in,
     whole,
@@ -88,7 +90,8 @@ class Plan:
         check_choice("normalize", normalize, get_args(Normalize))
         grouping = group(shapes, patterns, ties)
         modules = grouping.modules
-        plan, axes = Plan(modules, notes=grouping.notes, nm=nm), dict[str, int]()
+        notes = (*grouping.notes, COSTLY) if grouping.costly else grouping.notes
+        plan, axes = Plan(modules, notes=notes, nm=nm), dict[str, int]()
         if nm is not None:
             plan.modules, axes, ragged = leave_ragged(modules, shapes, nm.m)
             modules, plan.notes = plan.modules, (*plan.notes, *ragged)
@@ -151,7 +154,7 @@ class Plan:
 
     def prunable(self) -> list[tuple[str, Layer]]:
         """The layers that are pruned, each with its module."""
-        return [(m, layer) for m, layers in self.modules.items() if m != AUX for layer in layers]
+        return [(layer.module, layer) for layer in prunable(self.modules)]
 
     def layer_of_tensors(self) -> list[tuple[str, Layer]]:
         """The module and the layer of each tensor."""
@@ -226,7 +229,7 @@ class Plan:
         kept: for nm "auto", how many weights `select` keeps of each tensor.
         """
         assert self.nm is not None
-        layers = [layer for _, layer in self.prunable()]
+        layers = prunable(self.modules)
         if self.nm.n is not None:
             return dict.fromkeys((x.name for x in layers), self.nm.n)
         of = {name: i for i, name in enumerate(self.names)}
@@ -243,9 +246,7 @@ class Plan:
 
     def by_tensor(self, counts: Mapping[str, int]) -> list[int]:
         """What is said of layers by name, of each tensor."""
-        layers = (x for found in self.modules.values() for x in found)
-        said = {p: counts[x.name] for x in layers if x.name in counts for p in x.parameters}
-        return [said[name] for name in self.names]
+        return [counts[layer.name] for _, layer in self.layer_of_tensors()]
 
     def ranked(self, saliency: Mapping[str, Tensor]) -> list[Tensor]:
         """The saliency of each tensor, checked: it takes the place of the magnitudes."""
@@ -305,14 +306,13 @@ def scope_names(modules: Mapping[str, Sequence[Located]], scope: str) -> dict[st
             continue
         seen: Counter[tuple[str, int | None, int | None]] = Counter()
         for layer in layers:
-            if scope in ("type", "block", "stage"):
-                place = block_name(layer, "stage" if scope == "stage" else "block", "scope", scope)
-            if scope == "type":
-                seen[layer.tower, layer.stage, layer.block] += 1
-                number = seen[layer.tower, layer.stage, layer.block]
-                names[layer.name] = f"{module}.{number}"
-            elif scope in ("block", "stage"):
-                names[layer.name] = place
+            if scope in ("block", "stage"):
+                names[layer.name] = block_name(layer, scope, "scope", scope)
+            elif scope == "type":
+                block_name(layer, "block", "scope", scope)  # or the error that it has none
+                place = layer.tower, layer.stage, layer.block
+                seen[place] += 1
+                names[layer.name] = f"{module}.{seen[place]}"
             else:
                 own = {"module": module, "layer": layer.name, "row": layer.name}
                 names[layer.name] = own.get(scope, scope)
@@ -321,8 +321,8 @@ def scope_names(modules: Mapping[str, Sequence[Located]], scope: str) -> dict[st
     return names
 
 
-def block_name(layer: Located, kind: Literal["block", "stage"], argument: str, value: str) -> str:
-    """A layer's block or stage in words. argument, value: what asks for it, for the error."""
+def block_name(layer: Located, kind: str, argument: str, value: str) -> str:
+    """A layer's "block" or "stage" in words. argument, value: what asks for it, for the error."""
     # A model of one stage numbers its blocks only.
     if layer.block is None and (kind == "block" or layer.stage is None):
         raise ValueError(
@@ -337,14 +337,10 @@ def block_name(layer: Located, kind: Literal["block", "stage"], argument: str, v
 
 
 def _group_key(layer: Layer, module: str, normalize: str) -> tuple[str, ...]:
-    if normalize == "scope":
-        return ()
-    if normalize == "module":
-        return (module,)
-    if normalize == "layer":
-        return (module, layer.name)
-    kind: Literal["block", "stage"] = "block" if normalize == "block" else "stage"
-    return (module, block_name(layer, kind, "normalize", normalize))
+    if normalize in ("block", "stage"):
+        return (module, block_name(layer, normalize, "normalize", normalize))
+    keys = {"scope": (), "module": (module,), "layer": (module, layer.name)}
+    return keys[normalize]
 
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:

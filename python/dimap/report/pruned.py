@@ -125,7 +125,7 @@ def build_report(
             will do, on any device, the meta device too; a state dict has no FLOPs.
         input_size: as in `flops.count_flops`. Where it is None and the model does not say it, or
             the forward pass at the size it says fails, the report has no FLOPs and says why.
-        no_flops: why there is no `model`.
+        no_flops: why there is no `model`; "" where nobody asks.
 
     Raises:
         ValueError: `model` is not the model that was pruned (names or shapes differ), or what was
@@ -290,7 +290,7 @@ def _flops(
 ) -> tuple[Flops | None, list[str]]:
     """FLOPs, or a note that says why there are none."""
     if model is None or isinstance(model, Mapping):
-        return None, [f"no FLOPs: {no_flops}"]
+        return None, [f"no FLOPs: {no_flops}"] if no_flops else []
     from ..flops import count_flops
 
     if input_size is not None:

@@ -307,8 +307,9 @@ def summary_lines(report: Report) -> list[str]:
         *(_budget_line(name, report.asked[name], got) for name, got in report.got.items()),
         f"parameters     {report.weights:,} -> {report.kept:,}, "
         f"{report.removed_percent:.2f} % removed",
-        f"not zero       {report.nonzero:,}",
     ]
+    if zeros := report.kept - report.nonzero:
+        lines.append(f"not zero       {report.nonzero:,}; {zeros:,} that are kept were zero before")
     for name, flops, percent in (
         ("FLOPs         ", report.flops, report.flops_removed_percent),
         ("FLOPs, nominal", report.flops_nominal, report.flops_nominal_removed_percent),
@@ -334,16 +335,21 @@ def note_lines(report: Report) -> list[str]:
     size = " x ".join(map(str, report.input_size))
     one = f"one {size} input" if len(report.input_size) > 1 else f"{size} tokens"
     return [
-        f"FLOPs are multiply-adds of {one}. dense: before pruning;",
+        f"FLOPs are multiply-adds of {one}. before: the dense model;",
         "FLOPs: nonzero weights x tokens; nominal: the module's ratio, in all its layers.",
+        *(
+            ["other: what multiplies no weights, as attention's products"]
+            if report.flops_other
+            else []
+        ),
         *report.notes,
     ]
 
 
-MODULES = ("layers", "weights", "kept", "removed", "threshold", "dense", "FLOPs", "nominal")
+MODULES = ("layers", "weights", "kept", "removed", "threshold", "before", "FLOPs", "nominal")
 LAYERS = ("weights", "density", "", "min |w|", "FLOPs")
 # Where there is no room for all of them, those that go, one after the other.
-LOST = ("", "threshold", "min |w|", "nominal", "layers", "dense", "kept", "FLOPs", "weights")
+LOST = ("", "threshold", "min |w|", "nominal", "layers", "before", "kept", "FLOPs", "weights")
 
 
 def columns(
@@ -361,11 +367,11 @@ def columns(
         "removed": lambda part: part.weights and f"{part.removed_percent:.{digits}f} %",
         "density": lambda part: part.weights and f"{100 * part.density:.1f} %",
         "": lambda part: part.weights and part.density,
-        "threshold": lambda part: tiny(part.threshold),
+        "threshold": lambda part: part.removed and tiny(part.threshold),
         "min |w|": lambda part: tiny(getattr(part, "smallest_kept", None)),
         "module": lambda part: getattr(part, "module", ""),
         "N:M": lambda part: getattr(part, "nm", None) or "",
-        "dense": lambda part: short(part.flops_dense),
+        "before": lambda part: short(part.flops_dense),
         "FLOPs": lambda part: short(part.flops),
         "nominal": lambda part: short(part.flops_nominal),
     }
