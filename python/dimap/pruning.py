@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -340,7 +340,7 @@ def _select_groups(
     return [masks[i] for i in range(len(tensors))]
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, repr=False)
 class Pruning(Pruned):
     """What was pruned in memory. Its counts are made when they are asked for.
 
@@ -351,7 +351,7 @@ class Pruning(Pruned):
     """
 
     masks: dict[str, Tensor]
-    parameters: dict[str, Tensor] = field(repr=False)
+    parameters: dict[str, Tensor]
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:

@@ -497,6 +497,39 @@ def test_existing_output_is_kept_without_force(run, option):
     assert "taken.safetensors: exists already and is replaced only by force (--force)" in message
 
 
+def test_the_picture_comes_first(run):
+    code, _, err = run("plot", "in.safetensors", "o.png", "x")
+    assert code == 2
+    assert "the picture comes first, one of kept, weights, mask, accuracy" in err
+    assert err.startswith("dimap: error: ")
+
+
+@pytest.mark.parametrize("name", ["r.txt", "r.html", "r.JSON"])
+def test_a_report_is_json_or_a_folder(run, name):
+    message = fails(run, "prune", "in.safetensors", "o.safetensors", "-s", 0.5, "--report", name)
+    assert f"report must be a file that ends in .json, or a folder, got {name}" in message
+
+
+def test_usage_errors_look_as_others_do(run):
+    for options in (("-s", 2), ("--scope", "head"), ("--nix",), ()):
+        code, out, err = run("prune", "in.safetensors", "o.safetensors", *options)
+        assert (code, out) == (2, "")
+        assert err.startswith("dimap: error: ")
+        assert "Value error" not in err
+        assert err.rstrip().endswith("(see dimap prune --help)")
+        assert err.count("\n") == 1
+
+
+def test_a_convolutional_network_is_inspected(run):
+    save_file(
+        {f"layer1.{i}.conv1.weight": torch.ones(4, 4, 3, 3) for i in range(2)}, "c.safetensors"
+    )
+    code, out, _ = run("inspect", "c.safetensors")
+    assert code == 0
+    assert "its names do not say what to prune: all is under aux" in out
+    assert "looks like a convolutional network" in " ".join(out.split())
+
+
 def test_nan_weights_are_named(run):
     state = swin()
     state["layers.0.blocks.1.mlp.fc1.weight"][3, 1] = float("nan")

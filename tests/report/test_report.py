@@ -418,6 +418,13 @@ class TestTables:
         assert leaves(names) == ends
 
 
+def test_a_pruning_is_shown_in_a_line() -> None:
+    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(20)))
+    pruning = dimap.prune(model, 0.5, patterns={"all": r"(?P<block>\d+)\.weight"})
+    wanted = "Pruning(layers={'all': 20}, scope='module', sparsity={'all': 0.5})"
+    assert repr(pruning) == wanted
+
+
 @pytest.mark.parametrize(("ours", "theirs"), [(3, 12), (12, 3)])
 def test_a_model_of_another_depth_is_called_so(ours: int, theirs: int) -> None:
     def net(depth: int) -> nn.Module:

@@ -38,7 +38,7 @@ ZERO_BITS = {"F32": 0, "BF16": 16, "F16": 13}  # low bits that are zero in every
 ASIDE = 1 << 25  # numbers that may be set aside while the cuts are sought: 128 MiB
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, repr=False)
 class StreamPruning(Pruned):
     """What was pruned: `dimap.Pruning` without the weights and masks, which lie in files.
 

@@ -33,12 +33,29 @@ class Commands(TyperGroup):
         super().__init__(**attributes)
         self.commands = {name: TyperCommand(name, help=text) for name, text in COMMANDS.items()}
 
+    def main(self, *args: Any, **more: Any) -> Any:
+        from typer import rich_utils
+
+        rich_utils.rich_format_error = _print_usage_error  # type: ignore[assignment]
+        return super().main(*args, **more)
+
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         name, _, rest = super().resolve_command(ctx, args)
         assert name is not None
         single = typer.Typer(add_completion=False)
         single.command(name)(getattr(import_module(f".{name}", __name__), name))
         return name, typer.main.get_command(single), rest
+
+
+def _print_usage_error(error: Any) -> None:
+    """Say what is wrong with the arguments as other errors are said, in one line."""
+    if type(error).__name__ == "NoArgsIsHelpError":  # the help was printed
+        return
+    from .common import print_error
+
+    text = error.format_message().removeprefix("Invalid value: ").replace("Value error, ", "")
+    context = getattr(error, "ctx", None)
+    print_error(f"{text} (see {context.command_path} --help)" if context else text)
 
 
 app = typer.Typer(

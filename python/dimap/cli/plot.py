@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import typer
 
@@ -27,11 +27,23 @@ SOURCE_HELP = (
 )
 
 
+def parse_picture(text: str) -> str:
+    """What is drawn; with a way out for who gave a file first."""
+    if text not in get_args(Picture):
+        raise typer.BadParameter(
+            f"the picture comes first, one of {', '.join(get_args(Picture))}, as in dimap plot kept IN "
+            f"OUT, got {text!r}"
+        )
+    return text
+
+
 @grouped
 def plot(
     picture: Annotated[
-        Picture,
+        str,
         typer.Argument(
+            parser=parse_picture,
+            metavar=f"{{{'|'.join(get_args(Picture))}}}",
             help="kept: how much every layer keeps. weights: histograms by type of layer and "
             "block. mask: one layer's mask. accuracy: against sparsity.",
             show_default=False,

@@ -69,6 +69,12 @@ def report_output(
     """
     with ExitStack() as outputs:
         layers = prunable(modules)
+        if (
+            re.fullmatch(r"\.[A-Za-z]{2,5}", path.suffix)
+            and path.suffix != ".json"
+            and not path.is_dir()
+        ):
+            raise ValueError(f"report must be a file that ends in .json, or a folder, got {path}")
         if (path.suffix == ".json" or path.is_file()) and not path.is_dir():
             temporary = outputs.enter_context(replacing(path, force=force))
             yield ReportOutput([], lambda _: temporary)

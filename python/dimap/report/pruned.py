@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from ..groups.plan import Normalize, Scope
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, repr=False)
 class Pruned:
     """What was asked for, what was cut, and counts of what is left.
 
@@ -61,6 +61,11 @@ class Pruned:
     asked: dict[str, Any] = field(default_factory=dict)
     size: int | None = None
     nm: dict[str, str] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        layers = {name: len(found) for name, found in self.modules.items() if name != AUX}
+        said = {"layers": layers, "scope": self.scope, "sparsity": self.sparsity} | self.asked
+        return f"{type(self).__name__}({', '.join(f'{name}={x!r}' for name, x in said.items())})"
 
     if TYPE_CHECKING:  # a dataclass would take a property of its base for a field's default
 
