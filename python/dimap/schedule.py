@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from inspect import signature
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -11,8 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from .budgets import Budgets
 from .groups import choose
 from .groups.known import bare
+from .groups.nm import NM
+from .groups.plan import check_choice
 from .holding import Holding, hold_masks, is_flat, unwrap, whole_weights
 from .masks import fit_masks
 from .methods import METHODS, Method
@@ -91,11 +95,13 @@ class GradualPruning:
     schedule: a number (or one for each module) prunes once, at the start; None never.
     masks: held from the start; what they drop stays dropped.
     steps: of the optimizer that are done already: then nothing is pruned at the start.
-    options: `method`, `scope`, `normalize`, `data`, … of `dimap.select`. `data` is read at every
-        pruning: a list, not a generator.
+    options: `method`, `scope`, `nm` (auto), `min_keep`, `limits`, `data`, … of `dimap.select`, for every
+        pruning. `data` is read at each: a list, not a generator.
 
     What is pruned stays pruned. A compiled or data-parallel model is pruned as the plain one in it, and
     a sharded one as its whole.
+
+    Raises ValueError for options that say a sparsity themselves, beside a schedule: N:M, or a budget.
     """
 
     def __init__(
@@ -114,6 +120,7 @@ class GradualPruning:
         self.sparsity: Any = 0.0  # now
         given = {name: options.pop(name, None) for name in ("patterns", "family", "ignore")}
         options["patterns"] = choose(**given)
+        _check(options, sought=isinstance(self.schedule, _Once) and schedule is not None)
         self._model, self._optimizer, self._options = unwrap(model), optimizer, options
         self._gradients = gradients
         self.holding: Holding | None = None  # what holds the masks now
@@ -145,11 +152,12 @@ class GradualPruning:
                 before = fit_masks(self._masks, weights)
                 before = {n: mask.to(weights[n].device) for n, mask in before.items()}
                 method = METHODS[options.get("method", "dimap")]
-                options = {
+                options = options | {
+                    "method": "dimap",  # one that needs data has read them
+                    "data": None,
                     "scope": options.get("scope") or method.scope,
                     "normalize": options.get("normalize")
-                    or ("scope" if "saliency" in options else method.normalize),
-                    "patterns": options.get("patterns"),
+                    or (method.normalize if options.get("saliency") is None else "scope"),
                     "saliency": self._saliency(method, before),
                 }
             found = select(self._model, sparsity, **options)
@@ -198,3 +206,28 @@ class GradualPruning:
         if self.holding is not None:
             self.holding.remove()
             self.holding, self._masks = None, {}
+
+
+def _check(options: Mapping[str, Any], sought: bool) -> None:
+    """Refuse, before the training, options of `select` that no pruning by a schedule can have.
+
+    sought: whether the one pruning may have a budget to seek its sparsity by.
+    """
+    taken = signature(select).parameters
+    budgets = {name: value for name, value in options.items() if name not in taken}
+    budget = Budgets.of("GradualPruning", budgets)
+    method = options.get("method", "dimap")
+    check_choice("method", method, tuple(METHODS))
+    groups = NM.parse(nm := options.get("nm"))
+    if groups is not None and groups.n is not None:
+        raise ValueError(
+            f"nm must be auto or auto:M, where a schedule says how much is pruned, got {nm!r}: give "
+            f"masks=dimap.select(model, nm={nm!r}) and no schedule to hold it"
+        )
+    if budget.asked and not sought:
+        raise ValueError(
+            f"{' and '.join(budget.asked)} must be left out, where a schedule says how much is pruned: "
+            "give masks=dimap.select(model, ...) with the budget and no schedule to hold it"
+        )
+    if groups is not None or (options.get("scope") or METHODS[method].scope) == "row":
+        budget.refuse("nm" if groups is not None else "row")

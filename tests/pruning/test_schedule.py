@@ -156,3 +156,82 @@ def test_rows_are_pruned_gradually(method: str) -> None:
     for name, mask in gradual.masks.items():
         assert (mask.sum(1) == mask.shape[1] // 4).all()
         assert not (mask & ~before[name]).any()
+
+
+def pruned_gradually(begin: int, **options) -> GradualPruning:
+    """To 0.8, where nothing is left of the last layer but for limits."""
+    model, optimizer = two_layers()
+    with torch.no_grad():
+        model[1].weight.mul_(1e-3)
+    schedule = CubicSchedule(0.8, begin=begin, end=begin + 6, every=2, initial=0.6)
+    options = {"method": "global_magnitude", "patterns": PATTERNS} | options
+    gradual = GradualPruning(model, optimizer, schedule, **options)
+    before: dict[str, torch.Tensor] = {}
+    for _ in range(begin + 6):
+        gradual.step()
+        assert not any((m & ~before.get(name, m)).any() for name, m in gradual.masks.items())
+        before = {name: m.clone() for name, m in gradual.masks.items()}
+    assert gradual.sparsity == 0.8
+    return gradual
+
+
+@pytest.mark.parametrize("begin", [0, 1])
+@pytest.mark.parametrize(("options", "least"), [
+    ({}, 0),
+    ({"min_keep": 0.1}, 7),
+    ({"limits": {"1": ("50%", 1.0)}}, 32),
+    ({"limits": {"0": (0, "20%")}}, 13),
+    ({"min_keep": 0.1, "saliency": True}, 7),
+])  # fmt: skip
+def test_limits_hold_at_every_pruning(begin: int, options, least: int) -> None:
+    if "saliency" in options:
+        model, _ = two_layers()
+        given = {f"{i}.weight": model[i].weight.detach().abs() * (1, 1e-3)[i] for i in range(2)}
+        options = options | {"saliency": given}
+    gradual = pruned_gradually(begin, **options)
+    kept = [int(gradual.masks[f"{i}.weight"].sum()) for i in range(2)]
+    assert kept == [192 - round(0.8 * 192) - least, least]
+
+
+@pytest.mark.parametrize("begin", [0, 1])
+@pytest.mark.parametrize("method", ["uniform", "global_magnitude", "taylor"])
+def test_groups_stay_groups_at_every_pruning(begin: int, method: str) -> None:
+    data = [(torch.randn(32, 8), torch.randint(4, (32,)))]
+    options = {"data": data} if method == "taylor" else {}
+    gradual = pruned_gradually(begin, nm="auto:8", method=method, **options)
+    for i in range(2):
+        kept = gradual.masks[f"{i}.weight"].unflatten(1, (-1, 8)).sum(2).unique()
+        assert len(kept) == 1, kept  # the same N in all groups of a layer
+    total = sum(int(m.sum()) for m in gradual.masks.values())
+    assert abs(total - (192 - round(0.8 * 192))) <= 16
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"nm": "2:4"}, r"nm must be auto or auto:M.* got '2:4': give masks=dimap.select"),
+    ({"nm": "two"}, "nm .* must be N:M"),
+    ({"params": 0.5}, "params must be left out, where a schedule says"),
+    ({"flops": "60%", "size": 9}, "flops and size must be left out"),
+    ({"min_keep": 0.1, "scope": "row"}, "scope='row' must be given without .* min_keep"),
+    ({"min_keep": 0.1, "nm": "auto"}, "nm must be given without .* min_keep"),
+    ({"limits": {"1": 0.5}}, "limits.* must be"),
+    ({"method": "best"}, "method must be one of"),
+    ({"keep": 0.1}, "unexpected keyword argument 'keep'"),
+])  # fmt: skip
+def test_options_that_no_schedule_can_have(options, message) -> None:
+    model, optimizer = two_layers()
+    schedule = CubicSchedule(0.8, begin=5, end=9)
+    masks = dimap.select(model, 0.1, patterns=PATTERNS)
+    for given in ({}, {"masks": masks}):
+        with pytest.raises((ValueError, TypeError), match=message):
+            GradualPruning(model, optimizer, schedule, patterns=PATTERNS, **given, **options)
+
+
+def test_one_pruning_meets_a_budget() -> None:
+    model, optimizer = two_layers()
+    masks = dimap.select(model, 0.1, patterns=PATTERNS)
+    for given in ({}, {"masks": masks}):
+        once = GradualPruning(model, optimizer, "auto", params=0.5, patterns=PATTERNS, **given)
+        left = sum(int(mask.sum()) for mask in once.masks.values()) + 20  # biases
+        assert 100 < left <= 106
+    with pytest.raises(ValueError, match="params must be left out"):
+        GradualPruning(model, optimizer, None, params=0.5, masks=masks, patterns=PATTERNS)
