@@ -221,7 +221,9 @@ def test_a_budget_within_limits_moves_what_a_limit_stops() -> None:
     report = pruned.report(model, 32)
     assert 0.59 < report.got["flops"] <= 0.6
     assert all(layer.kept >= 0.5 * layer.weights for layer in report.layers)
-    assert any("the least that they may" in note for note in report.notes)
+    least = sum(layer.kept == -(-layer.weights // 2) for layer in report.layers)
+    told = [note for note in report.notes if "the least that they may" in note]
+    assert told == ([f"limits: {least} layers keep the least that they may"] if least else [])
 
 
 def test_sparsities_of_some_modules_and_auto() -> None:
