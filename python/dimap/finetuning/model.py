@@ -72,9 +72,7 @@ def _read_model(path: str, settings: Settings) -> tuple[Source, str | None, dict
         if settings.timm_model:
             found = settings.timm_model.removeprefix("timm:"), {}
         if found is None:
-            raise ValueError(
-                f"{path} does not say which timm model it is: give --model timm:NAME"
-            )
+            raise ValueError(f"{path} does not say which timm model it is: give --model timm:NAME")
         architecture, config = found
         if settings.input_size is not None:
             config = {**config, "img_size": settings.input_size}
