@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from .holding import Holding, hold_masks
     from .masks import apply_masks, load_masks, save_masks
     from .pruning import Pruning, measure_sensitivity, prune, score, select
-    from .schedule import CubicSchedule, GradualPruning
+    from .schedule import CubicSchedule, GradualPruning, Schedule
     from .semi_structured import to_semi_structured
     from .stream import prune_checkpoint
 
@@ -41,6 +41,7 @@ __all__ = [
     "Holding",
     "Layer",
     "Pruning",
+    "Schedule",
     "__version__",
     "apply_masks",
     "build_info",
@@ -72,7 +73,7 @@ _NAMES = {
     "holding": ("Holding", "hold_masks"),
     "masks": ("apply_masks", "load_masks", "save_masks"),
     "pruning": ("Pruning", "measure_sensitivity", "prune", "score", "select"),
-    "schedule": ("CubicSchedule", "GradualPruning"),
+    "schedule": ("CubicSchedule", "GradualPruning", "Schedule"),
     "semi_structured": ("to_semi_structured",),
     "stream": ("prune_checkpoint",),
 }

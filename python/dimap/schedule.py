@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from inspect import signature
@@ -23,11 +24,23 @@ from .methods import METHODS, Method
 from .pruning import select
 from .saliency import magnitude
 
-__all__ = ["CubicSchedule", "GradualPruning"]
+__all__ = ["CubicSchedule", "GradualPruning", "Schedule"]
+
+
+class Schedule(ABC):
+    """How much is pruned, and when, in optimizer steps: derive your own from it."""
+
+    @abstractmethod
+    def sparsity(self, step: int) -> Any:
+        """What `dimap.select` takes after `step` optimizer steps: a number, or one for each module."""
+
+    @abstractmethod
+    def due(self, step: int) -> bool:
+        """Whether weights are pruned after `step` optimizer steps."""
 
 
 @dataclass(frozen=True)
-class CubicSchedule:
+class CubicSchedule(Schedule):
     """The cubic schedule s(t) = final + (initial − final) · (1 − (t − begin) / (end − begin))³.
 
     It removes much while there is much to spare and little near the end.
@@ -70,7 +83,7 @@ class CubicSchedule:
 
 
 @dataclass(frozen=True)
-class _Once:
+class _Once(Schedule):
     """All that is pruned is pruned before the first step; None prunes nothing."""
 
     final: float | Mapping[str, float] | None
@@ -92,7 +105,8 @@ class GradualPruning:
             gradual.step()
 
     model, optimizer, gradients: as in `dimap.hold_masks`.
-    schedule: a number (or one for each module) prunes once, at the start; None never.
+    schedule: a `CubicSchedule` or a `Schedule` of your own; a number (or one for each module)
+        prunes once, at the start; None never.
     masks: held from the start; what they drop stays dropped.
     steps: of the optimizer that are done already: then nothing is pruned at the start.
     options: `method`, `scope`, `nm` (auto), `min_keep`, `limits`, `data`, … of `dimap.select`, for every
@@ -108,14 +122,14 @@ class GradualPruning:
         self,
         model: nn.Module,
         optimizer: Optimizer | Sequence[Optimizer],
-        schedule: CubicSchedule | float | Mapping[str, float] | None,
+        schedule: Schedule | float | Mapping[str, float] | None,
         *,
         masks: Mapping[str, Tensor] | None = None,
         steps: int = 0,
         gradients: bool | Literal["early"] = True,
         **options: Any,
     ) -> None:
-        self.schedule = schedule if isinstance(schedule, CubicSchedule) else _Once(schedule)
+        self.schedule = schedule if isinstance(schedule, Schedule) else _Once(schedule)
         self.steps = steps  # so far
         self.sparsity: Any = 0.0  # now
         given = {name: options.pop(name, None) for name in ("patterns", "family", "ignore")}

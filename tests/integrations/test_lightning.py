@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import dimap
 import pytest
@@ -230,3 +231,23 @@ def test_sharded_training_and_its_resumption(tmp_path):
         for name, (weight, mask) in whole[0].items():
             assert (weight == other[name][0]).all(), name
             assert mask is None or torch.equal(mask, other[name][1]), name
+
+
+class Cosine(dimap.Schedule):
+    """A schedule of the user's own: from 0 to 0.7 in 4 steps, along half a cosine."""
+
+    def sparsity(self, step):
+        return 0.35 * (1 - math.cos(math.pi * min(step / 4, 1)))
+
+    def due(self, step):
+        return step in (2, 4)
+
+
+def test_a_schedule_of_the_users_own(tmp_path):
+    for steps, sparsity in ((4, 0.7), (3, 0.35)):
+        callback = PruningCallback(Cosine(), scope="global", patterns=PATTERNS)
+        module = fit(tmp_path, callback, every_step(tmp_path / str(steps)), steps=steps)
+        assert_held(module, callback.masks, sparsity)
+    again = PruningCallback(Cosine(), scope="global", patterns=PATTERNS)  # goes on, not anew
+    fit(tmp_path, again, ckpt_path=tmp_path / "3" / "step=2.ckpt", steps=3)
+    assert all(torch.equal(again.masks[name], mask) for name, mask in callback.masks.items())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import dimap
 import pytest
 import torch
@@ -235,3 +237,25 @@ def test_one_pruning_meets_a_budget() -> None:
         assert 100 < left <= 106
     with pytest.raises(ValueError, match="params must be left out"):
         GradualPruning(model, optimizer, None, params=0.5, masks=masks, patterns=PATTERNS)
+
+
+class Cosine(dimap.Schedule):
+    """A schedule of the user's own: from 0 to 0.7 in 6 steps, along half a cosine."""
+
+    def sparsity(self, step):
+        return 0.35 * (1 - math.cos(math.pi * min(step / 6, 1)))
+
+    def due(self, step):
+        return step in (3, 6)
+
+
+def test_a_schedule_of_the_users_own() -> None:
+    model, optimizer = two_layers()
+    gradual = GradualPruning(model, optimizer, Cosine(), scope="global", patterns=PATTERNS)
+    dropped = []
+    for _ in range(8):
+        gradual.step()
+        dropped.append(sum(int((~m).sum()) for m in gradual.masks.values()))
+    assert dropped == [0, 0, *[round(0.35 * 192)] * 3, *[round(0.7 * 192)] * 3]
+    with pytest.raises(ValueError, match="params must be left out"):
+        GradualPruning(model, optimizer, Cosine(), params=0.5, patterns=PATTERNS)

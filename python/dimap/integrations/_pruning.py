@@ -11,14 +11,14 @@ from torch.optim import Optimizer
 
 from ..distributed import is_sharded
 from ..masks import load_masks
-from ..schedule import CubicSchedule, GradualPruning
+from ..schedule import GradualPruning, Schedule
 
 
 class TrainingPruner:
     """The part of a callback that is not its library's.
 
     sparsity: the share of weights to drop when training begins, as in `dimap.prune`; or a
-        `CubicSchedule`, by the optimizer's steps as the trainer counts them.
+        `Schedule`, as `CubicSchedule`, by the optimizer's steps as the trainer counts them.
     masks: parameter name -> bool tensor, True = kept, or a file of `save_masks`: held from the start.
         With both, the model is pruned on from these masks.
     options: of `dimap.select`: `method`, `scope`, `data`, `patterns`, …
@@ -30,7 +30,7 @@ class TrainingPruner:
 
     def __init__(
         self,
-        sparsity: CubicSchedule | float | Mapping[str, float] | None = None,
+        sparsity: Schedule | float | Mapping[str, float] | None = None,
         *,
         masks: Mapping[str, Tensor] | str | os.PathLike[str] | None = None,
         **options: Any,
@@ -60,7 +60,7 @@ class TrainingPruner:
         steps: of the optimizer that are done already.
         """
         self._end()  # of a training that was interrupted
-        first = masks is None and not isinstance(self._sparsity, CubicSchedule)
+        first = masks is None and not isinstance(self._sparsity, Schedule)
         self._pruning = GradualPruning(
             model,
             optimizer,

@@ -30,7 +30,8 @@ class PruningCallback(TrainingPruner, Callback):
     """Prunes the Trainer's model, and holds what is pruned at zero while it trains.
 
     sparsity: the share of weights to drop when training begins, as in `dimap.prune`; or a
-        `CubicSchedule`, by the Trainer's `global_step`, which counts the steps of all optimizers.
+        `Schedule`, as `CubicSchedule`, by the Trainer's `global_step`, which counts the
+        steps of all optimizers.
     masks: parameter name -> bool tensor, True = kept, or a file of `save_masks`: held from the start.
         With both, the model is pruned on from these masks.
     options: of `dimap.select`: `method`, `scope`, `data`, `patterns`, …
