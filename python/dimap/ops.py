@@ -210,7 +210,7 @@ def first_windows(dtypes: Sequence[torch.dtype], bins: int) -> Tensor:
             raise TypeError(f"dtypes must be float32, bfloat16 or float16, got {dtype}")
         shift = max(ZERO_BITS[dtype], min(23, 31 - (bins.bit_length() - 1)))
         rows.append([0, shift, ZERO_BITS[dtype], *NOTHING_KNOWN])
-    return torch.tensor(rows, dtype=torch.int64).reshape(-1, 7)
+    return torch.tensor(rows, dtype=torch.int64).reshape(-1, _library.WINDOW_COLUMNS)
 
 
 def survey(weights: Sequence[Tensor], layers: Sequence[int], windows: Tensor, bins: int) -> Tensor:

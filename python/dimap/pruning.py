@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
+from ._library import WINDOW_COLUMNS
 from .budgets import Budgets, Weights, costs_of, solve
 from .distributed import check_whole, is_sharded
 from .groups import (
@@ -299,7 +300,7 @@ def surveyed_tensors(
 
     def survey(rows: Mapping[int, int], windows: bytes, bins: int) -> memoryview:
         weights = [tensors[i] for i in rows]
-        views = torch.frombuffer(bytearray(windows), dtype=torch.int64).reshape(-1, 7)
+        views = torch.frombuffer(bytearray(windows), dtype=torch.int64).reshape(-1, WINDOW_COLUMNS)
         device = weights[0].device if weights else "cpu"
         with renamed([labels[i] for i in rows]):
             table = ops.survey(weights, list(rows.values()), views.to(device), bins)

@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
 from .. import _C, ops
 from .._errors import way_out
+from .._library import WINDOW_COLUMNS
 from .group import Group
 from .launch import group_of
 from .ranks import Ranks
@@ -400,7 +401,7 @@ def surveyor(
         with _ranks_of(tensors) as ranks:
             held, _ = hold([names[i] for i in rows], [tensors[i] for i in rows], ranks)
             here = held[0].weights.device if held else torch.device("cpu")
-            views = torch.frombuffer(bytearray(windows), dtype=torch.int64).reshape(-1, 7)
+            views = torch.frombuffer(bytearray(windows), dtype=torch.int64).reshape(-1, WINDOW_COLUMNS)
             table = _survey(held, list(rows.values()), views.to(here), bins, ranks)
             return table.cpu().numpy().data
 
