@@ -21,7 +21,7 @@ from .._files import naming
 from ..budgets import Solved, Weights
 from ..distributed.ranks import Ranks
 from ..groups import Slice, part_shape, whole, wholes
-from ..groups.plan import Plan
+from ..groups.plan import Plan, kept_of
 from ..report import Pruned, Report
 from .base import Checkpoint, raw_bytes
 from .bitmask import Format, Layout, compact_file, lay_out, read_layout, size_at_most
@@ -290,7 +290,7 @@ class Stream:
 
         rows = (
             [
-                (n - round(share * n), max(n, 1), max(inner, 1))
+                (kept_of(n, share), max(n, 1), max(inner, 1))
                 for (_, n, inner), share in zip(
                     plan.rows, plan.of_rows(solved.sparsity), strict=True
                 )

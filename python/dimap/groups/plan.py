@@ -182,14 +182,14 @@ class Plan:
             kept = [0] * len(self.scope_names)
             each = zip(self.rows, self.of_rows(ratios), self.scopes, strict=True)
             for (rows, n, _), share, scope in each:
-                kept[scope] += rows * (n - round(share * n))
+                kept[scope] += rows * kept_of(n, share)
             return kept
         totals = [0] * len(self.scope_names)
         for size, scope in zip(self.sizes, self.scopes, strict=True):
             totals[scope] += size
         first = next(iter(ratios.values()))
         return [
-            n - round((first if module is None else ratios[module]) * n)
+            kept_of(n, first if module is None else ratios[module])
             for n, module in zip(totals, self.scope_modules, strict=True)
         ]
 
@@ -288,6 +288,11 @@ class Plan:
             if problem:
                 raise ValueError(f"saliency of {name} must {problem}")
         return [part_of(saliency, name).detach() for name in self.names]
+
+
+def kept_of(n: int, share: float) -> int:
+    """How many of `n` weights are kept where a share of them is dropped, with Python's round."""
+    return n - round(share * n)
 
 
 def scope_names(modules: Mapping[str, Sequence[Located]], scope: str) -> dict[str, str]:
