@@ -292,7 +292,8 @@ def surveyed_tensors(
     plan: Plan, tensors: Sequence[Tensor], labels: Sequence[str], dense: bool = False
 ) -> Weights:
     """Tensors in the memory of this process, or of several, for budgets and limits."""
-    bits = [ops.ZERO_BITS.get(tensor.dtype, 0) for tensor in tensors]
+    known = [ops.DTYPES.get(tensor.dtype) for tensor in tensors]
+    bits = [dtype.zero_bits if dtype else 0 for dtype in known]
     if is_sharded(tensors):
         from .distributed import _dtensor
 

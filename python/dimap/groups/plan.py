@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
+from .._dtypes import BY_NAME
 from .._errors import share, way_out
 from . import (
     AUX,
@@ -250,7 +251,6 @@ class Plan:
 
     def ranked(self, saliency: Mapping[str, Tensor]) -> list[Tensor]:
         """The saliency of each tensor, checked: it takes the place of the magnitudes."""
-        import torch
         from torch import Tensor
 
         given: object = saliency  # callers are not bound by the annotation
@@ -274,8 +274,7 @@ class Plan:
                 value = value[name.at]
             if value.shape != weight.shape:
                 problem = f"have shape {tuple(weight.shape)}, got {tuple(value.shape)}"
-            elif value.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-                got = str(value.dtype).removeprefix("torch.")
+            elif (got := str(value.dtype).removeprefix("torch.")) not in BY_NAME:
                 problem = f"be float32, bfloat16 or float16, got {got}"
             elif value.device != weight.device:
                 problem = f"be on {weight.device} like its weight, got {value.device}"
