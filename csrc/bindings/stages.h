@@ -6,10 +6,17 @@
 #include <vector>
 
 #include "bindings/checks.h"
+#include "core/solve.h"
 #include "core/wire.h"
 #include "cuda/host.h"
 
 namespace dimap {
+
+// What the solver for the device writes a second time.
+static_assert(cuda::kWindowRow == kWindowColumns && cuda::kLeastBins == kMinBins && cuda::kNoTie == Cut::kNoTie);
+static_assert(cuda::kWords == kWireWords && cuda::kHead == kWireHead);
+static_assert(cuda::columns_of(kMinBins) == wire_columns(kMinBins) &&
+              wire_bins(cuda::columns_of(kMinBins)) == kMinBins);
 
 inline void check_matrix(const Tensor& t, const char* name, int64_t columns, const std::string& device) {
   DIMAP_CHECK(device_of(t) == device && t.scalar_type() == ScalarType::Long && t.dim() == 2, name,

@@ -17,6 +17,7 @@ from . import _C
 _Tensors: TypeAlias = Sequence[Tensor]
 _Ints: TypeAlias = Sequence[int]
 _HEAD = 22  # columns of a survey's table before its bins
+WINDOW_COLUMNS = 7  # of a window's row (see `ops.survey`)
 
 
 def _find(stem: str) -> Path | None:
@@ -142,7 +143,7 @@ def _(weights: _Tensors, layers: _Ints, windows: Tensor, bins: int) -> Tensor:
 @torch.library.register_fake("dimap::solve")
 def _(table: Tensor, windows: Tensor, modules: _Ints, keep: _Ints) -> tuple[Tensor, ...]:
     quota = table.new_empty((len(keep),))
-    cuts, closer = table.new_empty((len(table), 2)), table.new_empty((len(table), 7))
+    cuts, closer = table.new_empty((len(table), 2)), table.new_empty((len(table), WINDOW_COLUMNS))
     return cuts, quota, torch.empty_like(quota, dtype=torch.float64), closer
 
 

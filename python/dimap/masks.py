@@ -39,8 +39,6 @@ from .groups.identity import Address, same_weights
 
 VERSION = "1"
 _VERSION_KEY, _SHAPES_KEY = "dimap_masks", "shapes"
-# What the operators take; other types go through PyTorch.
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def save_masks(
@@ -171,7 +169,8 @@ def zero_dropped(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
             from .distributed import _dtensor
 
             tensor, mask = _dtensor.local_pair(tensor, mask)
-        if tensor.device.type in ("cpu", "cuda") and tensor.dtype in _DTYPES:
+        # Other types go through PyTorch.
+        if tensor.device.type in ("cpu", "cuda") and tensor.dtype in ops.DTYPES:
             tensors, masks = groups.setdefault(tensor.device, ([], []))
             tensors.append(tensor)
             masks.append(mask.to(tensor.device))

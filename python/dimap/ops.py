@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from . import _library
+from ._dtypes import ENGINE_DTYPES
 
 __all__ = [
     "apply_",
@@ -194,8 +195,7 @@ def nm_(weights: Sequence[Tensor], n: int, m: int, dim: int = -1) -> None:
 NOTHING_KNOWN = (1 << 31, 0, 0x3FF0000000000000, 0)
 
 
-# Low bits that are zero in every key of a type.
-ZERO_BITS = {torch.float32: 0, torch.bfloat16: 16, torch.float16: 13}
+DTYPES = {getattr(torch, dtype.name): dtype for dtype in ENGINE_DTYPES}  # that the operators take
 
 
 def first_windows(dtypes: Sequence[torch.dtype], bins: int) -> Tensor:
@@ -206,11 +206,12 @@ def first_windows(dtypes: Sequence[torch.dtype], bins: int) -> Tensor:
     """
     rows = []
     for dtype in dtypes:
-        if dtype not in ZERO_BITS:
+        if dtype not in DTYPES:
             raise TypeError(f"dtypes must be float32, bfloat16 or float16, got {dtype}")
-        shift = max(ZERO_BITS[dtype], min(23, 31 - (bins.bit_length() - 1)))
-        rows.append([0, shift, ZERO_BITS[dtype], *NOTHING_KNOWN])
-    return torch.tensor(rows, dtype=torch.int64).reshape(-1, 7)
+        zero_bits = DTYPES[dtype].zero_bits
+        shift = max(zero_bits, min(23, 31 - (bins.bit_length() - 1)))
+        rows.append([0, shift, zero_bits, *NOTHING_KNOWN])
+    return torch.tensor(rows, dtype=torch.int64).reshape(-1, _library.WINDOW_COLUMNS)
 
 
 def survey(weights: Sequence[Tensor], layers: Sequence[int], windows: Tensor, bins: int) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
+from ._library import WINDOW_COLUMNS
 from .budgets import Budgets, Weights, costs_of, solve
 from .distributed import check_whole, is_sharded
 from .groups import (
@@ -291,7 +292,8 @@ def surveyed_tensors(
     plan: Plan, tensors: Sequence[Tensor], labels: Sequence[str], dense: bool = False
 ) -> Weights:
     """Tensors in the memory of this process, or of several, for budgets and limits."""
-    bits = [ops.ZERO_BITS.get(tensor.dtype, 0) for tensor in tensors]
+    known = [ops.DTYPES.get(tensor.dtype) for tensor in tensors]
+    bits = [dtype.zero_bits if dtype else 0 for dtype in known]
     if is_sharded(tensors):
         from .distributed import _dtensor
 
@@ -299,7 +301,7 @@ def surveyed_tensors(
 
     def survey(rows: Mapping[int, int], windows: bytes, bins: int) -> memoryview:
         weights = [tensors[i] for i in rows]
-        views = torch.frombuffer(bytearray(windows), dtype=torch.int64).reshape(-1, 7)
+        views = torch.frombuffer(bytearray(windows), dtype=torch.int64).reshape(-1, WINDOW_COLUMNS)
         device = weights[0].device if weights else "cpu"
         with renamed([labels[i] for i in rows]):
             table = ops.survey(weights, list(rows.values()), views.to(device), bins)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ._errors import way_out
 from .groups.nm import as_rows
+from .groups.plan import kept_of
 
 CHUNK = 1 << 24  # numbers that are looked at together, which takes some memory
 
@@ -30,7 +31,7 @@ def select_rows(name: str, values: Tensor, axis: int, sparsity: float) -> Tensor
         return torch.empty(values.shape, dtype=torch.bool, device=values.device)
     count, length, _ = as_rows(values.shape, axis)
     rows = (values.t() if flip else values).reshape(count, length)
-    keep = length - round(sparsity * length)
+    keep = kept_of(length, sparsity)
     parts = []
     for part in rows.split(max(1, CHUNK // length)):
         part = part.detach().abs().float()  # exact, of all three types

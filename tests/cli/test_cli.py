@@ -206,7 +206,6 @@ def test_prune_json_is_one_object_on_stdout(run):
     assert (got["in"], got["out"], got["masks"]) == ("in.safetensors", "out.safetensors", None)
     assert got["report"]["schema"] == "dimap.report"
     assert got["report"]["flops"] is None
-    assert "--model says it" in got["report"]["notes"][0]
 
 
 def test_prune_of_nothing_and_of_everything(run):
@@ -364,7 +363,7 @@ def test_flops_of_torchvision_s_files(run):
     arguments = ["-s", 0.5, "--model", "torchvision:swin_s"]
     code, _, err = run("prune", "in.pth", "more.pth", *arguments)
     assert (code, os.path.exists("more.pth")) == (1, False)
-    assert "features.5.6.attn.qkv.weight" in err
+    assert "it has 24 of features.*.*.attn.qkv.weight, and they are 12" in err
 
 
 @pytest.mark.parametrize("kind", ["swin", "bert", "llama", "clip"])
@@ -479,8 +478,9 @@ def test_prune_refuses(run, arguments, want):
 
 @pytest.mark.parametrize("share", [-0.1, 1.1, "nan"])
 def test_sparsity_out_of_range(run, share):
-    message = fails(run, "prune", "in.safetensors", "o.safetensors", f"--sparsity={share}")
-    assert "sparsity must be in [0, 1], got" in message
+    arguments = ("in.safetensors", "o.safetensors", f"--sparsity={share}")
+    message = fails(run, "prune", *arguments, code=2)
+    assert "'--sparsity' / '-s': must be in [0, 1], got" in message
 
 
 def test_shares_that_leave_a_module_out(run):

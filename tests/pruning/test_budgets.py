@@ -55,7 +55,7 @@ def test_counts_enclose_what_a_walk_keeps_and_close_in_on_it(case, bins) -> None
         return
     modules, bits = [0] * layers, [16] * layers
     for w, layer, module in zip(problem.weights, problem.layers, problem.modules, strict=True):
-        modules[layer], bits[layer] = module, min(bits[layer], ops.ZERO_BITS[w.dtype])
+        modules[layer], bits[layer] = module, min(bits[layer], ops.DTYPES[w.dtype].zero_bits)
     counts = _C.Counts(
         [(s, w.numel()) for s, w in zip(sets, problem.weights, strict=True)],
         [(layer, *pair) for layer, pair in zip(layer_of, limits, strict=True)],

@@ -18,7 +18,7 @@ from . import plain, shapes
 from .timing import Job, Timing, time_in_turns
 
 QUICK_WEIGHTS = 4_000_000  # of these many weights the slow yardsticks are timed with quick=True
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES: dict[str, torch.dtype] = {known.name: dtype for dtype, known in ops.DTYPES.items()}
 
 
 @dataclass(frozen=True)

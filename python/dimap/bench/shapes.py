@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..groups.plan import kept_of
+
 CONFIGS = {  # embedding dimension, blocks of the four stages
     "swin_t": (96, (2, 2, 6, 2)),
     "swin_s": (96, (2, 2, 18, 2)),
@@ -42,5 +44,5 @@ def problem(
     totals = [0] * (max(modules) + 1)
     for weight, module_number in zip(weights, modules, strict=True):
         totals[module_number] += weight.numel()
-    keep = [n - round(sparsity * n) for n in totals]
+    keep = [kept_of(n, sparsity) for n in totals]
     return weights, list(range(len(weights))), modules, keep

@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import _C
+from .._dtypes import BY_CODE
 from .._errors import way_out
 from .._files import naming
 from ..budgets import Solved, Weights
 from ..distributed.ranks import Ranks
 from ..groups import Slice, part_shape, whole, wholes
-from ..groups.plan import Plan
+from ..groups.plan import Plan, kept_of
 from ..report import Pruned, Report
 from .base import Checkpoint, raw_bytes
 from .bitmask import Format, Layout, compact_file, lay_out, read_layout, size_at_most
@@ -33,8 +34,6 @@ from .shards import Shards
 if TYPE_CHECKING:
     from torch import Tensor
 
-ENGINE_DTYPES = {"F32": 0, "BF16": 1, "F16": 2}  # as `_C` numbers them
-ZERO_BITS = {"F32": 0, "BF16": 16, "F16": 13}  # low bits that are zero in every key
 ASIDE = 1 << 25  # numbers that may be set aside while the cuts are sought: 128 MiB
 
 
@@ -73,7 +72,7 @@ def check_dtypes(checkpoint: Checkpoint, plan: Plan) -> None:
         checkpoint.check_dense()
     for name in wholes(plan.names):
         dtype = checkpoint.tensors[name].dtype
-        if dtype.code not in ENGINE_DTYPES:
+        if dtype.code not in BY_CODE:
             problem = f"{name} must be float32, bfloat16 or float16, got {dtype.name}"
             raise ValueError(problem + way_out(problem))
 
@@ -157,7 +156,7 @@ class Stream:
     def weights(self) -> Weights:
         """The weights of all ranks, for budgets and limits."""
         codes = ["F32" if self.norms else entry.dtype.code for _, entry in self.tensors]
-        bits = [ZERO_BITS[code] for code in codes]
+        bits = [BY_CODE[code].zero_bits for code in codes]
         return Weights(self.plan, bits, self._survey, dense=bool(self.norms))
 
     def _survey(self, rows: Mapping[int, int], windows: bytes, bins: int) -> bytes:
@@ -178,7 +177,7 @@ class Stream:
     def _place(self, tensor: int) -> tuple[int, int, int, int]:
         """What the engine is told of a tensor: file, offset, weights, dtype."""
         file, entry = self.tensors[tensor]
-        return file, entry.begin, entry.numel(), ENGINE_DTYPES[entry.dtype.code]
+        return file, entry.begin, entry.numel(), BY_CODE[entry.dtype.code].number
 
     @contextmanager
     def _naming(self, numbers: Sequence[int]) -> Iterator[None]:
@@ -290,7 +289,7 @@ class Stream:
 
         rows = (
             [
-                (n - round(share * n), max(n, 1), max(inner, 1))
+                (kept_of(n, share), max(n, 1), max(inner, 1))
                 for (_, n, inner), share in zip(
                     plan.rows, plan.of_rows(solved.sparsity), strict=True
                 )

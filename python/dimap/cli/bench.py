@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from .._dtypes import Name
 from ..report.text import Column, Fitting, make_console, table
 from .common import Debug, Json, option, print_json, print_wrote, report_errors
 from .progress import Bar
@@ -25,9 +26,7 @@ SOURCE = (
 def bench(
     source: Annotated[str, typer.Argument(metavar="[IN]", help=SOURCE)] = "swin_b",
     device: Annotated[Literal["cpu", "cuda"], option("Where to run.")] = "cpu",
-    dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"] | None, option("Convert the weights first.")
-    ] = None,
+    dtype: Annotated[Name | None, option("Convert the weights first.")] = None,
     sparsity: Annotated[float, option("The share of weights to drop.", "--sparsity", "-s")] = 0.55,
     scope: Annotated[
         Literal["module", "global", "layer"], option("Where one threshold holds.")

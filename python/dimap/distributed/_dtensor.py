@@ -22,13 +22,12 @@ from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
 from .. import _C, ops
 from .._errors import way_out
+from .._library import WINDOW_COLUMNS
 from .group import Group
 from .launch import group_of
 from .ranks import Ranks
 
 CHUNK = 1 << 24  # weights that are compared at a time, which takes some memory
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # by their numbers in `_C`
 
 
 @dataclass
@@ -45,7 +44,7 @@ class Local:
 
     @property
     def dtype(self) -> int:
-        return DTYPES.index(self.weights.dtype)
+        return ops.DTYPES[self.weights.dtype].number
 
     @property
     def box(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -113,7 +112,7 @@ def local_part(tensor: Tensor) -> Tensor:
 
 def local_of(name: str, tensor: Tensor, layer: int, module: int) -> Local:
     weights = local_part(tensor)
-    if weights.dtype not in DTYPES:
+    if weights.dtype not in ops.DTYPES:
         got = str(weights.dtype).removeprefix("torch.")
         problem = f"{name} must be float32, bfloat16 or float16, got {got}"
         raise ValueError(problem + way_out(problem))
@@ -194,7 +193,6 @@ def hold(
 # Masks of all
 
 BINS = 1024  # of a survey
-DIGITS = (0, 2, 1)  # numbers of the dtypes, that with the most digits first
 PROBES = 255  # places that are tried at once when the last kept tie is looked for
 
 # [layers] the key from which weights are kept, and the key of ties or -1; [modules] how many ties are
@@ -360,14 +358,12 @@ def _decide_on_devices(
     held: Sequence[Local], sizes: list[int], module_of: list[int], keep: Sequence[int], ranks: Ranks
 ) -> Decided:
     """The same where some are on GPUs: these survey them, and the tables are added up there."""
-    dtype_of: dict[int, int] = {}  # of each layer, the one with the most digits
+    dtype_of: dict[int, torch.dtype] = {}  # of each layer, the one with the most digits
     for local in held:
-        known = dtype_of.get(local.layer, local.dtype)
-        dtype_of[local.layer] = min(known, local.dtype, key=DIGITS.index)
+        pair = dtype_of.get(local.layer, local.weights.dtype), local.weights.dtype
+        dtype_of[local.layer] = min(pair, key=lambda dtype: ops.DTYPES[dtype].zero_bits)
     here = held[0].weights.device if held else torch.device("cpu")
-    windows = ops.first_windows([DTYPES[dtype_of[layer]] for layer in range(len(sizes))], BINS).to(
-        here
-    )
+    windows = ops.first_windows([dtype_of[layer] for layer in range(len(sizes))], BINS).to(here)
     quota = torch.tensor([-1])
     while (quota < 0).any():
         table = _survey(held, [local.layer for local in held], windows, BINS, ranks)
@@ -400,7 +396,9 @@ def surveyor(
         with _ranks_of(tensors) as ranks:
             held, _ = hold([names[i] for i in rows], [tensors[i] for i in rows], ranks)
             here = held[0].weights.device if held else torch.device("cpu")
-            views = torch.frombuffer(bytearray(windows), dtype=torch.int64).reshape(-1, 7)
+            views = torch.frombuffer(bytearray(windows), dtype=torch.int64).reshape(
+                -1, WINDOW_COLUMNS
+            )
             table = _survey(held, list(rows.values()), views.to(here), bins, ranks)
             return table.cpu().numpy().data
 

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
+from .._dtypes import BY_NAME
 from .._errors import share, way_out
 from . import (
     AUX,
@@ -182,14 +183,14 @@ class Plan:
             kept = [0] * len(self.scope_names)
             each = zip(self.rows, self.of_rows(ratios), self.scopes, strict=True)
             for (rows, n, _), share, scope in each:
-                kept[scope] += rows * (n - round(share * n))
+                kept[scope] += rows * kept_of(n, share)
             return kept
         totals = [0] * len(self.scope_names)
         for size, scope in zip(self.sizes, self.scopes, strict=True):
             totals[scope] += size
         first = next(iter(ratios.values()))
         return [
-            n - round((first if module is None else ratios[module]) * n)
+            kept_of(n, first if module is None else ratios[module])
             for n, module in zip(totals, self.scope_modules, strict=True)
         ]
 
@@ -250,7 +251,6 @@ class Plan:
 
     def ranked(self, saliency: Mapping[str, Tensor]) -> list[Tensor]:
         """The saliency of each tensor, checked: it takes the place of the magnitudes."""
-        import torch
         from torch import Tensor
 
         given: object = saliency  # callers are not bound by the annotation
@@ -274,8 +274,7 @@ class Plan:
                 value = value[name.at]
             if value.shape != weight.shape:
                 problem = f"have shape {tuple(weight.shape)}, got {tuple(value.shape)}"
-            elif value.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-                got = str(value.dtype).removeprefix("torch.")
+            elif (got := str(value.dtype).removeprefix("torch.")) not in BY_NAME:
                 problem = f"be float32, bfloat16 or float16, got {got}"
             elif value.device != weight.device:
                 problem = f"be on {weight.device} like its weight, got {value.device}"
@@ -288,6 +287,11 @@ class Plan:
             if problem:
                 raise ValueError(f"saliency of {name} must {problem}")
         return [part_of(saliency, name).detach() for name in self.names]
+
+
+def kept_of(n: int, share: float) -> int:
+    """How many of `n` weights are kept where a share of them is dropped, with Python's round."""
+    return n - round(share * n)
 
 
 def scope_names(modules: Mapping[str, Sequence[Located]], scope: str) -> dict[str, str]:
