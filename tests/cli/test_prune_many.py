@@ -209,9 +209,12 @@ def test_out_dir_inside_an_input_is_refused(run, here):
     assert not os.path.exists("llm/more")
 
 
-def test_a_share_out_of_range(run):
-    _, err = run("a.safetensors", options=("-s", "1.5"), code=2)
-    assert "must be in [0, 1], got 1.5" in err
+@pytest.mark.parametrize(
+    ("options", "got"), [(("-s", "1.5"), "1.5"), (("-s", "0.5", "--module", "qkv=nan"), "nan")]
+)
+def test_a_share_out_of_range(run, options, got):
+    _, err = run("a.safetensors", options=options, code=2)
+    assert f"must be in [0, 1], got {got}" in err
     assert not os.path.exists("out")
 
 
