@@ -82,7 +82,9 @@ def test_what_no_file_can_be(tmp_path):
         prune_checkpoint(*where, size=10, format="bitmask")
     with pytest.raises(ValueError, match="size is for a safetensors checkpoint written as bitmask"):
         prune_checkpoint(*where, size=10_000)
-    with pytest.raises(ValueError, match="IN does not say which model it is: give --model timm:NAME"):
+    with pytest.raises(
+        ValueError, match="IN does not say which model it is: give --model timm:NAME"
+    ):
         prune_checkpoint(*where, flops=0.5)
     assert [p.name for p in tmp_path.iterdir()] == ["in.safetensors"]
 

@@ -228,7 +228,8 @@ void Decision::add_up(std::span<const int32_t> layers, std::span<LayerTable> tab
   for_tables([&](LayerTable& table, size_t at, size_t) {
     const int64_t total = table.total;  // of all ranks already
     std::vector<Bin>& home =
-        !bins.empty() && table.bins.data() >= bins.data() && table.bins.data() < bins.data() + bins.size() ? bins : seen.bins;
+        !bins.empty() && table.bins.data() >= bins.data() && table.bins.data() < bins.data() + bins.size() ? bins
+                                                                                                           : seen.bins;
     read_sums(numbers.data() + at, table, {home.data() + (table.bins.data() - home.data()), table.bins.size()});
     table.total = total;
   });
