@@ -174,16 +174,17 @@ def pruning_checkpoint(
         stream = None
         if isinstance(checkpoint, Shards):
             stream = Stream(checkpoint, plan, ranks, Told(progress), norms, says)
-            settings = (
-                given,
-                wanted.settings(),
-                scope,
-                normalize,
-                masks is None,
-                format,
-                nm,
-                digest,
-            )
+            settings = {
+                "sparsity": given,
+                "budgets": wanted.settings(),
+                "scope": scope,
+                "normalize": normalize,
+                "masks": masks is not None,
+                "format": format,
+                "nm": nm,
+                "norms": digest,
+                "metadata": says,  # in the headers: the weights come after
+            }
             check_agreement(checkpoint, plan, settings, ranks)
         parts = list(dict.fromkeys([*names, *parts]))
         result = StreamPruning(
