@@ -21,12 +21,19 @@ class Method:
 
     source: who proposed it.
     function: which of `dimap.saliency` is ranked; None: the weights' magnitudes.
+    needs_norms: whether a checkpoint is ranked with the norms of the inputs, in place of data.
     """
 
     scope: Scope
     normalize: Normalize
     source: str
     function: str | None = None
+    needs_norms: bool = False
+
+    @property
+    def streams(self) -> bool:
+        """Whether a checkpoint can be pruned so, from file to file."""
+        return not self.needs_data or self.needs_norms
 
     @property
     def needs_data(self) -> bool:
@@ -47,5 +54,5 @@ METHODS: Mapping[str, Method] = {
     "global_magnitude": Method("global", "scope", "magnitude, one threshold for the network"),
     "taylor": Method("global", "scope", "Molchanov et al., CVPR 2019", "taylor"),
     "snip": Method("global", "scope", "Lee et al., ICLR 2019", "snip"),
-    "wanda": Method("row", "layer", "Sun et al., ICLR 2024", "wanda"),
+    "wanda": Method("row", "layer", "Sun et al., ICLR 2024", "wanda", needs_norms=True),
 }

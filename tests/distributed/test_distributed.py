@@ -314,6 +314,21 @@ def test_ranks_with_other_settings(group, tmp_path):
     nothing_but(tmp_path, IN)
 
 
+def prune_as_the_model_of_the_rank(source, out):
+    model = "timm:vit_tiny_patch16_224" if dist.get_rank() == 1 else None
+    prune_checkpoint(source, out, 0.5, model=model, input_size=32 if model else None,
+                     group=dist.group.WORLD)  # fmt: skip
+
+
+def test_ranks_with_another_model_in_the_header(group, tmp_path):
+    timm = pytest.importorskip("timm")
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32)
+    save_file(model.state_dict(), tmp_path / IN)
+    for _, text in group.outcomes(prune_as_the_model_of_the_rank, tmp_path / IN, tmp_path / OUT):
+        assert "same checkpoint and settings, got others on rank 1 than on rank 0" in text
+    nothing_but(tmp_path, IN)
+
+
 # A rank that is gone; the command
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
+from typing import get_args
+
 import dimap
 import pytest
 import torch
@@ -11,6 +14,7 @@ from commands import runner
 from dimap import reference
 from dimap.groups import AUX, Slice, whole
 from dimap.groups.nm import input_axes
+from dimap.methods import METHODS
 from dimap.rows import select_rows
 from dimap.stream import prune_checkpoint
 from hypothesis import given, settings
@@ -484,3 +488,11 @@ def test_rows_of_stacked_and_of_transposed_weights(tmp_path, make, method, form)
     _, pruning = prune_both(tmp_path, state, options, form)
     kept = 0.5 * sum(mask.numel() for mask in pruning.masks.values())
     assert sum(int(mask.sum()) for mask in pruning.masks.values()) == kept
+
+
+def test_the_command_offers_the_methods_that_stream():
+    from dimap.cli.prune import prune
+
+    annotated = inspect.signature(prune, eval_str=True).parameters["method"].annotation
+    offered = get_args(get_args(annotated)[0])
+    assert offered == tuple(name for name, method in METHODS.items() if method.streams)

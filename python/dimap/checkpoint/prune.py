@@ -130,11 +130,11 @@ def pruning_checkpoint(
 
         # Which weights, and how many of them are kept.
         check_choice("format", format, ["dense", *VERSIONS.values()])
-        streamed = [n for n, m in METHODS.items() if not m.needs_data or n == "wanda"]
-        check_choice("method", method, streamed)
-        if (method == "wanda") != (input_norms is not None):
+        check_choice("method", method, [name for name, m in METHODS.items() if m.streams])
+        if METHODS[method].needs_norms != (input_norms is not None):
+            by_norms = " or ".join(name for name, m in METHODS.items() if m.needs_norms)
             raise ValueError(
-                "method='wanda' (--method wanda) and the norms of the inputs (--input-norms) need each "
+                f"--method {by_norms} (method) and the norms of the inputs (--input-norms) need each "
                 f"other, got method={method!r} and input_norms={input_norms!r}"
             )
         wanted = Budgets.of("prune_checkpoint", budgets)
@@ -174,16 +174,17 @@ def pruning_checkpoint(
         stream = None
         if isinstance(checkpoint, Shards):
             stream = Stream(checkpoint, plan, ranks, Told(progress), norms, says)
-            settings = (
-                given,
-                wanted.settings(),
-                scope,
-                normalize,
-                masks is None,
-                format,
-                nm,
-                digest,
-            )
+            settings = {
+                "sparsity": given,
+                "budgets": wanted.settings(),
+                "scope": scope,
+                "normalize": normalize,
+                "masks": masks is not None,
+                "format": format,
+                "nm": nm,
+                "norms": digest,
+                "metadata": says,  # in the headers: the weights come after
+            }
             check_agreement(checkpoint, plan, settings, ranks)
         parts = list(dict.fromkeys([*names, *parts]))
         result = StreamPruning(

@@ -207,7 +207,7 @@ def prune(
             "nm": nm,
             "scope": scope or (ranking and ranking.scope),
             "normalize": normalize or (ranking and ranking.normalize),
-            "method": "wanda" if method == "wanda" else None,
+            "method": method if METHODS[method].needs_norms else None,
             "input_norms": input_norms and str(input_norms),
             "random_init": random_init or None,
             "format": None if form == "dense" else form,
