@@ -434,3 +434,15 @@ def test_a_model_of_another_depth_is_called_so(ours: int, theirs: int) -> None:
     message = rf"whose weights these are: it has {theirs} of \*\.weight, and they are {ours}"
     with pytest.raises(ValueError, match=message):
         pruning.report(net(theirs))
+
+
+@pytest.mark.parametrize(
+    ("fill", "sparsity", "said"), [(0.0, 0.5, ", as it was before"), (1.0, 1.0, "")]
+)
+def test_blocks_of_zeros_are_told(fill, sparsity, said):
+    state = {
+        f"blocks.0.{name}.weight": torch.full((4, 4), fill)
+        for name in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+    }
+    notes = dimap.prune(state, sparsity).report().notes
+    assert f"every weight of all 4 layers is zero{said}: the blocks compute nothing" in notes

@@ -180,7 +180,10 @@ def build_report(
         sums = _sums(layers, 0 if flops else None)
         modules.append(ModuleReport(name, len(layers), threshold=threshold, **sums))
     other = flops.total - sum(module.flops_dense or 0 for module in modules) if flops else None
-    if empty := [row.name for row in rows if row.weights and not row.kept]:
+    if rows and not any(row.nonzero for row in rows):
+        before = ", as it was before" if any(row.kept for row in rows) else ""
+        notes.append(f"every weight of all {len(rows)} layers is zero{before}: the blocks compute nothing")
+    elif empty := [row.name for row in rows if row.weights and not row.kept]:
         notes.append(f"{len(empty)} of {len(rows)} layers keep no weight, {empty[0]} is the first")
     if flops and (unused := [row.name for row in rows if row.weights and not row.flops_dense]):
         notes.append(f"no FLOPs were seen of {len(unused)} layers, {unused[0]} is the first")
