@@ -61,7 +61,8 @@ class PythonCounts {
       if (!counts_.wanted()[l]) continue;
       numbers.push_back(p);
       rows.resize(rows.size() + static_cast<size_t>(kWindowColumns));
-      write_window({counts_.windows()[l], counts_.granularity(static_cast<int32_t>(l))}, rows.data() + rows.size() - kWindowColumns);
+      write_window({counts_.windows()[l], counts_.granularity(static_cast<int32_t>(l))},
+                   rows.data() + rows.size() - kWindowColumns);
     }
     return {numbers, bytes_of(rows)};
   }
