@@ -182,7 +182,9 @@ def build_report(
     other = flops.total - sum(module.flops_dense or 0 for module in modules) if flops else None
     if rows and not any(row.nonzero for row in rows):
         before = ", as it was before" if any(row.kept for row in rows) else ""
-        notes.append(f"every weight of all {len(rows)} layers is zero{before}: the blocks compute nothing")
+        notes.append(
+            f"every weight of all {len(rows)} layers is zero{before}: the blocks compute nothing"
+        )
     elif empty := [row.name for row in rows if row.weights and not row.kept]:
         notes.append(f"{len(empty)} of {len(rows)} layers keep no weight, {empty[0]} is the first")
     if flops and (unused := [row.name for row in rows if row.weights and not row.flops_dense]):
