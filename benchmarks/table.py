@@ -68,7 +68,7 @@ def summary() -> str:
         "|---|---|---|",
         f"| masks for the {row['weights'] / 1e6:.1f} million weights of a Swin-B | {s['select'] * 1e3:.0f} ms, "
         f"**{s['plain PyTorch'] / s['select']:.0f} times as fast** | {s['plain PyTorch']:.1f} s |",
-        f"| of these, weights that exact arithmetic would decide otherwise | **0** | {wrong['float32']:,} of float32, "
+        f"| wrong decisions among them, by exact arithmetic | **0** | {wrong['float32']:,} of float32, "
         f"{wrong['bfloat16']:,} of bfloat16 |",
         f"| a checkpoint of {files['gigabytes']:.0f} GB, from file to file | {times['dimap']:.0f} s in "
         f"{files['memory_above_import_mb']:.0f} MB of memory (`cp` and `sync`: {times['cp and sync']:.0f} s) | |",
