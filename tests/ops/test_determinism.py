@@ -9,7 +9,6 @@ import sys
 from functools import cache
 
 import dimap
-import forked
 import pytest
 import torch
 from dimap import ops
@@ -72,7 +71,7 @@ def test_every_instruction_set_gives_the_same() -> None:
     seen = {}
     for isa in dimap.build_info()["instruction_sets"]:
         run = subprocess.run(
-            [forked.python(), "-c", code],
+            [sys.executable, "-c", code],
             env={**os.environ, "DIMAP_ISA": isa, "PYTHONPATH": os.pathsep.join(sys.path)},
             capture_output=True, text=True, check=True,
         )  # fmt: skip
@@ -84,7 +83,7 @@ def test_every_instruction_set_gives_the_same() -> None:
 
 def test_an_instruction_set_that_is_not_there_is_refused() -> None:
     run = subprocess.run(
-        [forked.python(), "-c", "import dimap; dimap.build_info()"],
+        [sys.executable, "-c", "import dimap; dimap.build_info()"],
         env={**os.environ, "DIMAP_ISA": "mmx"}, capture_output=True, text=True,
     )  # fmt: skip
     assert run.returncode != 0

@@ -9,7 +9,6 @@ import sys
 from collections.abc import Iterable
 
 import dimap
-import forked
 import pytest
 import torch
 from dimap import ops
@@ -78,7 +77,7 @@ def by_instruction_set() -> dict[str, list[list[str]]]:
     found = {}
     for isa in dimap.build_info()["instruction_sets"]:
         run = subprocess.run(
-            [forked.python(), "-c", CODE],
+            [sys.executable, "-c", CODE],
             env={**os.environ, "DIMAP_ISA": isa, "PYTHONPATH": os.pathsep.join(sys.path)},
             capture_output=True, text=True, check=True,
         )  # fmt: skip

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 
-import forked
 import pytest
 import torch
 from dimap import _C, ops, reference
@@ -175,7 +175,7 @@ print(dimap.build_info()["instruction_set"])
 @pytest.mark.parametrize("isa", _C.build_info()["instruction_sets"])
 def test_each_instruction_set(isa: str) -> None:
     done = subprocess.run(
-        [forked.python(), "-c", SAME],
+        [sys.executable, "-c", SAME],
         env={**os.environ, "DIMAP_ISA": isa},
         capture_output=True,
         text=True,
