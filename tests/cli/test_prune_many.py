@@ -14,7 +14,6 @@ import time
 from pathlib import Path
 
 import dimap
-import forked
 import pytest
 import torch
 
@@ -578,7 +577,7 @@ def test_no_process_outlives_the_command(hangs, number):
 
 def torchrun(*arguments):
     command = [
-        forked.python(),
+        sys.executable,
         "-m",
         "torch.distributed.run",
         "--standalone",
@@ -626,4 +625,4 @@ def test_a_rank_that_dies_ends_the_others(here, hangs):
     ended = torchrun(WAITING, "more-waiting.safetensors")
     killer.join()
     assert ended.returncode != 0
-    wait_for(lambda: os.listdir("out") == [NAME])  # by those who see their parent gone
+    assert os.listdir("out") == [NAME]
