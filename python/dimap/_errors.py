@@ -17,33 +17,13 @@ class Damaged(ValueError):
     """A file is not what it must be as a whole: truncated, damaged or of another format."""
 
 
-def share(name: str, value: object) -> float:
-    """A share in [0, 1]: a number, or text as "60%". name: of the argument, for errors.
-
-    Raises TypeError for what is neither, ValueError for other text and for what is out of range.
-    """
-    number: object = value
-    if isinstance(value, str):
-        text = value.strip()
-        try:
-            number = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
-        except ValueError:
-            problem = f"{name} must be a share as 0.6 or 60%, got {value!r}"
-            raise ValueError(problem.lstrip()) from None
-    if isinstance(number, bool) or not isinstance(number, (int, float)):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not 0 <= number <= 1:  # nor a NaN
-        hint = (
-            f": {number:g} % is {number / 100:g}"
-            if 1 < number <= 100 and "%" not in str(value)
-            else ""
-        )
-        raise ValueError(f"{name} must be in [0, 1], got {value}{hint}".lstrip())
-    return float(number)
-
-
 def way_out(problem: str) -> str:
-    """What helps against weights that an operator or the engine refused, to end the error with."""
+    """What helps against weights that an operator or the engine refused, to end the error with.
+
+    Of a saliency nothing: it is the caller's own.
+    """
+    if problem.startswith("saliency"):
+        return ""
     if "must be finite" in problem:
         return (
             ": a model computes nothing with it, so take weights from before that, or never prune "

@@ -438,10 +438,7 @@ def most_in_groups(tensor: Tensor, axis: int) -> list[int]:
         along = along.reshape(-1, along.shape[-1])
         fitting = [m for m in range(2, LARGEST + 1) if along.shape[-1] % m == 0]
         most = [0 if m in fitting else m for m in most]
-        for rows in (
-            along[:64],
-            along,
-        ):  # in most tensors some group of the first rows is full already
+        for rows in (along[:64], along):  # in most tensors the first rows have a full group
             for m in fitting:
                 if most[m] < m:
                     groups = rows.unflatten(-1, (-1, m))

@@ -40,7 +40,7 @@ def select_rows(name: str, values: Tensor, axis: int, sparsity: float) -> Tensor
             at = int(bad.int().argmax())
             got = float(values.detach().flatten()[at])
             problem = f"{name} must be finite, got {got} at flat index {at}"
-            raise ValueError(problem + ("" if name.startswith("saliency") else way_out(problem)))
+            raise ValueError(problem + way_out(problem))
         parts.append(_largest(part, keep))
     mask = torch.cat(parts)
     return mask.t().contiguous() if flip else mask.view(values.shape)

@@ -234,7 +234,7 @@ def test_layer_that_takes_no_part_in_the_forward_pass_is_noted():
 def test_another_model_is_refused_by_name_of_the_parameter():
     pruning, model = pruned()
     del model.blocks[1]
-    with pytest.raises(ValueError, match=r"it has 1 of blocks\.\*\.fc\.weight, and they are 2"):
+    with pytest.raises(ValueError, match=r"it has 1 of blocks\.\*\.fc\.weight, the weights have 2"):
         pruning.report(model, 8)
     model.blocks[0]["fc"] = nn.Linear(4, 5)
     with pytest.raises(ValueError, match=r"blocks\.0\.fc\.weight must have shape .*, got \(5, 4\)"):
@@ -431,7 +431,7 @@ def test_a_model_of_another_depth_is_called_so(ours: int, theirs: int) -> None:
         return nn.Sequential(*(nn.Linear(8, 8) for _ in range(depth)))
 
     pruning = dimap.prune(net(ours), 0.5, patterns={"all": r"(?P<block>\d+)\.weight"})
-    message = rf"whose weights these are: it has {theirs} of \*\.weight, and they are {ours}"
+    message = rf"whose weights these are: it has {theirs} of \*\.weight, the weights have {ours}"
     with pytest.raises(ValueError, match=message):
         pruning.report(net(theirs))
 

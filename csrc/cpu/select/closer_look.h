@@ -1,4 +1,4 @@
-// A better bracket for a layer all of whose weights are in the cache: one or two more passes over them.
+// A better bracket for a layer all of whose weights are in the cache: a few more passes over them.
 #pragma once
 
 #include <cstdint>

@@ -9,9 +9,8 @@ from fnmatch import fnmatchcase
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
-from .._errors import share
 from ..groups import AUX
-from ..groups.plan import Plan
+from ..groups.plan import Plan, share
 
 if TYPE_CHECKING:
     from typing_extensions import TypedDict

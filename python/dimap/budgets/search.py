@@ -10,9 +10,8 @@ from fractions import Fraction
 from functools import cache
 from itertools import accumulate, pairwise
 
-from .._errors import share
 from ..groups import AUX
-from ..groups.plan import Plan, Sparsity
+from ..groups.plan import Plan, Sparsity, share
 from .asked import Budgets
 from .costs import Cost
 from .tables import ROUNDS, Tables, Weights
@@ -62,14 +61,10 @@ def solve(
         given, keep = sparsity, plan.keep(sparsity)
         for name, count, (least, most) in zip(plan.scope_names, keep, allowed or (), strict=True):
             if not least <= count <= most:
+                helps = "lower min_keep" if count < least else "raise max_keep"
                 raise ValueError(
                     f"{name} must keep from {least} to {most} weights with these limits of its layers, "
-                    f"got {count}, which are left at the sparsity asked for: "
-                    + (
-                        "lower min_keep or the sparsity"
-                        if count < least
-                        else "raise max_keep or the sparsity"
-                    )
+                    f"got {count}, which are left at the sparsity asked for: {helps} or the sparsity"
                 )
     else:
         given, keep = _search(plan, sparsity, costs, tables, allowed)

@@ -100,8 +100,8 @@ def pruning_checkpoint(
     model, input_size: for counting FLOPs: the model's name, where the checkpoint does not say it
         ("timm:NAME", "torchvision:NAME", "hf:ORG/NAME", a folder with the config.json of transformers), and
         the size of its input (see `flops.count_flops`). Safetensors outputs say `model` in their metadata,
-        unless it is a folder. What does not fit is a ValueError before any
-        work; where neither is given and `report` has no FLOPs, a note says why.
+        unless it is a folder. What does not fit is a ValueError before any work; where neither is given and
+        `report` has no FLOPs, a note says why.
     force: replace outputs that are there already.
     group: several processes do it together, each its part of the bytes: all of them call this with
         the same arguments and see the same files. The first one creates the outputs and returns
@@ -224,12 +224,13 @@ def pruning_checkpoint(
             from .in_memory import fill_in_memory
 
             checkpoint.metadata |= says
-            asked: dict[str, Any] = {
+            asked = {
                 "sparsity": None if exact else given,
                 "nm": nm,
                 "budgets": wanted,
+                "input_size": input_size,
+                "counted": counted,
             }
-            asked |= {"input_size": input_size, "counted": counted}
             fill_in_memory(
                 checkpoint, asked, norms, made.files, out, made.masks, format, result, progress
             )
@@ -248,8 +249,9 @@ def pruning_checkpoint(
             why = "the first rank counts them"
             if first:
                 try:
-                    asked = report is not None
-                    found = known or model_of(checkpoint, names, None, None, asked=asked)
+                    found = known or model_of(
+                        checkpoint, names, None, None, asked=report is not None
+                    )
                     built = found and found.model
                     return build_report(result, built, input_size, no_flops="")
                 except Exception as error:  # of the library that builds it, too: a note, no end

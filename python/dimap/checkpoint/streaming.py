@@ -187,10 +187,9 @@ class Stream:
         except _C.NonFiniteError as error:
             number, index, kind = error.args
             name = self.plan.names[numbers[number]]
-            problem = f"must be finite, got {kind} at flat index {index}"
-            if self.norms:
-                raise ValueError(f"saliency of {name} {problem}") from error
-            raise ValueError(f"{name} {problem}{way_out(problem)}") from error
+            whose = f"saliency of {name}" if self.norms else name
+            problem = f"{whose} must be finite, got {kind} at flat index {index}"
+            raise ValueError(problem + way_out(problem)) from error
         except _C.ChangedError as error:
             file, entry = self.tensors[numbers[error.args[0]]]
             raise ValueError(

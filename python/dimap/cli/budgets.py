@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .._errors import share
+from ..groups.plan import share
 from .common import adding, option
 
 BUDGETS = {"flops", "nominal_flops", "params", "size"}  # each of which finds a sparsity

@@ -13,7 +13,8 @@ from typing import Annotated, Any
 
 import typer
 
-from .._errors import sentence, share
+from .._errors import sentence
+from ..groups.plan import share
 from ..report.text import make_console
 
 

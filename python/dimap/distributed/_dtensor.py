@@ -64,7 +64,7 @@ class Local:
         """The error for a local weight, by its place in the whole tensor."""
         whole = self.whole_index(torch.tensor(index)).item()
         problem = f"{self.name} must be finite, got {kind} at flat index {whole}"
-        return ValueError(problem + ("" if self.name.startswith("saliency") else way_out(problem)))
+        return ValueError(problem + way_out(problem))
 
     def check_positive(self) -> None:
         weights = self.weights.flatten()

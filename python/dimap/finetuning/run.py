@@ -203,8 +203,7 @@ def _run(
 
     metadata: for the files of weights. identity: what a run must share with the one it resumes.
     shown: show a line for each epoch on stderr, and a bar where that is a terminal, else a line from time to
-    time (`QUIET`). board: write logs
-    for TensorBoard.
+    time (`QUIET`). board: write logs for TensorBoard.
     """
     from tqdm import tqdm
 

@@ -81,9 +81,8 @@ _WORDS = re.compile(
     r"(?:.+\.)?(?:embed_tokens|embed_in|wte|word_embeddings|word_embedding|shared|tok_embeddings"
     r"|token_embedding|token_embd)\.weight"
 )
-_ENCODER = re.compile(
-    r"(?:^|[._])encoder|EncDec"
-)  # in a layer of one, or of a decoder that looks at one
+# In a layer of an encoder, or of a decoder that looks at one.
+_ENCODER = re.compile(r"(?:^|[._])encoder|EncDec")
 COSTLY = (
     "magnitude alone costs language models dearly (LLaMA-2-7B at 50 %: perplexity 5.1 becomes 14.9; "
     "6.4 by Wanda, which looks at activations): a lower sparsity or a saliency of your own is advised"

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 from .._dtypes import BY_NAME
-from .._errors import share, way_out
+from .._errors import way_out
 from . import (
     AUX,
     COSTLY,
@@ -289,6 +289,31 @@ class Plan:
         return [part_of(saliency, name).detach() for name in self.names]
 
 
+def share(name: str, value: object) -> float:
+    """A share in [0, 1]: a number, or text as "60%". name: of the argument, for errors.
+
+    Raises TypeError for what is neither, ValueError for other text and for what is out of range.
+    """
+    number: object = value
+    if isinstance(value, str):
+        text = value.strip()
+        try:
+            number = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+        except ValueError:
+            problem = f"{name} must be a share as 0.6 or 60%, got {value!r}"
+            raise ValueError(problem.lstrip()) from None
+    if isinstance(number, bool) or not isinstance(number, (int, float)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not 0 <= number <= 1:  # nor a NaN
+        hint = (
+            f": {number:g} % is {number / 100:g}"
+            if 1 < number <= 100 and "%" not in str(value)
+            else ""
+        )
+        raise ValueError(f"{name} must be in [0, 1], got {value}{hint}".lstrip())
+    return float(number)
+
+
 def kept_of(n: int, share: float) -> int:
     """How many of `n` weights are kept where a share of them is dropped, with Python's round."""
     return n - round(share * n)
@@ -364,5 +389,4 @@ def renamed(names: Sequence[str]) -> Iterator[None]:
             raise
         others = re.sub(r"weights\[(\d+)\]", lambda m: names[int(m[1])], found[2])
         problem = f"{names[int(found[1])]} {others}"
-        hint = "" if problem.startswith("saliency") else way_out(problem)
-        raise ValueError(problem + hint) from error
+        raise ValueError(problem + way_out(problem)) from error

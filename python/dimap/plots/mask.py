@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from .._errors import near
 from ..groups import Choice, Layer, Patterns
 from . import style
 from .source import Source, source_of
@@ -128,8 +128,8 @@ def find_layer(source: Source, name: str) -> Layer:
     for layer in source.layers:
         if name == layer.name or name in layer.parameters:
             return layer
-    near = difflib.get_close_matches(name, [layer.name for layer in source.layers], 3, 0.5)
-    hint = f"; near it are {', '.join(near)}" if near else "; `dimap inspect --layers` lists them"
+    hint = near(name, [layer.name for layer in source.layers])
+    hint = hint or "; `dimap inspect --layers` lists them"
     raise ValueError(f"layer must be a prunable layer of the model, got {name!r}{hint}")
 
 

@@ -276,7 +276,7 @@ def _names_in(pruning: Pruned, model: nn.Module | Mapping[str, Tensor] | None) -
         if name not in names and (name in there or name in pruned):
             if name not in there and have[kind := kind_of(name)]:
                 raise ValueError(
-                    f"{claim}: it has {have[kind]} of {kind}, and they are {own[kind]}"
+                    f"{claim}: it has {have[kind]} of {kind}, the weights have {own[kind]}"
                 )
             got = there.get(name, "no such parameter")
             raise ValueError(f"{claim}: {name} must have shape {shape}, got {got}")
@@ -284,7 +284,9 @@ def _names_in(pruning: Pruned, model: nn.Module | Mapping[str, Tensor] | None) -
     for name in there:
         kind = kind_of(name)
         if name not in found and kind in known:  # of a block that was not there
-            raise ValueError(f"{claim}: it has {have[kind]} of {kind}, and they are {own[kind]}")
+            raise ValueError(
+                f"{claim}: it has {have[kind]} of {kind}, the weights have {own[kind]}"
+            )
     return names
 
 
