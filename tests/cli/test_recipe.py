@@ -84,7 +84,7 @@ def test_no_option_prints_no_option(run):
         ("all-copies = 'yes'", "r.toml, line 1: all-copies: Input should be a valid boolean, got 'yes'"),
         ("limit = 'mlp=:1'", "r.toml, line 1: limit: Input should be a valid list, got 'mlp=:1'"),
         ("key = 3\nout-dir = 'x'", "r.toml, line 1: key: Input should be a valid string, got 3; r.toml, line 2: out-dir: is no option"),
-        ("= 3", "--recipe must be a TOML file, got r.toml: "),
+        ("= 3", "error: --recipe must be a TOML file, got r.toml: "),
     ],
 )  # fmt: skip
 def test_what_a_recipe_must_not_say(run, text, message):

@@ -544,7 +544,7 @@ def test_hint_of_the_error_works():
         ([1], TypeError, "must be an nn.Module or a mapping of names to tensors, got list"),
         ({"model": {}}, TypeError, "must hold tensors only, got dict under 'model'"),
         ({"fc1._packed_params.dtype": torch.qint8}, TypeError, "dequantize the model first"),
-        ({}, ValueError, "must have at least one parameter"),
+        ({}, ValueError, "must have at least one parameter of floating point"),
         (nn.ReLU(), ValueError, "must have at least one parameter"),
     ],
 )

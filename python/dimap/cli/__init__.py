@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from importlib import import_module
 from typing import Annotated, Any
@@ -54,6 +55,9 @@ def _print_usage_error(error: Any) -> None:
     from .common import print_error
 
     text = error.format_message().removeprefix("Invalid value: ").replace("Value error, ", "")
+    text = re.sub(
+        r"^Invalid value for '(--[\w-]+)': (?=\1)", "", text
+    )  # which the error names, too
     context = getattr(error, "ctx", None)
     print_error(f"{text} (see {context.command_path} --help)" if context else text)
 

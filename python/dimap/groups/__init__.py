@@ -211,7 +211,10 @@ def group(
     choice = choose(patterns)
     seen = without_buffers(shapes)
     if not seen:
-        raise ValueError("model must have at least one parameter, got none")
+        raise ValueError(
+            "model must have at least one parameter of floating point, got none: dequantize first one "
+            "that is quantized"
+        )
     names = [(bare(name), name) for name in seen]
     notes: list[str] = []
     families: dict[str, Family] = {}
